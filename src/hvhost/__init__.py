@@ -1,0 +1,1 @@
+"""hvhost: a Hyper-V host for Linux and FreeBSD guests, in Python."""

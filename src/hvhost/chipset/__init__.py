@@ -1,0 +1,1 @@
+"""What is not VMBus: UART, RTC, ACPI tables and power management, reset."""

@@ -1,0 +1,1 @@
+"""Guests built from distribution packages, and the probe that runs inside them."""

@@ -1,0 +1,162 @@
+"""What a machine is told to be, and what it says of itself; plain data, shared by worker and API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class MachineState(StrEnum):
+    """A machine's life; ``crashed`` is a guest that reported a panic and was not reset since."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    CRASHED = "crashed"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class HeartbeatStatus(StrEnum):
+    """What the heartbeat service knows, in the words of Hyper-V's own management."""
+
+    NO_DRIVER = "no-driver"
+    OK = "ok"
+    NO_CONTACT = "no-contact"
+    CRASHED = "crashed"
+
+
+class ShutdownAction(StrEnum):
+    """What the shutdown service can ask of a guest."""
+
+    POWER_OFF = "power-off"
+    REBOOT = "reboot"
+
+
+class Transport(StrEnum):
+    """Which KVM runs the virtual processors."""
+
+    AUTO = "auto"
+    LOCAL = "local"
+    RIG = "rig"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """Everything a worker needs to start a machine; memory in bytes, paths absolute.
+
+    ``serial_ports`` is the number of 16550 UARTs (COM1 is the console). ``reset_on_crash`` of
+    ``False`` leaves a panicked guest to its own ``panic=`` setting.
+    """
+
+    name: str
+    kernel: str
+    initrd: str | None = None
+    command_line: str = "console=ttyS0"
+    cpus: int = 1
+    memory: int = 512 << 20
+    transport: Transport = Transport.AUTO
+    serial_ports: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelInfo:
+    """One VMBus offer as the host lists it; GUIDs as lower-case strings."""
+
+    channel_id: int
+    name: str
+    interface_type: str
+    interface_instance: str
+    state: str
+    target_vp: int
+
+
+@dataclass(frozen=True, slots=True)
+class CrashReport:
+    """What the guest wrote to the crash MSRs ([TLFS] 2.8): P0..P4 and, if sent, the text."""
+
+    parameters: tuple[int, ...]
+    text: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MachineInfo:
+    """A machine's own account; times in seconds since its worker started."""
+
+    name: str
+    pid: int
+    state: MachineState
+    seconds: float
+    cpus: int
+    memory: int
+    kernel: str
+    command_line: str
+    transport: str
+    boots: int = 0
+    guest_os_id: int = 0
+    vmbus_version: str | None = None
+    heartbeat: HeartbeatStatus = HeartbeatStatus.NO_DRIVER
+    heartbeat_round_trip_microseconds: float | None = None
+    shutdown_ready: bool = False
+    crash: CrashReport | None = None
+    channels: tuple[ChannelInfo, ...] = ()
+    exits: dict[str, int] = field(default_factory=dict)
+    last_stop: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineEvent:
+    """Something that happened; ``sequence`` grows by one, so that a client can ask for the rest.
+
+    Kinds: ``started``, ``reset``, ``heartbeat`` (detail: the new status), ``crash`` (detail: the
+    guest's text), ``bus`` (detail: the negotiated version), ``fault`` (detail: what the guest did
+    wrong), ``sleep`` (detail: ``S5``), ``stopped`` (detail: why).
+    """
+
+    sequence: int
+    seconds: float
+    kind: str
+    detail: str = ""
+
+
+class LiveMachine(Protocol):
+    """What the API server may ask of the machine in its own process; all methods thread-safe.
+
+    Methods raise :class:`hvhost.errors.HvHostError` with a sentence for the user.
+    """
+
+    @property
+    def config(self) -> MachineConfig: ...
+
+    def info(self) -> MachineInfo: ...
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        """Events with a sequence above *after*; waits up to *timeout* seconds for the first."""
+        ...
+
+    def shut_down(self, action: ShutdownAction) -> None:
+        """Ask the guest through its shutdown service; returns when the request was sent."""
+        ...
+
+    def force_stop(self) -> None:
+        """Power off at once; the worker ends."""
+        ...
+
+    def reset(self) -> None:
+        """Hard reset: the guest boots again from its kernel."""
+        ...
+
+    def nmi(self) -> None:
+        """Raise a non-maskable interrupt on VP 0."""
+        ...
+
+    def hang(self) -> None:
+        """Debug: leave every VP spinning in the guest's own ring-0 text, interrupts off."""
+        ...
+
+    def heartbeat_round_trips(self, count: int) -> list[float]:
+        """Seconds of *count* heartbeats sent back to back."""
+        ...

@@ -1,0 +1,1 @@
+"""What the hypervisor itself gives: CPUID, MSRs, SynIC, hypercalls, memory map, VP loop."""

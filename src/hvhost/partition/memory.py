@@ -1,0 +1,105 @@
+"""Guest physical memory as the VMM sees it.
+
+Every access of hvhost to guest memory goes through :class:`GuestMemory`, which checks that the
+whole range lies inside one region of RAM. Guest memory changes under our hands: whoever reads a
+value, reads it once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hvhost.errors import GuestMemoryError
+
+PAGE_SIZE = 4096
+PAGE_SHIFT = 12
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRegion:
+    """A contiguous piece of guest RAM.
+
+    ``view`` is the writable byte view of the region in this process; ``backing_offset`` its place
+    in the machine's backing memory (what KVM memory slots are made from), both in bytes.
+    """
+
+    guest_address: int
+    view: memoryview
+    backing_offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.view)
+
+
+class GuestMemory:
+    """Checked, copy-free access to guest RAM by guest physical address."""
+
+    def __init__(self, regions: Sequence[MemoryRegion]) -> None:
+        self.regions = tuple(sorted(regions, key=lambda region: region.guest_address))
+        self._starts = [region.guest_address for region in self.regions]
+        self._words = [
+            (region.view[: region.size & ~7].cast("I"), region.view[: region.size & ~7].cast("Q"))
+            for region in self.regions
+        ]
+
+    @property
+    def size(self) -> int:
+        """Total RAM in bytes."""
+        return sum(region.size for region in self.regions)
+
+    def _find(self, address: int, length: int) -> tuple[int, int]:
+        index = bisect_right(self._starts, address) - 1
+        if index >= 0 and length >= 0:
+            offset = address - self._starts[index]
+            if offset + length <= self.regions[index].size:
+                return index, offset
+        raise GuestMemoryError(
+            f"guest memory {address:#x}+{length:#x} is not RAM; the guest named a wrong address."
+        )
+
+    def view(self, address: int, length: int) -> memoryview:
+        """Writable view of *length* bytes at guest physical *address*; no copy.
+
+        :class:`GuestMemoryError` unless the range lies inside one region.
+        """
+        index, offset = self._find(address, length)
+        return self.regions[index].view[offset : offset + length]
+
+    def read(self, address: int, length: int) -> bytes:
+        """A copy of guest memory."""
+        return bytes(self.view(address, length))
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy *data* into guest memory."""
+        self.view(address, len(data))[:] = data
+
+    def load32(self, address: int) -> int:
+        """One aligned 32-bit load, never split (ring indices, message types)."""
+        index, offset = self._find(address, 4)
+        if offset & 3:
+            raise GuestMemoryError(f"guest address {address:#x} is not aligned to 4 bytes.")
+        return self._words[index][0][offset >> 2]
+
+    def store32(self, address: int, value: int) -> None:
+        """One aligned 32-bit store, never split."""
+        index, offset = self._find(address, 4)
+        if offset & 3:
+            raise GuestMemoryError(f"guest address {address:#x} is not aligned to 4 bytes.")
+        self._words[index][0][offset >> 2] = value
+
+    def load64(self, address: int) -> int:
+        """One aligned 64-bit load, never split."""
+        index, offset = self._find(address, 8)
+        if offset & 7:
+            raise GuestMemoryError(f"guest address {address:#x} is not aligned to 8 bytes.")
+        return self._words[index][1][offset >> 3]
+
+    def store64(self, address: int, value: int) -> None:
+        """One aligned 64-bit store, never split."""
+        index, offset = self._find(address, 8)
+        if offset & 7:
+            raise GuestMemoryError(f"guest address {address:#x} is not aligned to 8 bytes.")
+        self._words[index][1][offset >> 3] = value

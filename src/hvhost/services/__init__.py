@@ -1,0 +1,1 @@
+"""Integration services: heartbeat, shutdown."""

@@ -1,0 +1,1 @@
+"""The feature contract, run against a live guest."""

@@ -1,0 +1,1 @@
+"""Version negotiation, offers, GPADLs, rings, channels."""
