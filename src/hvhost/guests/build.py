@@ -1,0 +1,228 @@
+"""From what a person names (a distribution, a package, a kernel file) to what a machine boots."""
+
+from __future__ import annotations
+
+import re
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.guests import apt, deb
+from hvhost.guests.catalog import DEFAULT_GUEST, GuestRecipe, recipe
+from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
+from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
+from hvhost.guests.probe import build_probe
+
+_HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
+_KERNEL_VERSION = 0x20E
+_BANNER = re.compile(rb"Linux version (\d[^\s\0]*) \(")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestImages:
+    """What a machine boots: ``modules`` is ``None`` if the kernel's modules are not at hand."""
+
+    kernel: Path
+    initrd: Path
+    modules: ModuleTree | None
+    title: str
+    release: str
+    daemons: tuple[str, ...]
+
+
+def kernel_release(path: Path) -> str:
+    """The release a kernel file gives itself (``uname -r``), from a bzImage or a vmlinux.
+
+    Raises HvHostError when the file is no Linux kernel. Source: Linux x86 boot protocol.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise HvHostError(f"{path} cannot be read: {error.strerror}; give a kernel.") from error
+    if data[_HEADER_MAGIC : _HEADER_MAGIC + 4] == b"HdrS":
+        (offset,) = struct.unpack_from("<H", data, _KERNEL_VERSION)
+        text = data[offset + 0x200 : offset + 0x300].split(b"\0", 1)[0].split()
+        if offset and text:
+            return text[0].decode("ascii", "replace")
+    elif data[:4] == b"\x7fELF" and (match := _BANNER.search(data)):
+        return match[1].decode("ascii", "replace")
+    raise HvHostError(
+        f"{path} is not a Linux kernel; give a bzImage (vmlinuz) or an uncompressed vmlinux."
+    )
+
+
+def _find_kernel(roots: Sequence[Path]) -> Path | None:
+    found = sorted(path for root in roots for path in root.glob("boot/vmlinu[zx]-*"))
+    found += sorted(path for root in roots for path in root.glob("usr/lib/modules/*/vmlinuz"))
+    if len(found) > 1:
+        raise HvHostError(
+            f"The packages hold several kernels ({', '.join(path.name for path in found)}); give "
+            "the packages of one."
+        )
+    return found[0] if found else None
+
+
+def _find_file(roots: Sequence[Path], names: Sequence[str]) -> Path | None:
+    for root in roots:
+        for name in names:
+            if (root / name).is_file():
+                return root / name
+    return None
+
+
+def _programs(packages: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
+    """busybox and the Hyper-V daemons of extracted packages."""
+    busybox = _find_file(packages, ("bin/busybox", "usr/bin/busybox"))
+    if busybox is None:
+        raise HvHostError("The downloaded packages hold no busybox; clear the cache and try again.")
+    daemons = tuple(
+        path
+        for root in packages
+        for base in ("usr/sbin", "sbin", "usr/bin")
+        for path in sorted((root / base).glob("hv_*_daemon"))
+    )
+    return busybox, daemons
+
+
+def _assemble(
+    kernel: Path,
+    modules: ModuleTree | None,
+    packages: Sequence[Path],
+    title: str,
+    progress: apt.Progress,
+) -> GuestImages:
+    progress("making the initramfs")
+    busybox, daemons = _programs(packages)
+    spec = InitramfsSpec(
+        busybox=busybox,
+        probe=build_probe(),
+        modules=modules,
+        daemons=daemons,
+        library_roots=tuple(packages),
+        title=title,
+    )
+    return GuestImages(
+        kernel,
+        build_initramfs(spec),
+        modules,
+        title,
+        kernel_release(kernel),
+        tuple(path.name for path in daemons),
+    )
+
+
+def _extract(paths: Sequence[Path], progress: apt.Progress) -> list[Path]:
+    roots = []
+    for path in paths:
+        progress(f"unpacking {path.name.split('_')[0]}")
+        roots.append(deb.extract(path))
+    return roots
+
+
+def _userland(progress: apt.Progress) -> list[Path]:
+    """Extracted packages of the default guest other than its kernel."""
+    chosen = recipe(DEFAULT_GUEST)
+    paths = apt.download(chosen.suite, chosen.userland, progress=progress)
+    return _extract(paths, progress)
+
+
+def _from_packages(
+    roots: Sequence[Path],
+    userland: Sequence[Path],
+    title: str | None,
+    source: str,
+    progress: apt.Progress,
+) -> GuestImages:
+    kernel = _find_kernel(roots)
+    if kernel is None:
+        raise HvHostError(
+            f"There is no kernel in {source}; give the linux-image package that holds "
+            "boot/vmlinuz-… itself, not a meta package."
+        )
+    release = kernel_release(kernel)
+    places = [root / base / release for root in roots for base in MODULE_DIRECTORIES]
+    trees = [place for place in places if (place / "kernel").is_dir()]
+    if not trees:
+        raise HvHostError(
+            f"There are no modules of {release} in {source}; give the package that holds them too."
+        )
+    return _assemble(kernel, ModuleTree(trees[0]), userland, title or f"Linux {release}", progress)
+
+
+def prepare_named(guest: str, *, refresh: bool = False, progress: apt.Progress) -> GuestImages:
+    """A guest of the catalogue, downloaded if it is not cached."""
+    chosen: GuestRecipe = recipe(guest)
+    kernels = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
+    others = apt.download(chosen.suite, chosen.userland, refresh=refresh, progress=progress)
+    roots = _extract(kernels, progress)
+    return _from_packages(
+        roots, _extract(others, progress), chosen.title, f"the packages of {guest}", progress
+    )
+
+
+def prepare_debs(paths: Sequence[Path], *, progress: apt.Progress) -> GuestImages:
+    """A guest from linux-image packages that a person has, with the default guest's userspace."""
+    roots = _extract(paths, progress)
+    names = ", ".join(path.name for path in paths)
+    return _from_packages(roots, _userland(progress), None, names, progress)
+
+
+def prepare_kernel(
+    kernel: Path, modules: Path | None = None, *, progress: apt.Progress
+) -> GuestImages:
+    """A guest from a kernel file; without ``modules``, those installed here are used."""
+    release = kernel_release(kernel)
+    tree: ModuleTree | None = None
+    if modules is not None:
+        tree = ModuleTree(find_tree(modules, release))
+    elif (installed := Path("/lib/modules") / release).is_dir():
+        tree = ModuleTree(installed)
+    return _assemble(kernel, tree, _userland(progress), f"Linux {release}", progress)
+
+
+def prepare_guest(
+    guest: str | None = None,
+    *,
+    kernel: Path | None = None,
+    modules: Path | None = None,
+    debs: Sequence[Path] = (),
+    refresh: bool = False,
+    progress: apt.Progress = apt.silent,
+) -> GuestImages:
+    """What to boot for ``--guest NAME``, ``--kernel FILE [--modules DIR]`` or ``--deb FILE…``.
+
+    At most one of the three; none means the default guest. Raises HvHostError for anything that
+    cannot become a guest.
+    """
+    if sum((guest is not None, kernel is not None, bool(debs))) > 1:
+        raise HvHostError("Give only one of --guest, --kernel and --deb.")
+    if modules is not None and kernel is None:
+        raise HvHostError("--modules belongs to --kernel; give the kernel too.")
+    if kernel is not None:
+        return prepare_kernel(kernel, modules, progress=progress)
+    if debs:
+        return prepare_debs(debs, progress=progress)
+    return prepare_named(guest or DEFAULT_GUEST, refresh=refresh, progress=progress)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print kernel and initrd of a guest: ``python -m hvhost.guests.build [NAME]``."""
+
+    def show(message: str) -> None:
+        print(message, file=sys.stderr)
+
+    try:
+        images = prepare_guest(arguments[0] if arguments else None, progress=show)
+    except HvHostError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(images.kernel)
+    print(images.initrd)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
