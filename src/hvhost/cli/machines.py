@@ -1,0 +1,129 @@
+"""Commands about machines that run, from ``ps`` to ``nmi``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a running machine.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Timeout = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.0, help="How long to wait for the guest.")
+]
+
+
+def ps(json: Json = False) -> None:
+    """List your machines.
+
+    Shows those that run, and those whose worker died without cleaning up.
+
+    \b
+    Examples:
+      hvhost ps
+      hvhost ps --json | jq -r '.[].name'
+    """
+    from hvhost.cli import output
+    from hvhost.manager.control import machines
+
+    listings = machines()
+    if json:
+        output.print_json(listings)
+    else:
+        output.print_machines(listings)
+
+
+def info(name: Name, json: Json = False) -> None:
+    """Show all a machine says of itself.
+
+    Its state, heartbeat, bus, channels, and how often it left for the host and why.
+
+    \b
+    Examples:
+      hvhost info demo
+      hvhost info demo --json | jq .heartbeat
+    """
+    from hvhost.cli import output
+    from hvhost.manager.client import MachineClient
+
+    account = MachineClient(name).info()
+    if json:
+        output.print_json(account)
+    else:
+        output.print_info(account)
+
+
+def console(
+    name: Name,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=1, max=2, help="Serial port; 1 is the console.")
+    ] = 1,
+) -> None:
+    """Connect this terminal to a machine's console.
+
+    Ctrl-] leaves it, and the machine runs on. Shows the last 64 KiB first. When the input is not
+    a terminal it is piped into the console.
+
+    \b
+    Examples:
+      hvhost console demo
+      hvhost console demo < /dev/null > demo.log
+    """
+    from hvhost.manager import terminal
+    from hvhost.manager.directory import running_directory
+
+    terminal.attach(running_directory(name).serial_socket(port), 0, 1)
+
+
+def stop(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Power off without asking.")] = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Shut a machine down and wait until it is off.
+
+    The guest shuts itself down, asked through its shutdown service.
+
+    \b
+    Examples:
+      hvhost stop demo
+      hvhost stop demo --timeout 300
+      hvhost stop --force demo
+    """
+    from hvhost.manager import control
+
+    control.stop(name, force=force, timeout=timeout)
+
+
+def restart(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Reset without asking.")] = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Reboot a machine and wait until it boots again.
+
+    The guest reboots itself, asked through its shutdown service.
+
+    \b
+    Examples:
+      hvhost restart demo
+      hvhost restart --force demo
+    """
+    from hvhost.manager import control
+
+    control.restart(name, force=force, timeout=timeout)
+
+
+def nmi(name: Name) -> None:
+    """Send a hung guest a non-maskable interrupt.
+
+    It makes the guest panic, and dump where kdump is set up. The guest's kernel acts on it only
+    with unknown_nmi_panic=1 on its command line (or in /proc/sys/kernel).
+
+    \b
+    Example:
+      hvhost nmi demo
+    """
+    from hvhost.manager.client import MachineClient
+
+    MachineClient(name).nmi()

@@ -1,0 +1,103 @@
+"""``hvhost run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hvhost.machine.model import Transport
+
+
+def run(
+    kernel: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Kernel to boot: a bzImage, a vmlinux or a PVH ELF."),
+    ] = None,
+    guest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GUEST",
+            help="Boot a known distribution's kernel with a small root of ours, like debian-12.",
+        ),
+    ] = None,
+    initrd: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Initial RAM disk (initramfs).")
+    ] = None,
+    append: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="Kernel command line; console=ttyS0 is added unless it names a console.",
+        ),
+    ] = "",
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the machine; made up when not given."),
+    ] = None,
+    cpus: Annotated[int, typer.Option(metavar="N", help="Virtual processors.")] = 1,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory, like 512M or 2G; a bare number is MiB.")
+    ] = "512M",
+    kvm: Annotated[
+        Transport,
+        typer.Option(
+            help="What runs the virtual processors: this computer's /dev/kvm, or the rig, a KVM"
+            " host in software; auto takes what really works."
+        ),
+    ] = Transport.AUTO,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Return once the machine runs, and print its name."),
+    ] = False,
+) -> None:
+    """Start a machine, with its console on this terminal.
+
+    Ends when the guest powers off. Ctrl-] ends the machine at once. When the input is not a
+    terminal it is simply piped into the console. With --detach the machine goes on without you:
+    see `hvhost ps`, `hvhost console` and `hvhost stop`.
+
+    \b
+    Examples:
+      hvhost run --guest debian-12
+      hvhost run --kernel vmlinuz --initrd initrd.img --append "quiet root=/dev/sda1"
+      hvhost run --name build --kernel vmlinuz --cpus 2 --memory 2G --detach
+    """
+    from hvhost.manager.definition import define, define_guest
+
+    if (kernel is None) == (guest is None):
+        raise typer.BadParameter("give exactly one of --kernel and --guest.")
+    if guest is not None and initrd is not None:
+        raise typer.BadParameter("--guest brings its own initrd; give --kernel with --initrd.")
+    if kernel is not None:
+        config = define(
+            kernel=kernel,
+            initrd=initrd,
+            command_line=append,
+            cpus=cpus,
+            memory=memory,
+            name=name,
+            transport=kvm,
+        )
+    else:
+        assert guest is not None
+        config = define_guest(
+            guest,
+            command_line=append,
+            cpus=cpus,
+            memory=memory,
+            name=name,
+            transport=kvm,
+            progress=lambda message: print(f"hvhost: {message}…", file=sys.stderr),
+        )
+    if detach:
+        from hvhost.manager.launcher import launch
+
+        launch(config, detach=True)
+        print(config.name)
+    else:
+        from hvhost.manager import foreground
+
+        foreground.run(config)

@@ -1,0 +1,346 @@
+"""What a worker's API serves, and its OpenAPI description, both made from one table of routes.
+
+Imports the web server, so nothing but the API's own thread may import this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import LiveMachine, MachineEvent, MachineInfo, ShutdownAction
+
+logger = logging.getLogger(__name__)
+
+MAXIMUM_BODY = 64 << 10
+"""Bytes of a request's body."""
+
+_GRACE_SECONDS = 1
+_JSON = "application/json"
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request without parameters."""
+
+
+class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Events with a sequence above ``after``; waits up to ``timeout`` seconds for the first."""
+
+    after: Annotated[int, msgspec.Meta(ge=0, description="last sequence already seen")] = 0
+    timeout: Annotated[float, msgspec.Meta(ge=0, le=300, description="seconds to wait")] = 0.0
+
+
+class ShutdownRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to ask of the guest's shutdown service."""
+
+    action: ShutdownAction = ShutdownAction.POWER_OFF
+
+
+class MeasureRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many heartbeats to send back to back."""
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Seconds of each heartbeat's round trip, in the order sent."""
+
+    seconds: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a request was refused: one sentence for the user."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One route: *call* gets the machine and the decoded parameters, in a thread of its own.
+
+    Parameters of a GET come from the query, those of a POST from the JSON body.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    call: Callable[[LiveMachine, Any], object]
+    parameters: type = Nothing
+    result: Any = None
+
+
+def _shut_down(machine: LiveMachine, request: ShutdownRequest) -> None:
+    machine.shut_down(request.action)
+
+
+def _events(machine: LiveMachine, query: EventsQuery) -> list[MachineEvent]:
+    return machine.events(query.after, query.timeout)
+
+
+def _measure(machine: LiveMachine, request: MeasureRequest) -> Measurement:
+    return Measurement(machine.heartbeat_round_trips(request.count))
+
+
+ENDPOINTS = (
+    Endpoint(
+        "GET",
+        "/v1/machine",
+        "info",
+        "The machine's own account of itself",
+        lambda machine, _: machine.info(),
+        result=MachineInfo,
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/events",
+        "events",
+        "What happened since, or wait for it (long poll)",
+        _events,
+        EventsQuery,
+        list[MachineEvent],
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/shutdown",
+        "shutdown",
+        "Ask the guest to power off or reboot through its shutdown service",
+        _shut_down,
+        ShutdownRequest,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/stop",
+        "stop",
+        "Power off at once, without asking the guest",
+        lambda machine, _: machine.force_stop(),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/reset",
+        "reset",
+        "Hard reset: the guest boots again from its kernel",
+        lambda machine, _: machine.reset(),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/nmi",
+        "nmi",
+        "Raise a non-maskable interrupt on virtual processor 0",
+        lambda machine, _: machine.nmi(),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/debug/hang",
+        "hang",
+        "Debug: leave every virtual processor spinning in ring 0 with interrupts off",
+        lambda machine, _: machine.hang(),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/heartbeat/measure",
+        "measure_heartbeat",
+        "Time heartbeats sent back to back",
+        _measure,
+        MeasureRequest,
+        Measurement,
+    ),
+)
+
+
+async def _in_thread(function: Callable[[], object]) -> object:
+    """*function*'s result, from a daemon thread: one that waits for an event never holds up exit.
+
+    A pool would let enough long polls keep a request to stop waiting.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[object] = loop.create_future()
+
+    def settle(result: object, error: BaseException | None) -> None:
+        if future.done():  # the client went away
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:
+            logger.debug("a request outlived the API")
+
+    threading.Thread(target=run, name="api-request", daemon=True).start()
+    return await future
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAXIMUM_BODY:
+            raise msgspec.ValidationError(f"The body is longer than {MAXIMUM_BODY} bytes")
+    return bytes(body)
+
+
+async def _parameters(endpoint: Endpoint, request: Request) -> object:
+    if endpoint.method == "GET":
+        return msgspec.convert(dict(request.query_params), endpoint.parameters, strict=False)
+    return msgspec.json.decode(await _body(request) or b"{}", type=endpoint.parameters)
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type=_JSON)
+
+
+def _route(machine: LiveMachine, endpoint: Endpoint) -> Route:
+    async def handle(request: Request) -> Response:
+        try:
+            parameters = await _parameters(endpoint, request)
+        except msgspec.MsgspecError as error:
+            return _json(Problem(f"{endpoint.name}: {error}."), 400)
+        try:
+            result = await _in_thread(lambda: endpoint.call(machine, parameters))
+        except HvHostError as error:
+            return _json(Problem(str(error)), 409)
+        return Response(status_code=204) if result is None else _json(result)
+
+    return Route(endpoint.path, handle, methods=[endpoint.method], name=endpoint.name)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI 3.1 description of :data:`ENDPOINTS`."""
+    types = [Problem, *(endpoint.parameters for endpoint in ENDPOINTS)]
+    types += [endpoint.result for endpoint in ENDPOINTS if endpoint.result is not None]
+    schemas, components = msgspec.json.schema_components(
+        types, ref_template="#/components/schemas/{name}"
+    )
+    schema_of = {repr(kind): schema for kind, schema in zip(types, schemas, strict=True)}
+
+    def content(kind: Any) -> dict[str, Any]:
+        return {"content": {_JSON: {"schema": schema_of[repr(kind)]}}}
+
+    operations: dict[str, dict[str, Any]] = {}
+    for endpoint in ENDPOINTS:
+        operation: dict[str, Any] = {
+            "operationId": endpoint.name,
+            "summary": endpoint.summary,
+            "responses": {
+                "204" if endpoint.result is None else "200": {
+                    "description": "Done.",
+                    **({} if endpoint.result is None else content(endpoint.result)),
+                },
+                "400": {"description": "The parameters are wrong.", **content(Problem)},
+                "409": {"description": "The machine cannot do this now.", **content(Problem)},
+            },
+        }
+        if endpoint.parameters is not Nothing:
+            if endpoint.method == "GET":
+                properties = components[endpoint.parameters.__name__]["properties"]
+                operation["parameters"] = [
+                    {"name": name, "in": "query", "required": False, "schema": schema}
+                    for name, schema in properties.items()
+                ]
+            else:
+                operation["requestBody"] = {"required": False, **content(endpoint.parameters)}
+        operations.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    components.pop(Nothing.__name__, None)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "hvhost machine",
+            "version": "1",
+            "description": "One live machine, served by its worker on a Unix socket.",
+        },
+        "paths": operations,
+        "components": {"schemas": components},
+    }
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _json(Problem(f"{error.detail}; /openapi.json lists what there is."), error.status_code)
+
+
+async def _crash(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _json(Problem(f"hvhost failed: {error!r}; the worker's log has more."), 500)
+
+
+def build(machine: LiveMachine) -> Starlette:
+    """The ASGI application for *machine*."""
+
+    async def describe(_: Request) -> Response:
+        return _json(openapi())
+
+    return Starlette(
+        routes=[
+            *(_route(machine, endpoint) for endpoint in ENDPOINTS),
+            Route("/openapi.json", describe, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _crash},
+    )
+
+
+class _Uvicorn(uvicorn.Server):
+    """Waits to be closed instead of looking ten times a second: an idle worker stays asleep."""
+
+    closed: asyncio.Event
+
+    async def main_loop(self) -> None:
+        await self.closed.wait()
+
+
+class Server:
+    """The web server; :meth:`run` blocks its thread, :meth:`close` ends it from any other."""
+
+    def __init__(self, machine: LiveMachine) -> None:
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                build(machine),
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        self._loop = asyncio.new_event_loop()
+        self._server.closed = asyncio.Event()
+
+    def run(self, listener: socket.socket) -> None:
+        """Serve clients of *listener* until closed."""
+        try:
+            self._loop.run_until_complete(self._server.serve(sockets=[listener]))
+        finally:
+            self._loop.close()
+
+    def close(self) -> None:
+        """End :meth:`run` after the requests being answered."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._server.closed.set)

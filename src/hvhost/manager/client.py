@@ -1,0 +1,122 @@
+"""A machine's API for programs that wait: what the command line speaks.
+
+Built on :mod:`http.client`, which imports in a fraction of the time httpx takes.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from typing import Any, TypeVar
+
+import msgspec
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import MachineEvent, MachineInfo, ShutdownAction
+from hvhost.manager.directory import MachineDirectory, running_directory
+
+Result = TypeVar("Result")
+
+ANSWER_SECONDS = 30.0
+"""How long a worker may take for an answer that waits for nothing."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection to a Unix socket's path."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("machine", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class MachineClient:
+    """The running machine *name*; every method raises :class:`HvHostError` with a sentence.
+
+    One connection per call: nothing to close.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.directory: MachineDirectory = running_directory(name)
+
+    @property
+    def name(self) -> str:
+        """The machine's name."""
+        return self.directory.name
+
+    def info(self) -> MachineInfo:
+        """The machine's account of itself."""
+        return self._get("/v1/machine", MachineInfo)
+
+    def events(self, after: int = 0, timeout: float = 0.0) -> list[MachineEvent]:
+        """Events with a sequence above *after*; waits up to *timeout* seconds for the first."""
+        return self._get(
+            f"/v1/machine/events?after={after}&timeout={timeout}", list[MachineEvent], timeout
+        )
+
+    def shut_down(self, action: ShutdownAction = ShutdownAction.POWER_OFF) -> None:
+        """Ask the guest through its shutdown service; returns when it was asked."""
+        self._post("shutdown", {"action": action})
+
+    def force_stop(self) -> None:
+        """Power off at once."""
+        self._post("stop")
+
+    def reset(self) -> None:
+        """Hard reset."""
+        self._post("reset")
+
+    def nmi(self) -> None:
+        """Raise a non-maskable interrupt on virtual processor 0."""
+        self._post("nmi")
+
+    def hang(self) -> None:
+        """Debug: hang the guest with interrupts off."""
+        self._post("debug/hang")
+
+    def measure_heartbeats(self, count: int = 100) -> list[float]:
+        """Seconds of each of *count* heartbeats sent back to back."""
+        answer = self._request("POST", "/v1/machine/heartbeat/measure", {"count": count}, 60.0)
+        return msgspec.json.decode(answer, type=dict[str, list[float]])["seconds"]
+
+    def _get(self, path: str, kind: type[Result], wait: float = 0.0) -> Result:
+        return msgspec.json.decode(self._request("GET", path, None, wait), type=kind)
+
+    def _post(self, verb: str, body: dict[str, Any] | None = None) -> None:
+        self._request("POST", f"/v1/machine/{verb}", body, 0.0)
+
+    def _request(self, method: str, path: str, body: object, wait: float) -> bytes:
+        connection = _UnixConnection(str(self.directory.api_socket), ANSWER_SECONDS + wait)
+        try:
+            connection.request(method, path, None if body is None else json.dumps(body))
+            response = connection.getresponse()
+            answer = response.read()
+        except TimeoutError:
+            raise HvHostError(
+                f"machine {self.name!r} gave no answer within {ANSWER_SECONDS + wait:g} seconds;"
+                f" look into {self.directory.log_file} or end its worker, process"
+                f" {self.directory.worker_pid()}."
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            running_directory(self.name)  # says so if it stopped meanwhile
+            raise HvHostError(
+                f"machine {self.name!r} cannot be spoken to ({error}); look into"
+                f" {self.directory.log_file}."
+            ) from error
+        finally:
+            connection.close()
+        if response.status >= 400:
+            raise HvHostError(_refusal(answer, response.status))
+        return answer
+
+
+def _refusal(answer: bytes, status: int) -> str:
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"the worker answered with HTTP status {status}; its log says why."

@@ -1,0 +1,258 @@
+"""What this computer can do for hvhost, what is missing, and the command that fixes it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hvhost import paths
+from hvhost.errors import HvHostError
+from hvhost.units import GIB, format_size
+
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_CHECK_EXTENSION = 0xAE03
+_KVM_API_VERSION = 12
+
+KVM_CAPABILITIES: Mapping[str, int] = {
+    "KVM_CAP_HYPERV_SYNIC2": 148,
+    "KVM_CAP_HYPERV_EVENTFD": 154,
+    "KVM_CAP_HYPERV_SEND_IPI": 161,
+    "KVM_CAP_X86_USER_SPACE_MSR": 188,
+    "KVM_CAP_X86_MSR_FILTER": 189,
+}
+"""What hvhost needs of a kernel's KVM (``linux/kvm.h``), numbers of ``KVM_CHECK_EXTENSION``."""
+
+_MINIMUM_MEMORY = 2 * GIB
+_MINIMUM_DISK = 2 * GIB
+
+
+class CheckStatus(StrEnum):
+    """How a check went."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """Something is slower or smaller than it could be, or not needed here."""
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; ``fix`` is a command to paste, or what else to do, or ``None``."""
+
+    id: str
+    status: CheckStatus
+    finding: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All findings; ``transport`` is what would run virtual processors here, if anything."""
+
+    usable: bool
+    transport: str | None
+    checks: list[Check]
+
+
+@dataclass(frozen=True, slots=True)
+class Computer:
+    """Where the examination looks; tests point it elsewhere."""
+
+    kvm_device: Path = Path("/dev/kvm")
+    cpuinfo: Path = Path("/proc/cpuinfo")
+    meminfo: Path = Path("/proc/meminfo")
+    which: Callable[[str], str | None] = shutil.which
+    free_disk: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
+    is_root: bool = os.geteuid() == 0
+
+
+def examine(computer: Computer | None = None) -> Diagnosis:
+    """Look at everything; changes nothing, and never raises for what it finds."""
+    computer = computer or Computer()
+    kvm = [_check_device(computer), _check_virtualization(computer), _check_capabilities(computer)]
+    local = all(check.status is CheckStatus.OK for check in kvm)
+    if not local:
+        # The rig takes over, so nothing about /dev/kvm keeps hvhost from working.
+        kvm = [_with_status(check, CheckStatus.WARNING) for check in kvm]
+    rig = _check_program(
+        computer,
+        "qemu",
+        "qemu-system-x86_64",
+        "qemu-system-x86",
+        "runs the rig, the KVM host in software",
+        needed=not local,
+    )
+    tools = [
+        _check_program(
+            computer, "gcc", "gcc", "gcc libc6-dev", "builds the rig's agent", needed=not local
+        ),
+        _check_program(
+            computer, "apt", "apt-get", None, "downloads distributions' kernels", needed=False
+        ),
+    ]
+    checks = [*kvm, rig, *tools, _check_memory(computer), _check_disk(computer)]
+    usable = all(check.status is not CheckStatus.MISSING for check in checks)
+    transport = "local" if local else "rig" if rig.status is CheckStatus.OK else None
+    return Diagnosis(usable, transport, checks)
+
+
+def _with_status(check: Check, status: CheckStatus) -> Check:
+    return (
+        check
+        if check.status is CheckStatus.OK
+        else Check(check.id, status, check.finding, check.fix)
+    )
+
+
+def _as_root(computer: Computer, command: str) -> str:
+    return command if computer.is_root else f"sudo {command}"
+
+
+def _check_device(computer: Computer) -> Check:
+    device = computer.kvm_device
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return Check(
+            "kvm-device",
+            CheckStatus.MISSING,
+            f"{device} does not exist",
+            _as_root(computer, "modprobe kvm_intel || modprobe kvm_amd")
+            if computer.is_root
+            else "sudo sh -c 'modprobe kvm_intel || modprobe kvm_amd'",
+        )
+    except PermissionError:
+        return Check(
+            "kvm-device",
+            CheckStatus.MISSING,
+            f"{device} may not be opened by you",
+            'sudo usermod -aG kvm "$USER"  # then log in again',
+        )
+    except OSError as error:
+        return Check("kvm-device", CheckStatus.MISSING, f"{device}: {error.strerror}")
+    os.close(descriptor)
+    return Check("kvm-device", CheckStatus.OK, f"{device} opens")
+
+
+def _check_virtualization(computer: Computer) -> Check:
+    flags: set[str] = set()
+    for line in computer.cpuinfo.read_text().splitlines():
+        label, _, words = line.partition(":")
+        if label.strip() == "flags":
+            flags = set(words.split())
+            break
+    for flag, name in (("vmx", "Intel VT-x"), ("svm", "AMD SVM")):
+        if flag in flags:
+            return Check("virtualization", CheckStatus.OK, f"the processor has {name} ({flag})")
+    if "hypervisor" in flags:
+        return Check(
+            "virtualization",
+            CheckStatus.MISSING,
+            "this computer is a virtual machine without nested virtualization"
+            " (neither svm nor vmx in /proc/cpuinfo)",
+            "switch nested virtualization on in its hypervisor; until then the rig takes over",
+        )
+    return Check(
+        "virtualization",
+        CheckStatus.MISSING,
+        "the processor shows neither svm nor vmx in /proc/cpuinfo",
+        "switch virtualization (VT-x, SVM) on in the computer's firmware settings",
+    )
+
+
+def _check_capabilities(computer: Computer) -> Check:
+    try:
+        lacking = _lacking_capabilities(computer.kvm_device)
+    except OSError as error:
+        return Check(
+            "kvm-hyperv",
+            CheckStatus.MISSING,
+            f"{computer.kvm_device} cannot be asked for its Hyper-V abilities ({error.strerror})",
+            "mend kvm-device first",
+        )
+    except HvHostError as error:
+        return Check("kvm-hyperv", CheckStatus.MISSING, str(error))
+    if lacking:
+        return Check(
+            "kvm-hyperv",
+            CheckStatus.MISSING,
+            f"KVM lacks {', '.join(lacking)}",
+            "boot a distribution's kernel, 5.10 or newer, with kvm_intel or kvm_amd",
+        )
+    return Check(
+        "kvm-hyperv", CheckStatus.OK, f"KVM has all {len(KVM_CAPABILITIES)} abilities needed"
+    )
+
+
+def _lacking_capabilities(device: Path) -> list[str]:
+    """Names out of :data:`KVM_CAPABILITIES` that *device* does not have; ``OSError`` if no KVM."""
+    descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        version = fcntl.ioctl(descriptor, _KVM_GET_API_VERSION, 0)
+        if version != _KVM_API_VERSION:
+            raise HvHostError(f"{device} speaks KVM API {version} instead of {_KVM_API_VERSION}")
+        return [
+            name
+            for name, number in KVM_CAPABILITIES.items()
+            if fcntl.ioctl(descriptor, _KVM_CHECK_EXTENSION, number) <= 0
+        ]
+    finally:
+        os.close(descriptor)
+
+
+def _check_program(
+    computer: Computer,
+    identity: str,
+    program: str,
+    packages: str | None,
+    purpose: str,
+    *,
+    needed: bool,
+) -> Check:
+    found = computer.which(program)
+    if found is not None:
+        return Check(identity, CheckStatus.OK, f"{found} {purpose}")
+    return Check(
+        identity,
+        CheckStatus.MISSING if needed else CheckStatus.WARNING,
+        f"there is no {program}, which {purpose}",
+        None
+        if packages is None
+        else _as_root(computer, f"apt-get install --no-install-recommends {packages}"),
+    )
+
+
+def _check_memory(computer: Computer) -> Check:
+    available = 0
+    for line in computer.meminfo.read_text().splitlines():
+        label, _, value = line.partition(":")
+        if label == "MemAvailable":
+            available = int(value.split()[0]) << 10
+    finding = f"{format_size(available)} of memory available"
+    if available >= _MINIMUM_MEMORY:
+        return Check("memory", CheckStatus.OK, finding)
+    return Check(
+        "memory",
+        CheckStatus.WARNING,
+        f"{finding}; a guest and the rig together want {format_size(_MINIMUM_MEMORY)}",
+        "end other programs, or give machines less with --memory",
+    )
+
+
+def _check_disk(computer: Computer) -> Check:
+    cache = paths.cache_dir()
+    free = computer.free_disk(cache)
+    finding = f"{format_size(free)} free for the cache in {cache}"
+    if free >= _MINIMUM_DISK:
+        return Check("disk", CheckStatus.OK, finding)
+    return Check(
+        "disk",
+        CheckStatus.WARNING,
+        f"{finding}; kernels and the rig want {format_size(_MINIMUM_DISK)}",
+        "set HVHOST_CACHE_DIR to a directory with more room",
+    )

@@ -1,0 +1,59 @@
+"""A machine that lives and dies with the command that started it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import MachineConfig
+from hvhost.manager.launcher import Worker, launch
+from hvhost.manager.terminal import Ending, attach
+
+_END_SECONDS = 10.0
+
+
+def run(config: MachineConfig, *, source: int = 0, sink: int = 1) -> Ending:
+    """Run *config* with its console on two file descriptors until it stops or the person leaves.
+
+    Nothing of the machine is left when this returns or raises. Raises :class:`HvHostError` with
+    the worker's words when the machine fails. Called in the main thread.
+    """
+    # Ends the blocks below in order, which gives the terminal back its modes.
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        worker = launch(config, detach=False)
+        try:
+            ending = _attend(worker, source, sink)
+        finally:
+            if worker.process.poll() is None:
+                worker.stop()
+        worker.directory.remove()
+        return ending
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _attend(worker: Worker, source: int, sink: int) -> Ending:
+    try:
+        ending = attach(worker.directory.serial_socket(1), source, sink)
+    except HvHostError:
+        if worker.process.poll() is None:
+            raise
+        ending = Ending.CLOSED  # it was quicker than we
+    if ending is Ending.CLOSED:
+        try:
+            worker.process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise HvHostError(
+                f"the worker of machine {worker.directory.name!r} closed its console but did not"
+                f" end; it was killed, and {worker.directory.log_file} has its log."
+            ) from None
+        worker.check_ended_well()
+    return ending
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,184 @@
+"""Starting a machine: one worker process, and the sentence when it does not come up."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hvhost
+from hvhost.errors import HvHostError
+from hvhost.machine.model import MachineConfig
+from hvhost.manager.directory import MachineDirectory
+from hvhost.units import MIB, format_size
+
+logger = logging.getLogger(__name__)
+
+# -P: a file named like a module in the user's directory must not become one of the worker's.
+WORKER = (sys.executable, "-P", "-m", "hvhost.machine.worker")
+"""The worker's command, to which the path of its ``config.json`` is added."""
+
+START_SECONDS = 120.0
+"""How long a worker may take to open its API; the rig's own start is part of it."""
+
+MINIMUM_MEMORY = 32 * MIB
+
+_STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.005
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process this process started."""
+
+    directory: MachineDirectory
+    process: subprocess.Popen[bytes]
+
+    def check_ended_well(self) -> None:
+        """After the process's end: :class:`HvHostError` with its own sentence if it failed."""
+        status = self.process.wait()
+        if status != 0:
+            raise HvHostError(_last_words(self.directory, status))
+
+    def stop(self) -> None:
+        """End the process, by SIGTERM and after ten seconds by SIGKILL; returns when it is gone."""
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            logger.warning("the worker of %s ignored SIGTERM", self.directory.name)
+            self.process.kill()
+            self.process.wait()
+
+
+def check(config: MachineConfig) -> None:
+    """Refuse what a person got wrong, before anything is started."""
+    for what, text in (("kernel", config.kernel), ("initrd", config.initrd)):
+        if text is not None:
+            _check_readable(what, Path(text))
+    if config.cpus < 1:
+        raise HvHostError(f"a machine needs at least one CPU, not {config.cpus}; use --cpus 1.")
+    if config.memory < MINIMUM_MEMORY:
+        raise HvHostError(
+            f"{format_size(config.memory)} of memory is too little for a Linux guest; give it at"
+            f" least {format_size(MINIMUM_MEMORY)}, like --memory 512M."
+        )
+    if config.memory % MIB:
+        raise HvHostError(
+            f"{config.memory} bytes of memory is not a whole number of MiB; write it like 512M."
+        )
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if config.memory > installed:
+        raise HvHostError(
+            f"{format_size(config.memory)} of memory is more than the {format_size(installed)} this"
+            " computer has; give the machine less with --memory."
+        )
+    if "\0" in config.command_line:
+        raise HvHostError("a kernel's command line cannot hold a zero byte; remove it.")
+
+
+def _check_readable(what: str, path: Path) -> None:
+    if not path.exists():
+        raise HvHostError(f"there is no {what} {str(path)!r}; check the path.")
+    if not path.is_file():
+        raise HvHostError(f"{what} {str(path)!r} is not a file; name the {what} file itself.")
+    if not os.access(path, os.R_OK):
+        raise HvHostError(f"{what} {str(path)!r} is not readable; run `chmod +r` on it.")
+
+
+def launch(
+    config: MachineConfig,
+    *,
+    detach: bool,
+    timeout: float = START_SECONDS,
+    program: Sequence[str] | None = None,
+) -> Worker:
+    """Start the worker of *config* and wait, up to *timeout* seconds, until it can be spoken to.
+
+    A worker that is not detached gets SIGTERM when the calling thread's process dies, however it
+    dies. Raises :class:`HvHostError` for a bad configuration, a name in use, and with the
+    worker's own words when it fails to start.
+    """
+    check(config)
+    directory = MachineDirectory.of(config.name)
+    with directory.claim():
+        directory.config_file.write_text(json.dumps(asdict(config), indent=1) + "\n")
+        worker = Worker(directory, _spawn(directory, program or WORKER, detach=detach))
+        try:
+            _wait_until_open(worker, timeout)
+        except BaseException:
+            worker.stop()
+            directory.pid_file.unlink(missing_ok=True)  # the name is free, not a dead machine's
+            raise
+    return worker
+
+
+def _spawn(
+    directory: MachineDirectory, program: Sequence[str], *, detach: bool
+) -> subprocess.Popen[bytes]:
+    package_root = str(Path(hvhost.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+    with directory.log_file.open("wb") as log:
+        return subprocess.Popen(
+            [*program, str(directory.config_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+            preexec_fn=None if detach else _die_with(os.getpid()),
+        )
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """For the child between fork and exec: be told to stop when *parent* is gone."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def bind() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return bind
+
+
+def _wait_until_open(worker: Worker, timeout: float) -> None:
+    """The worker gives its sockets their names once it accepts connections."""
+    deadline = time.monotonic() + timeout
+    while not worker.directory.api_socket.exists():
+        status = worker.process.poll()
+        if status is not None:
+            raise HvHostError(_last_words(worker.directory, status))
+        if time.monotonic() > deadline:
+            raise HvHostError(
+                f"the worker of machine {worker.directory.name!r} did not come up within"
+                f" {timeout:g} seconds; {worker.directory.log_file} says how far it got."
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_words(directory: MachineDirectory, status: int) -> str:
+    """The worker's last ``error:`` line, or what is known without one."""
+    try:
+        log = directory.log_file.read_text(errors="replace")
+    except FileNotFoundError:
+        log = ""
+    errors = re.findall(r"^error: *(.+)$", log, re.MULTILINE)
+    if errors:
+        return str(errors[-1])
+    how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+    return (
+        f"the worker of machine {directory.name!r} ended {how} without a word;"
+        f" {directory.log_file} has its log."
+    )

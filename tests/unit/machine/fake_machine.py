@@ -1,0 +1,164 @@
+"""A live machine without a guest, and a loop for its serial ports."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import (
+    ChannelInfo,
+    HeartbeatStatus,
+    MachineConfig,
+    MachineEvent,
+    MachineInfo,
+    MachineState,
+    ShutdownAction,
+)
+
+
+class FakeMachine:
+    """Behaves as its command line says: ``no-shutdown``, ``stubborn``, ``no-heartbeat``."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._config = config
+        self._words = config.command_line.split()
+        self._log: list[MachineEvent] = []
+        self._changed = threading.Condition()
+        self._started = time.monotonic()
+        self.state = MachineState.RUNNING
+        self.boots = 1
+        self.heartbeat = HeartbeatStatus.OK
+        self.calls: list[str] = []
+        self.stopped = threading.Event()
+        self.post("started")
+
+    @property
+    def config(self) -> MachineConfig:
+        return self._config
+
+    def post(self, kind: str, detail: str = "") -> None:
+        with self._changed:
+            seconds = time.monotonic() - self._started
+            self._log.append(MachineEvent(len(self._log) + 1, seconds, kind, detail))
+            self._changed.notify_all()
+
+    def info(self) -> MachineInfo:
+        return MachineInfo(
+            name=self._config.name,
+            pid=os.getpid(),
+            state=self.state,
+            seconds=time.monotonic() - self._started,
+            cpus=self._config.cpus,
+            memory=self._config.memory,
+            kernel=self._config.kernel,
+            command_line=self._config.command_line,
+            transport="local",
+            boots=self.boots,
+            guest_os_id=0x8100_0006_0100_0000,
+            vmbus_version="5.3",
+            heartbeat=self.heartbeat,
+            heartbeat_round_trip_microseconds=12.5,
+            shutdown_ready="no-shutdown" not in self._words,
+            channels=(
+                ChannelInfo(
+                    1,
+                    "heartbeat",
+                    "57164f39-9115-4e78-ab55-382f3bd5422d",
+                    "fd149e91-82e0-4a7d-afa6-2a4166cbd7c0",
+                    "open",
+                    0,
+                ),
+            ),
+            exits={"io": 12345, "hypercall": 6},
+        )
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._log) > after, timeout)
+            return self._log[after:]
+
+    def shut_down(self, action: ShutdownAction) -> None:
+        self.calls.append(f"shut_down {action}")
+        if "stubborn" in self._words:
+            return
+        if action is ShutdownAction.REBOOT:
+            self.reset()
+        else:
+            self.end("power-off")
+
+    def force_stop(self) -> None:
+        self.calls.append("force_stop")
+        self.end("force")
+
+    def end(self, why: str) -> None:
+        self.state = MachineState.STOPPED
+        self.post("stopped", why)
+        self.stopped.set()
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+        self.boots += 1
+        self.post("reset")
+
+    def nmi(self) -> None:
+        self.calls.append("nmi")
+
+    def hang(self) -> None:
+        self.calls.append("hang")
+        self.heartbeat = HeartbeatStatus.NO_CONTACT
+        self.post("heartbeat", self.heartbeat)
+
+    def heartbeat_round_trips(self, count: int) -> list[float]:
+        if "no-heartbeat" in self._words:
+            raise HvHostError("the guest has no heartbeat service; load hv_utils in it.")
+        return [0.001] * count
+
+
+class SmallLoop:
+    """A loop with the methods a serial port needs; :meth:`run_once` drives it."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], object]] = {}
+        self._soon: deque[Callable[[], object]] = deque()
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        self.add_reader(self._wake_reader, lambda: os.read(self._wake_reader, 4096))
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        self._epoll.register(fd, select.EPOLLIN)
+        self._callbacks[fd] = callback
+
+    def add_writer(self, fd: int, callback: Callable[[], object]) -> None:
+        self._epoll.register(fd, select.EPOLLOUT)
+        self._callbacks[fd] = callback
+
+    def remove(self, fd: int) -> None:
+        self._epoll.unregister(fd)
+        del self._callbacks[fd]
+
+    def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
+        self._soon.append(callback)
+        os.write(self._wake_writer, b"\0")
+
+    def run_once(self, timeout: float = 0.0) -> int:
+        """Callbacks run; 0 means that nothing happened within *timeout* seconds."""
+        ran = 0
+        for fd, _ in self._epoll.poll(timeout):
+            if callback := self._callbacks.get(fd):
+                callback()
+                ran += 1
+        while self._soon:
+            self._soon.popleft()()
+            ran += 1
+        return ran
+
+    def close(self) -> None:
+        self._epoll.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvhost.machine.model import MachineConfig
+from hvhost.manager import launcher
+from hvhost.manager.control import machines
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory and a worker of the test's own; nothing survives the test."""
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path / "r"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setattr(
+        launcher, "WORKER", (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+    )
+    yield tmp_path / "r"
+    for listing in machines():
+        if listing.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(listing.pid, 9)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> MachineConfig:
+    """A machine whose kernel is a file, at least."""
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(b"MZ")
+    return MachineConfig(name="m1", kernel=str(kernel))
