@@ -1,0 +1,391 @@
+"""Channels: one device's place on the bus, from its offer to its release.
+
+Life of a channel; what is not in :data:`_NEXT` does not happen::
+
+    OFFERED --open--> OPEN --close--> CLOSED --open--> OPEN ...
+       any of these --violation--> FAULTED --close--> CLOSED, --open--> OPEN
+       any of these --device removed--> RESCINDED --guest lets go--> RELEASED
+       any but the last two --connection ends--> OFFERED
+
+A channel needs no more of its surroundings than guest memory, two rings, a way to interrupt the
+guest and a call when the guest signals; negotiation is the business of ``server.py``. Whoever calls
+into a channel holds the bus's lock.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+from hvhost.errors import LocalProtocolError, RemoteProtocolError
+from hvhost.partition.memory import GuestMemory
+from hvhost.vmbus.gpadl import Gpadl
+from hvhost.vmbus.protocol import MAX_USER_DEFINED_BYTES, VMBUS_MESSAGE_SINT
+from hvhost.vmbus.ring import (
+    COMPLETION_REQUESTED,
+    IncomingRing,
+    OutgoingRing,
+    Packet,
+    PacketType,
+    RingBuffer,
+    encode_packet,
+)
+from hvhost.wire import Buffer
+
+__all__ = ["Channel", "ChannelDevice", "ChannelState", "Offer", "Packet", "PacketType"]
+
+#: Packets that may wait for room in the guest's ring; a guest that lets more pile up is at fault.
+QUEUE_LIMIT: Final = 1024
+#: With so many waiting, nothing more is taken from the guest.
+QUEUE_THROTTLE: Final = 64
+#: Packets handled in one call of :meth:`Channel.process`.
+PROCESS_PACKETS: Final = 4096
+
+
+class ChannelState(StrEnum):
+    OFFERED = "offered"
+    OPEN = "open"
+    CLOSED = "closed"
+    FAULTED = "faulted"
+    RESCINDED = "rescinded"
+    RELEASED = "released"
+
+
+_ALIVE = {ChannelState.OFFERED, ChannelState.OPEN, ChannelState.CLOSED, ChannelState.FAULTED}
+_NEXT: dict[ChannelState, set[ChannelState]] = {
+    ChannelState.OFFERED: _ALIVE | {ChannelState.RESCINDED},
+    ChannelState.OPEN: _ALIVE | {ChannelState.RESCINDED},
+    ChannelState.CLOSED: _ALIVE | {ChannelState.RESCINDED},
+    ChannelState.FAULTED: _ALIVE | {ChannelState.RESCINDED},
+    ChannelState.RESCINDED: {ChannelState.RELEASED},
+    ChannelState.RELEASED: set(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a device tells the guest about itself (``struct vmbus_channel_offer``).
+
+    ``name`` is for people and does not go to the guest; ``flags`` are
+    :class:`hvhost.vmbus.protocol.OfferFlags`. The guest signals a dedicated channel by hypercall
+    alone, without a flag in a shared page.
+    """
+
+    interface_type: uuid.UUID
+    interface_instance: uuid.UUID
+    name: str
+    flags: int = 0
+    user_defined: bytes = bytes(MAX_USER_DEFINED_BYTES)
+    mmio_megabytes: int = 0
+    sub_channel_index: int = 0
+    is_dedicated_interrupt: bool = True
+
+    @property
+    def identity(self) -> tuple[uuid.UUID, uuid.UUID, int]:
+        """What no two channels have in common."""
+        return self.interface_type, self.interface_instance, self.sub_channel_index
+
+
+class ChannelDevice(Protocol):
+    """A device as its channel sees it: a state machine, called with the bus's lock held.
+
+    Raising :class:`RemoteProtocolError` from ``opened`` or ``received`` faults the channel.
+    ``state`` is one dataclass with everything needed to resume the device elsewhere.
+    """
+
+    @property
+    def offer(self) -> Offer: ...
+
+    @property
+    def state(self) -> Any: ...
+
+    def opened(self, channel: Channel) -> None:
+        """The guest opened the channel; packets may be sent from now on."""
+
+    def closed(self) -> None:
+        """The channel is no longer open, for whatever reason."""
+
+    def received(self, packet: Packet) -> None:
+        """The guest sent a packet."""
+
+
+class HostPort(Protocol):
+    """The hypervisor below the bus; messages are queued there while the guest's slot is busy."""
+
+    def post_message(self, vp: int, sint: int, message_type: int, payload: bytes) -> None: ...
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None: ...
+
+    def connect_signal(self, connection_id: int, channel: Channel) -> None:
+        """Call ``channel.process()`` when the guest signals *connection_id*."""
+
+    def disconnect_signal(self, connection_id: int) -> None: ...
+
+
+class Channel:
+    """One channel; made by :meth:`hvhost.vmbus.server.VmbusServer.add_device`."""
+
+    def __init__(
+        self,
+        channel_id: int,
+        device: ChannelDevice,
+        memory: GuestMemory,
+        port: HostPort,
+        *,
+        violation: Callable[[str], None],
+        gpadl: Callable[[int, int], Gpadl],
+    ) -> None:
+        self.channel_id = channel_id
+        self.device = device
+        self.offer = device.offer
+        # As Hyper-V builds it: the SINT in bits 12 to 15 above the channel id.
+        self.connection_id = VMBUS_MESSAGE_SINT << 12 | channel_id
+        self.state = ChannelState.OFFERED
+        self.target_vp = 0
+        #: The guest opened it and has not closed it yet, faulted or not.
+        self.held_open = False
+        #: The GPADL its rings lie in, while it is held open.
+        self.ring_gpadl: int | None = None
+        self.packets_received = 0
+        self.packets_sent = 0
+        self.interrupts = 0
+        self._memory, self._port = memory, port
+        self._violation, self._find_gpadl = violation, gpadl
+        self._incoming: IncomingRing | None = None
+        self._outgoing: OutgoingRing | None = None
+        self._queue: deque[bytes] = deque()
+        self._processing = False
+        self._interrupt_wanted = False
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.channel_id} {self.offer.name} {self.state.value}>"
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is ChannelState.OPEN
+
+    @property
+    def queued(self) -> int:
+        """Packets that wait for room in the guest's ring."""
+        return len(self._queue)
+
+    # For devices.
+
+    def send(
+        self,
+        payload: Buffer,
+        *,
+        packet_type: PacketType = PacketType.DATA_INBAND,
+        transaction_id: int = 0,
+        completion_requested: bool = False,
+        header: bytes = b"",
+    ) -> bool:
+        """Send one packet; it waits if the ring is full. False if the channel is not open.
+
+        *header* stands between descriptor and payload (``TransferPages.pack()``). A guest whose
+        ring is broken or never emptied faults the channel.
+        """
+        if self.state is not ChannelState.OPEN:
+            return False
+        packet = encode_packet(
+            packet_type,
+            COMPLETION_REQUESTED if completion_requested else 0,
+            transaction_id,
+            payload,
+            header,
+        )
+        if self._processing:
+            self._append(packet)  # an error unwinds the device, up to process()
+            return True
+        try:
+            self._append(packet)
+            self._interrupt()
+        except RemoteProtocolError as error:
+            self.fault(str(error))
+            return False
+        return True
+
+    def send_completion(self, transaction_id: int, payload: Buffer = b"") -> bool:
+        """Answer the packet which carried *transaction_id*; as :meth:`send`."""
+        return self.send(payload, packet_type=PacketType.COMP, transaction_id=transaction_id)
+
+    def gpadl(self, handle: int) -> Gpadl:
+        """A list of pages the guest made for this channel; look it up anew for every use.
+
+        :class:`RemoteProtocolError` if there is none (any more).
+        """
+        return self._find_gpadl(handle, self.channel_id)
+
+    def fault(self, reason: str) -> None:
+        """Stop this channel for *reason*; the guest may close it and open it again."""
+        if self.state not in _ALIVE or self.state is ChannelState.FAULTED:
+            return
+        self._leave(ChannelState.FAULTED)
+        self._violation(f"channel {self.channel_id} ({self.offer.name}) faulted: {reason}")
+
+    # For the hypervisor.
+
+    def process(self) -> bool:
+        """The guest signalled: send what waits, take what came.
+
+        True if so much came that the rest was left for another call, which must follow: the guest
+        does not signal again. Nothing is raised for what a guest does.
+        """
+        if self.state is not ChannelState.OPEN:
+            return False
+        try:
+            self._processing = True
+            try:
+                more = self._drain()
+            finally:
+                self._processing = False
+            self._interrupt()
+        except RemoteProtocolError as error:
+            self.fault(str(error))
+            return False
+        return more and self.is_open
+
+    # For the bus.
+
+    def open(self, gpadl: Gpadl, downstream: int, target_vp: int) -> None:
+        """Set up both rings in *gpadl*: *downstream* pages from guest to host, the others back.
+
+        :class:`RemoteProtocolError`, and nothing done, if they cannot be rings.
+        """
+        pfns = gpadl.ring_pages()
+        if not 0 < downstream < len(pfns):
+            raise RemoteProtocolError(
+                f"the host's ring starts at page {downstream} of {len(pfns)} pages."
+            )
+        incoming = IncomingRing(RingBuffer(self._memory, pfns[:downstream]))
+        outgoing = OutgoingRing(RingBuffer(self._memory, pfns[downstream:]))
+        self._enter(ChannelState.OPEN)
+        self._incoming, self._outgoing = incoming, outgoing
+        self.target_vp, self.held_open, self.ring_gpadl = target_vp, True, gpadl.handle
+        self._port.connect_signal(self.connection_id, self)
+
+    def start(self) -> None:
+        """Tell the device, once the guest knows that its channel is open."""
+        try:
+            self.device.opened(self)
+        except RemoteProtocolError as error:
+            self.fault(str(error))
+        if self.process():
+            self.fault("the guest filled the ring before it knew that the channel is open.")
+
+    def close(self) -> None:
+        """The guest closed it."""
+        self._let_go()
+        if self.state is not ChannelState.RESCINDED:
+            self._leave(ChannelState.CLOSED)
+
+    def rescind(self) -> None:
+        """The device is gone; the guest still has to let go of the channel."""
+        self._leave(ChannelState.RESCINDED)
+
+    def release(self) -> None:
+        """The guest let go of a rescinded channel."""
+        self._enter(ChannelState.RELEASED)
+
+    def disconnect(self) -> None:
+        """The guest's connection is over."""
+        self._let_go()
+        self._leave(ChannelState.OFFERED)
+
+    def _let_go(self) -> None:
+        self.held_open, self.ring_gpadl = False, None
+
+    def _enter(self, state: ChannelState) -> None:
+        if state not in _NEXT[self.state]:
+            raise LocalProtocolError(f"{self!r} cannot become {state.value}.")
+        self.state = state
+
+    def _leave(self, state: ChannelState) -> None:
+        """Enter a state that is not open, and tell the device if it was."""
+        was_open = self.is_open
+        self._enter(state)
+        if was_open:
+            self._incoming = self._outgoing = None
+            self._queue.clear()
+            self._interrupt_wanted = False
+            self._port.disconnect_signal(self.connection_id)
+            self.device.closed()
+
+    def _append(self, packet: bytes) -> None:
+        outgoing = self._outgoing
+        assert outgoing is not None
+        if not self._queue and outgoing.write(packet):
+            self.packets_sent += 1
+            self._interrupt_wanted = True
+            return
+        if not outgoing.can_ever_hold(packet):
+            raise RemoteProtocolError(
+                f"the guest's ring is too small for a packet of {len(packet)} bytes."
+            )
+        if len(self._queue) >= QUEUE_LIMIT:
+            raise RemoteProtocolError(
+                f"the guest does not empty its ring; {len(self._queue)} packets wait for it."
+            )
+        self._queue.append(packet)
+        if len(self._queue) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what waits; if not all fits, make sure that the guest tells us of new room."""
+        outgoing, queue = self._outgoing, self._queue
+        assert outgoing is not None
+        while queue:
+            if outgoing.write(queue[0]):
+                queue.popleft()
+                self.packets_sent += 1
+                self._interrupt_wanted = True
+            elif outgoing.waits_for(queue[0]):
+                return
+            else:
+                outgoing.ask_for_room(queue[0])  # and try again: room may have come before that
+        if outgoing.pending_send_size:
+            outgoing.ask_for_room(None)
+
+    def _drain(self) -> bool:
+        incoming, received = self._incoming, self.device.received
+        assert incoming is not None
+        if self._queue:
+            self._flush()
+        budget = PROCESS_PACKETS
+        incoming.mask()
+        while True:
+            while len(self._queue) <= QUEUE_THROTTLE:
+                packets = incoming.read_batch()
+                if not packets:
+                    break
+                self.packets_received += len(packets)
+                for packet in packets:
+                    received(packet)
+                    if self.state is not ChannelState.OPEN:
+                        return False
+                budget -= len(packets)
+                if budget <= 0:
+                    return True
+            else:  # too much waits for room: the guest's signal of new room brings us back
+                incoming.unmask()
+                return False
+            if not incoming.unmask():
+                return False
+            incoming.mask()
+
+    def _interrupt(self) -> None:
+        """Interrupt the guest if it has packets to read or waits for room, and does not know."""
+        incoming, outgoing = self._incoming, self._outgoing
+        if incoming is None or outgoing is None:
+            return
+        wanted, self._interrupt_wanted = self._interrupt_wanted, False
+        if incoming.guest_has_room:
+            incoming.guest_has_room = False
+        elif not (wanted and outgoing.guest_wants_interrupt()):
+            return
+        self.interrupts += 1
+        self._port.signal_event(self.target_vp, VMBUS_MESSAGE_SINT, self.channel_id)
