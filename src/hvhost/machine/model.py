@@ -1,4 +1,4 @@
-"""What a machine is told to be, and what it says of itself; plain data, shared by worker and API."""
+"""What a machine is told to be, and what it says of itself: plain data for worker and API."""
 
 from __future__ import annotations
 

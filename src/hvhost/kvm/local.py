@@ -1,0 +1,165 @@
+"""The local transport: ``/dev/kvm`` of this kernel, by ioctl."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import struct
+import threading
+from collections.abc import Callable, Sequence
+
+from hvhost.errors import HvHostError
+from hvhost.kvm.constants import KVM_GET_VCPU_MMAP_SIZE, KVM_RUN
+from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
+from hvhost.partition.memory import PAGE_SIZE
+
+_IMMEDIATE_EXIT = 1  # offset in struct kvm_run
+_COALESCED_PAGE = 2
+
+
+class LocalOutEvent:
+    """An eventfd of this process."""
+
+    def __init__(self) -> None:
+        self.handle = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def trigger(self) -> None:
+        os.eventfd_write(self.handle, 1)
+
+
+class LocalTransport:
+    """One machine on this computer's own KVM; *memory_size* in bytes."""
+
+    name = "local"
+
+    def __init__(self, memory_size: int, device: str = "/dev/kvm") -> None:
+        try:
+            self._kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise HvHostError(
+                f"{device} cannot be opened ({error.strerror}); "
+                "run `hvhost doctor` to see what this computer can do, or use --kvm rig."
+            ) from error
+        self._run_size = fcntl.ioctl(self._kvm, KVM_GET_VCPU_MMAP_SIZE, 0)
+        descriptor = os.memfd_create("hvhost-guest", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, memory_size)
+        self._map = mmap.mmap(descriptor, memory_size)
+        os.close(descriptor)
+        self.memory = memoryview(self._map)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._handles: set[Handle] = {self._kvm}
+        self._in_events: list[tuple[EventLoop, Handle]] = []
+        self._processors: dict[int, tuple[Handle, memoryview]] = {}
+        self._threads: dict[int, int] = {}
+        self._ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+        if threading.current_thread() is threading.main_thread():
+            # The handler does nothing: its delivery alone ends KVM_RUN with EINTR.
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+
+    def open_kvm(self) -> Handle:
+        return self._kvm
+
+    def ioctl(
+        self,
+        target: Handle,
+        request: int,
+        argument: int | bytearray = 0,
+        fixups: Sequence[Fixup] = (),
+    ) -> int:
+        if isinstance(argument, int):
+            # fcntl.ioctl refuses integers above 2**31
+            result: int = self._ioctl(
+                ctypes.c_int(target), ctypes.c_ulong(request), ctypes.c_ulong(argument)
+            )
+            if result < 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+            return result
+        anchor = None
+        for fixup in fixups:
+            if fixup.kind is FixupKind.MEMORY_ADDRESS:
+                struct.pack_into("<Q", argument, fixup.offset, self._base + fixup.value)
+            elif fixup.kind is FixupKind.DESCRIPTOR:
+                struct.pack_into("<I", argument, fixup.offset, fixup.value)
+            else:
+                anchor = anchor or ctypes.c_char.from_buffer(argument)
+                address = ctypes.addressof(anchor) + fixup.value
+                struct.pack_into("<Q", argument, fixup.offset, address)
+        return int(fcntl.ioctl(target, request, argument, True))
+
+    def ioctl_handle(self, target: Handle, request: int, argument: int = 0) -> Handle:
+        handle = self.ioctl(target, request, argument)
+        self._handles.add(handle)
+        return handle
+
+    def out_event(self) -> LocalOutEvent:
+        event = LocalOutEvent()
+        self._handles.add(event.handle)
+        return event
+
+    def in_event(self, loop: EventLoop, callback: Callable[[], None]) -> Handle:
+        descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+        def ready() -> None:
+            try:
+                os.eventfd_read(descriptor)
+            except BlockingIOError:
+                return
+            callback()
+
+        loop.add_reader(descriptor, ready)
+        self._handles.add(descriptor)
+        self._in_events.append((loop, descriptor))
+        return descriptor
+
+    def release(self, handle: Handle) -> None:
+        if handle not in self._handles:
+            return
+        for entry in self._in_events:
+            if entry[1] == handle:
+                entry[0].remove(handle)
+                self._in_events.remove(entry)
+                break
+        self._handles.discard(handle)
+        os.close(handle)
+
+    def start_processor(self, index: int, handle: Handle) -> memoryview:
+        view = memoryview(mmap.mmap(handle, self._run_size))
+        self._processors[index] = (handle, view)
+        return view
+
+    def run(self, index: int) -> int:
+        handle, view = self._processors[index]
+        if index not in self._threads:
+            self._threads[index] = threading.get_ident()
+        try:
+            fcntl.ioctl(handle, KVM_RUN, 0)
+        except (InterruptedError, BlockingIOError) as error:
+            view[_IMMEDIATE_EXIT] = 0
+            return error.errno or errno.EINTR
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def kick(self, index: int) -> None:
+        # immediate_exit closes the window between the thread's last look and KVM_RUN
+        self._processors[index][1][_IMMEDIATE_EXIT] = 1
+        thread = self._threads.get(index)
+        if thread is not None:
+            signal.pthread_kill(thread, signal.SIGUSR1)
+
+    def coalesced_ring(self) -> memoryview:
+        view = next(iter(self._processors.values()))[1]
+        return view[_COALESCED_PAGE * PAGE_SIZE : (_COALESCED_PAGE + 1) * PAGE_SIZE]
+
+    def drain_coalesced(self) -> None:
+        """KVM's own ring is the one everybody reads."""
+
+    def close(self) -> None:
+        for handle in sorted(self._handles, reverse=True):
+            os.close(handle)
+        self._handles.clear()

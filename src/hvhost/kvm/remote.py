@@ -1,0 +1,302 @@
+"""The rig transport: a KVM in another kernel, reached through shared memory.
+
+Set-up calls go through one mailbox, each virtual processor has its own; the agent spins on a
+mailbox for a moment after it answered, so an exit costs a few microseconds and no interrupt.
+Guest memory is mapped here natively. See ``rig/layout.h`` for the layout.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hvhost.errors import HvHostError
+from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
+from hvhost.rig import layout
+from hvhost.rig.client import RigSession, close_session, open_session, reason_of_end
+
+_CALL_SECONDS = 20.0
+_FIXUP = struct.Struct("<IIQ")
+_FIXUP_KINDS = {
+    FixupKind.MEMORY_ADDRESS: layout.FIXUP_ADD_BAR,
+    FixupKind.DESCRIPTOR: layout.FIXUP_DESCRIPTOR,
+    FixupKind.BUFFER_ADDRESS: layout.FIXUP_ADD_BUFFER,
+}
+_VECTORS_PER_PROCESSOR = 2
+_VECTORS_PER_MACHINE = 6
+
+
+class _Mailbox:
+    """One mailbox and the eventfd that says it was answered."""
+
+    def __init__(
+        self, session: RigSession, control: memoryview, offset: int, buffer_size: int, event: int
+    ) -> None:
+        self._session = session
+        self._control = control
+        self._words = control[offset : offset + layout.MAILBOX_BUFFER].cast("I")
+        self._head = control[offset : offset + layout.MAILBOX_BUFFER]
+        start = offset + layout.MAILBOX_BUFFER
+        self._buffer = control[start : start + buffer_size]
+        self._state = layout.MAILBOX_STATE // 4
+        self._operation = layout.MAILBOX_OPERATION // 4
+        self._asleep = layout.MAILBOX_ASLEEP // 4
+        self._result = layout.MAILBOX_RESULT
+        self._request, self._done = layout.MAILBOX_REQUEST, layout.MAILBOX_DONE
+        if offset == layout.CONTROL_MAILBOX:
+            self._words_asleep = control[: layout.CONTROL_MAILBOX].cast("I")
+            self._asleep_index = layout.CONTROL_ASLEEP // 4
+        else:
+            self._words_asleep, self._asleep_index = self._words, self._asleep
+        self._epoll = select.epoll()
+        # The agent's raises need not be read away: each one is an edge.
+        self._epoll.register(event, select.EPOLLIN | select.EPOLLET)
+        self._epoll.register(session.connection.fileno(), select.EPOLLIN)
+        self._barrier = threading.Lock()
+        self.lock = threading.Lock()
+
+    def post(self) -> None:
+        """Hand the mailbox to the agent and wake it if it sleeps."""
+        words = self._words
+        words[self._state] = self._request
+        with self._barrier:  # a locked instruction: our store before our load
+            pass
+        if self._words_asleep[self._asleep_index]:
+            os.eventfd_write(self._session.wake, 1)
+
+    def wait(self, seconds: float = -1) -> None:
+        """Until the agent answered; :class:`HvHostError` when the rig is gone or hangs."""
+        words, state, done = self._words, self._state, self._done
+        while words[state] != done:
+            ready = self._epoll.poll(seconds, 2)
+            if words[state] == done:
+                return
+            if not ready:
+                raise HvHostError(
+                    f"the rig has not answered a call for {seconds:.0f} s; start the machine again."
+                )
+            for descriptor, _ in ready:
+                if descriptor == self._session.connection.fileno():
+                    raise HvHostError(reason_of_end(self._session))
+
+    def run(self) -> int:
+        """One ``KVM_RUN``: zero or a positive errno."""
+        self._words[self._operation] = _RUN
+        self.post()
+        self.wait()
+        result: int = _I64.unpack_from(self._head, self._result)[0]
+        return -result
+
+    def call(
+        self,
+        operation: int,
+        target: Handle = 0,
+        request: int = 0,
+        argument: int | bytearray = 0,
+        fixups: Sequence[tuple[int, int, int]] = (),
+        keep_as: Handle | None = None,
+    ) -> int:
+        """One call; a ``bytearray`` comes back updated. Raises :class:`OSError`."""
+        with self.lock:
+            head = self._head
+            uses_buffer = isinstance(argument, bytearray)
+            if isinstance(argument, bytearray):
+                self._buffer[: len(argument)] = argument
+            _CALL.pack_into(
+                head,
+                layout.MAILBOX_OPERATION,
+                operation,
+                target,
+                layout.NO_HANDLE if keep_as is None else keep_as,
+                request,
+                0 if isinstance(argument, bytearray) else argument,
+                uses_buffer,
+                len(fixups),
+            )
+            for index, fixup in enumerate(fixups):
+                _FIXUP.pack_into(
+                    head, layout.MAILBOX_FIXUP_TABLE + index * layout.FIXUP_SIZE, *fixup
+                )
+            self.post()
+            self.wait(_CALL_SECONDS)
+            result: int = _I64.unpack_from(head, self._result)[0]
+            if isinstance(argument, bytearray):
+                argument[:] = self._buffer[: len(argument)]
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+_RUN = layout.OPERATION_RUN
+_I64 = struct.Struct("<q")
+_CALL = struct.Struct("<IIIQQII")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOutEvent:
+    """An MSI-X vector of the rig's device that the agent gave to KVM."""
+
+    handle: Handle
+    descriptor: int
+
+    def trigger(self) -> None:
+        os.eventfd_write(self.descriptor, 1)
+
+
+class RemoteTransport:
+    """One machine in the rig; *memory_size* in bytes, *processors* for the vectors it needs."""
+
+    name = "rig"
+
+    def __init__(
+        self,
+        memory_size: int,
+        processors: int,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        vectors = _VECTORS_PER_MACHINE + _VECTORS_PER_PROCESSOR * processors
+        self._session = open_session(memory_size, vectors, progress)
+        session = self._session
+        self._map = mmap.mmap(session.memory_descriptor, memory_size, offset=session.memory_offset)
+        self.memory = memoryview(self._map)
+        self._control_map = mmap.mmap(
+            session.memory_descriptor, layout.CONTROL_SIZE, offset=session.control_offset
+        )
+        self._control = memoryview(self._control_map)
+        self._control_words = self._control[: layout.CONTROL_MAILBOX].cast("I")
+        self._mailbox = _Mailbox(
+            session,
+            self._control,
+            layout.CONTROL_MAILBOX,
+            layout.CONTROL_BUFFER_SIZE,
+            session.events[layout.CONTROL_DOORBELL],
+        )
+        self._processors: dict[int, _Mailbox] = {}
+        self._mailbox_of: dict[Handle, _Mailbox] = {}
+        self._free_handles = list(range(layout.MAXIMUM_HANDLES - 1, -1, -1))
+        self._free_vectors = list(session.vectors)
+        self._callbacks: dict[int, tuple[Handle, Callable[[], None]]] = {}
+        self._tail = 0
+
+    # --- calls ---------------------------------------------------------------------------
+
+    def open_kvm(self) -> Handle:
+        handle = self._free_handles.pop()
+        try:
+            self._mailbox.call(layout.OPERATION_OPEN_KVM, keep_as=handle)
+        except OSError as error:
+            raise HvHostError(f"the rig's kernel has no KVM ({error.strerror}).") from error
+        return handle
+
+    def ioctl(
+        self,
+        target: Handle,
+        request: int,
+        argument: int | bytearray = 0,
+        fixups: Sequence[Fixup] = (),
+    ) -> int:
+        base = self._session.memory_offset
+        wire = [
+            (
+                fixup.offset,
+                _FIXUP_KINDS[fixup.kind],
+                fixup.value + (base if fixup.kind is FixupKind.MEMORY_ADDRESS else 0),
+            )
+            for fixup in fixups
+        ]
+        mailbox = self._mailbox_of.get(target, self._mailbox)
+        return mailbox.call(layout.OPERATION_IOCTL, target, request, argument, wire)
+
+    def ioctl_handle(self, target: Handle, request: int, argument: int = 0) -> Handle:
+        handle = self._free_handles.pop()
+        self._mailbox.call(layout.OPERATION_IOCTL, target, request, argument, keep_as=handle)
+        return handle
+
+    def release(self, handle: Handle) -> None:
+        for index, (kept, _) in list(self._callbacks.items()):
+            if kept == handle:
+                del self._callbacks[index]
+        self._mailbox.call(layout.OPERATION_CLOSE, handle)
+        self._free_handles.append(handle)
+
+    # --- events --------------------------------------------------------------------------
+
+    def out_event(self) -> RemoteOutEvent:
+        if not self._free_vectors:
+            raise HvHostError("the machine needs more interrupts than the rig lent it.")
+        number, descriptor = self._free_vectors.pop(0)
+        handle = self._free_handles.pop()
+        self._mailbox.call(layout.OPERATION_VECTOR_EVENT, argument=number, keep_as=handle)
+        return RemoteOutEvent(handle, descriptor)
+
+    def in_event(self, loop: EventLoop, callback: Callable[[], None]) -> Handle:
+        if not self._callbacks:
+            loop.add_reader(self._session.events[0], self._on_raised)
+        index = next(i for i in range(layout.MAXIMUM_IN_EVENTS) if i not in self._callbacks)
+        handle = self._free_handles.pop()
+        self._mailbox.call(layout.OPERATION_IN_EVENT, argument=index, keep_as=handle)
+        self._callbacks[index] = (handle, callback)
+        return handle
+
+    def _on_raised(self) -> None:
+        try:
+            os.eventfd_read(self._session.events[0])
+        except BlockingIOError:
+            return
+        words = self._control_words
+        ring = layout.CONTROL_RAISED_RING // 4
+        while self._tail != words[layout.CONTROL_RAISED_HEAD // 4]:
+            index = words[ring + self._tail % layout.RAISED_RING_ENTRIES]
+            self._tail = (self._tail + 1) & 0xFFFFFFFF
+            # Cleared before the callback looks: a raise from now on queues again.
+            self._control[layout.CONTROL_QUEUED + index] = 0
+            entry = self._callbacks.get(index)
+            if entry is not None:
+                entry[1]()
+
+    # --- virtual processors --------------------------------------------------------------
+
+    def start_processor(self, index: int, handle: Handle) -> memoryview:
+        if index >= layout.MAXIMUM_PROCESSORS:
+            raise HvHostError(
+                f"the rig runs at most {layout.MAXIMUM_PROCESSORS} virtual processors a machine."
+            )
+        self._mailbox.call(layout.OPERATION_START_PROCESSOR, handle, argument=index)
+        offset = layout.CONTROL_PROCESSORS + index * layout.PROCESSOR_STRIDE
+        mailbox = _Mailbox(
+            self._session,
+            self._control,
+            offset,
+            layout.PROCESSOR_BUFFER_SIZE,
+            self._session.events[1 + index],
+        )
+        self._processors[index] = mailbox
+        self._mailbox_of[handle] = mailbox
+        start = offset + layout.PROCESSOR_RUN
+        return self._control[start : start + layout.RUN_IMAGE_SIZE]
+
+    def run(self, index: int) -> int:
+        return self._processors[index].run()
+
+    def kick(self, index: int) -> None:
+        self._mailbox.call(layout.OPERATION_KICK, argument=index)
+
+    def coalesced_ring(self) -> memoryview:
+        start = layout.CONTROL_COALESCED
+        return self._control[start : start + layout.COALESCED_SIZE]
+
+    def drain_coalesced(self) -> None:
+        self._mailbox.call(layout.OPERATION_DRAIN_COALESCED)
+
+    def close(self) -> None:
+        for mailbox in (self._mailbox, *self._processors.values()):
+            mailbox.close()
+        close_session(self._session)

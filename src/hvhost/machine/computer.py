@@ -1,0 +1,325 @@
+"""One power-on of a machine: the rooms wired together, from reset vector to power-off.
+
+A reset makes a new computer: nothing of the old one is left, as on real hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hvhost.chipset.acpi import build_acpi_tables
+from hvhost.chipset.pm import attach_power_management
+from hvhost.chipset.ports import PortBus
+from hvhost.chipset.rtc import Rtc
+from hvhost.chipset.uart import Uart
+from hvhost.errors import HvHostError
+from hvhost.firmware.boot import load_kernel
+from hvhost.firmware.boot_state import BootState
+from hvhost.firmware.image import KernelImage
+from hvhost.firmware.layout import ACPI_ADDRESS, memory_layout
+from hvhost.kvm.transport import Handle, OutEvent, Transport
+from hvhost.kvm.vcpu import Registers, Segment, Vcpu
+from hvhost.kvm.vm import SintRoute, Vm
+from hvhost.machine.coalesced import CoalescedPorts
+from hvhost.machine.loop import Loop
+from hvhost.machine.model import CrashReport, MachineConfig
+from hvhost.partition.cpuid import build_cpuid
+from hvhost.partition.crash import CRASH_MSR_COUNT, HV_X64_MSR_CRASH_P0, CrashRegisters
+from hvhost.partition.hang import hang
+from hvhost.partition.hypercall import Hypercalls
+from hvhost.partition.memory import GuestMemory, MemoryRegion
+from hvhost.partition.processor import Handlers, Processor
+from hvhost.partition.synic import VMBUS_MESSAGE_SINT, Synic
+from hvhost.vmbus.channel import Channel, ChannelDevice
+from hvhost.vmbus.server import VmbusServer
+
+log = logging.getLogger(__name__)
+
+RTC_PORTS = range(0x70, 0x72)
+SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
+FIRST_SYNIC_GSI = 32
+HV_X64_MSR_GUEST_OS_ID = 0x40000000
+_SLEEP_S5 = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Notices:
+    """What a computer tells its machine; called on any thread, with the computer's lock held."""
+
+    event: Callable[[str, str], None]
+    """Kind and detail of a :class:`hvhost.machine.model.MachineEvent`."""
+    crashed: Callable[[CrashReport], None]
+    power_off: Callable[[], None]
+    reset: Callable[[str], None]
+    failed: Callable[[str], None]
+
+
+class BusPort:
+    """The bus's way to the guest: SynIC pages one way, signals the other."""
+
+    def __init__(self, vm: Vm, loop: Loop, lock: threading.RLock) -> None:
+        self._vm = vm
+        self._loop = loop
+        self._lock = lock
+        self.synics: list[Synic] = []
+        self._signals: dict[int, Handle] = {}
+
+    def post_message(self, vp: int, sint: int, message_type: int, payload: bytes) -> None:
+        self.synics[vp].post(message_type, payload)
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None:
+        self.synics[vp].signal(sint, flag)
+
+    def connect_signal(self, connection_id: int, channel: Channel) -> None:
+        def signalled() -> None:
+            with self._lock:
+                if channel.process():
+                    self._loop.call_soon_threadsafe(signalled)
+
+        event = self._vm.in_event(self._loop, signalled)
+        self._vm.connect_hyperv_signal(connection_id, event)
+        self._signals[connection_id] = event
+
+    def disconnect_signal(self, connection_id: int) -> None:
+        event = self._signals.pop(connection_id, None)
+        if event is not None:
+            self._vm.disconnect_hyperv_signal(connection_id)
+            self._vm.transport.release(event)
+
+
+class Computer:
+    """One boot of one machine; built by :meth:`__init__`, running after :meth:`start`."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        kernel: KernelImage,
+        transport: Transport,
+        loop: Loop,
+        devices: Sequence[ChannelDevice],
+        serial_sinks: Sequence[Callable[[bytes], None]],
+        notices: Notices,
+    ) -> None:
+        self.config = config
+        self.lock = threading.RLock()
+        self.started = time.monotonic()
+        self._notices = notices
+        self._vm = Vm(transport)
+        self._loop = loop
+        self._over = False
+        layout = memory_layout(config.memory)
+        self.memory = GuestMemory(
+            [
+                MemoryRegion(
+                    region.guest_address,
+                    transport.memory[region.backing_offset : region.backing_offset + region.size],
+                    region.backing_offset,
+                )
+                for region in layout.regions
+            ]
+        )
+        for region in layout.regions:
+            self._vm.add_memory(region.guest_address, region.size, region.backing_offset)
+
+        self.ports = PortBus()
+        self.ports.register(RTC_PORTS, Rtc(time.time))
+        attach_power_management(
+            self.ports, on_sleep=self._sleep, on_reset=lambda: self._reset("reset register")
+        )
+        self.uarts = [
+            self._add_uart(index, sink)
+            for index, sink in enumerate(serial_sinks[: config.serial_ports])
+        ]
+
+        vcpus = [self._vm.create_vcpu(index) for index in range(config.cpus)]
+        supported, hyperv = self._vm.supported_cpuid(), self._vm.supported_hyperv_cpuid()
+        for vcpu in vcpus:
+            vcpu.set_cpuid(
+                build_cpuid(supported, hyperv, vp_index=vcpu.index, processors=config.cpus)
+            )
+        self._coalesced = CoalescedPorts(self._vm, [p for p, _ in SERIAL_PORTS[: len(self.uarts)]])
+        self._vm.filter_msrs(HV_X64_MSR_CRASH_P0, CRASH_MSR_COUNT)
+
+        port = BusPort(self._vm, loop, self.lock)
+        port.synics += self._wire_synics()
+        self.bus = VmbusServer(self.memory, port, on_event=notices.event, processors=config.cpus)
+        for device in devices:
+            self.bus.add_device(device)
+
+        handlers = Handlers(
+            lock=self.lock,
+            ports=self.ports,
+            msrs=CrashRegisters(self.memory, notices.crashed),
+            hypercall=Hypercalls(self.memory, self.bus.post_message, self.bus.signal).call,
+            synic=lambda vp, control, flags, messages: port.synics[vp].registers_changed(
+                control, flags, messages
+            ),
+            before_port=self.drain_ports,
+            stopped=self._processor_stopped,
+        )
+        self.processors = [Processor(vcpu, handlers) for vcpu in vcpus]
+        tables = build_acpi_tables(
+            address=ACPI_ADDRESS,
+            processors=config.cpus,
+            low_mmio=layout.low_mmio,
+            high_mmio=layout.high_mmio,
+            serial_ports=len(self.uarts),
+        )
+        self.memory.write(ACPI_ADDRESS, tables.blob)
+        initrd = Path(config.initrd).read_bytes() if config.initrd else None
+        _set_boot_state(
+            vcpus[0],
+            load_kernel(
+                self.memory,
+                kernel,
+                command_line=config.command_line,
+                initrd=initrd,
+                e820=layout.e820,
+                rsdp_address=tables.rsdp_address,
+            ),
+        )
+
+    # --- building ------------------------------------------------------------------------------
+
+    def _add_uart(self, index: int, sink: Callable[[bytes], None]) -> Uart:
+        base, irq = SERIAL_PORTS[index]
+        line: OutEvent = self._vm.irq_event(irq)
+        # ISA lines are edges to the guest: a rising level is one raise.
+        uart = Uart(lambda level: line.trigger() if level else None, sink)
+        self.ports.register(range(base, base + 8), uart)
+        return uart
+
+    def _wire_synics(self) -> list[Synic]:
+        """Two lines a VP; KVM reports a message's end on the one with the higher number."""
+        routes, pairs = [], []
+        for vp in range(self.config.cpus):
+            gsi = FIRST_SYNIC_GSI + 2 * vp
+            routes += [
+                SintRoute(gsi, vp, VMBUS_MESSAGE_SINT),
+                SintRoute(gsi + 1, vp, VMBUS_MESSAGE_SINT),
+            ]
+            pairs.append((vp, gsi))
+        self._vm.set_routes(routes)
+        synics: list[Synic] = []
+        for vp, gsi in pairs:
+            taken = self._vm.in_event(self._loop, lambda vp=vp: self._message_taken(synics[vp]))  # type: ignore[misc]
+            event_line = self._vm.irq_event(gsi)
+            message_line = self._vm.irq_event(gsi + 1, resample=taken)
+            synics.append(Synic(self.memory, vp, message_line, event_line))
+        return synics
+
+    def _message_taken(self, synic: Synic) -> None:
+        with self.lock:
+            synic.deliver()
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the guest."""
+        for processor in self.processors:
+            processor.start()
+
+    def close(self) -> None:
+        """Stop for good and give everything back."""
+        self._over = True
+        for processor in self.processors:
+            processor.stop()
+        with self.lock:
+            for uart in self.uarts:
+                uart.flush()
+            with contextlib.suppress(OSError, HvHostError):
+                self.bus.reset()
+        self._vm.close()
+
+    def drain_ports(self) -> None:
+        """Hand coalesced writes to their devices; with the lock held."""
+        self._coalesced.drain(self.ports.write)
+
+    def tick(self) -> None:
+        """Now and then: output that the guest left behind without another exit."""
+        with self.lock:
+            self._coalesced.refresh()
+            self.drain_ports()
+            for uart in self.uarts:
+                uart.flush()
+
+    def nmi(self) -> None:
+        """A non-maskable interrupt on VP 0."""
+        processor = self.processors[0]
+        processor.call(processor.vcpu.nmi)
+
+    def hang(self) -> list[int]:
+        """See :mod:`hvhost.partition.hang`."""
+        return hang(self.processors, self.memory)
+
+    def guest_os_id(self) -> int:
+        """``HV_X64_MSR_GUEST_OS_ID`` as the guest wrote it."""
+        processor = self.processors[0]
+        return processor.call(lambda: processor.vcpu.msrs([HV_X64_MSR_GUEST_OS_ID])[0])
+
+    def exits(self) -> dict[str, int]:
+        """Exits of all processors by reason."""
+        total: Counter[str] = Counter()
+        for processor in self.processors:
+            total.update(processor.exits)
+        return dict(total.most_common())
+
+    # --- what the guest does -------------------------------------------------------------------
+
+    def _sleep(self, state: int) -> None:
+        if not self._over and state == _SLEEP_S5:
+            self._over = True
+            self._notices.event("sleep", "S5")
+            self._notices.power_off()
+
+    def _reset(self, why: str) -> None:
+        if not self._over:
+            self._over = True
+            self._notices.reset(why)
+
+    def _processor_stopped(self, reason: str) -> None:
+        if self._over:
+            return
+        if reason == "reset":
+            self._reset("triple fault")
+        else:
+            self._over = True
+            self._notices.failed(reason)
+
+
+def _set_boot_state(vcpu: Vcpu, boot: BootState) -> None:
+    special = vcpu.special_registers()
+
+    def segment(wanted: object) -> Segment:
+        names = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g")
+        return Segment(**{name: getattr(wanted, name) for name in names})
+
+    data = segment(boot.data)
+    vcpu.set_special_registers(
+        replace(
+            special.with_segments(
+                cs=segment(boot.code),
+                ds=data,
+                es=data,
+                fs=data,
+                gs=data,
+                ss=data,
+                tr=segment(boot.task),
+            ),
+            gdt=(boot.gdt_address, boot.gdt_limit),
+            cr0=boot.cr0,
+            cr3=boot.cr3,
+            cr4=boot.cr4,
+            efer=boot.efer,
+        )
+    )
+    vcpu.set_registers(
+        Registers(rip=boot.rip, rsp=boot.rsp, rsi=boot.rsi, rbx=boot.rbx, rflags=boot.rflags)
+    )

@@ -1,0 +1,265 @@
+"""A machine alive: a computer that may be reset, its serial ports, its events."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from hvhost.errors import HvHostError
+from hvhost.firmware.image import KernelImage
+from hvhost.kvm.transport import Transport
+from hvhost.machine.computer import Computer, Notices
+from hvhost.machine.loop import Loop
+from hvhost.machine.model import (
+    ChannelInfo,
+    CrashReport,
+    HeartbeatStatus,
+    MachineConfig,
+    MachineEvent,
+    MachineInfo,
+    MachineState,
+    ShutdownAction,
+)
+from hvhost.services.heartbeat import INTERVAL, Heartbeat
+from hvhost.services.shutdown import Shutdown
+
+log = logging.getLogger(__name__)
+
+MAXIMUM_EVENTS = 10_000
+_MEASURE_SECONDS = 120.0
+
+
+class Machine:
+    """Implements :class:`hvhost.machine.model.LiveMachine`; its loop is the main thread's."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        kernel: KernelImage,
+        connect: Callable[[], Transport],
+        loop: Loop,
+        serial_sinks: list[Callable[[bytes], None]],
+    ) -> None:
+        self._config = config
+        self._kernel = kernel
+        self._connect = connect
+        self._loop = loop
+        self._serial_sinks = serial_sinks
+        self._born = time.monotonic()
+        self._state = MachineState.STARTING
+        self._events: deque[MachineEvent] = deque(maxlen=MAXIMUM_EVENTS)
+        self._sequence = 0
+        self._changed = threading.Condition()
+        self._boots = 0
+        self._crash: CrashReport | None = None
+        self._last_stop: str | None = None
+        self.error: str | None = None
+        self._computer: Computer | None = None
+        self._transport_name = ""
+        self._heartbeat = Heartbeat()
+        self._shutdown = Shutdown()
+        self._os_id = 0
+
+    # --- life; on the loop's thread --------------------------------------------------------------
+
+    def power_on(self) -> None:
+        """Build a computer and run it."""
+        transport = self._connect()
+        self._transport_name = transport.name
+        self._heartbeat = Heartbeat(on_status=self._heartbeat_changed)
+        self._shutdown = Shutdown()
+        notices = Notices(
+            event=self._event,
+            crashed=self._crashed,
+            power_off=lambda: self._loop.call_soon_threadsafe(
+                lambda: self._stop(MachineState.STOPPED, "the guest powered off")
+            ),
+            reset=lambda why: self._loop.call_soon_threadsafe(lambda: self._restart(why)),
+            failed=lambda why: self._loop.call_soon_threadsafe(
+                lambda: self._stop(MachineState.FAILED, why)
+            ),
+        )
+        try:
+            self._computer = Computer(
+                self._config,
+                self._kernel,
+                transport,
+                self._loop,
+                [self._heartbeat, self._shutdown],
+                self._serial_sinks,
+                notices,
+            )
+        except BaseException:
+            transport.close()
+            raise
+        self._boots += 1
+        self._crash = None
+        self._os_id = 0
+        self._state = MachineState.RUNNING
+        self._event("started", f"boot {self._boots}")
+        computer = self._computer
+        self._loop.call_later(INTERVAL, lambda: self._tick(computer))
+        self._computer.start()
+
+    def _tick(self, computer: Computer) -> None:
+        """Every heartbeat interval, for as long as *computer* is ours."""
+        if self._computer is not computer:
+            return
+        with computer.lock:
+            self._heartbeat.tick(time.monotonic())
+        computer.tick()
+        self._loop.call_later(INTERVAL, lambda: self._tick(computer))
+
+    def _power_down(self) -> None:
+        computer, self._computer = self._computer, None
+        if computer is not None:
+            computer.close()
+
+    def _restart(self, why: str) -> None:
+        if self._state in (MachineState.STOPPED, MachineState.FAILED):
+            return
+        self._power_down()
+        self._event("reset", why)
+        try:
+            self.power_on()
+        except HvHostError as error:
+            self._stop(MachineState.FAILED, str(error))
+
+    def _stop(self, state: MachineState, why: str) -> None:
+        if self._state in (MachineState.STOPPED, MachineState.FAILED):
+            return
+        self._power_down()
+        self._state = state
+        self._last_stop = why
+        if state is MachineState.FAILED:
+            self.error = why
+            log.error("%s", why)
+        self._event("stopped", why)
+        self._loop.stop()
+
+    # --- what happens ----------------------------------------------------------------------------
+
+    def _event(self, kind: str, detail: str = "") -> None:
+        with self._changed:
+            self._sequence += 1
+            seconds = time.monotonic() - self._born
+            self._events.append(MachineEvent(self._sequence, seconds, kind, detail))
+            self._changed.notify_all()
+        log.info("%s %s", kind, detail)
+
+    def _heartbeat_changed(self, status: HeartbeatStatus) -> None:
+        self._event("heartbeat", status.value)
+
+    def _crashed(self, report: CrashReport) -> None:
+        self._crash = replace(report, seconds=time.monotonic() - self._born)
+        self._state = MachineState.CRASHED
+        self._event("crash", report.text or "")
+        self._heartbeat.set_crashed(True)
+
+    # --- LiveMachine; any thread -----------------------------------------------------------------
+
+    @property
+    def config(self) -> MachineConfig:
+        return self._config
+
+    def _running(self) -> Computer:
+        computer = self._computer
+        if computer is None:
+            raise HvHostError(f"machine {self._config.name!r} is not running; start it again.")
+        return computer
+
+    def info(self) -> MachineInfo:
+        config, computer = self._config, self._computer
+        info = MachineInfo(
+            name=config.name,
+            pid=os.getpid(),
+            state=self._state,
+            seconds=time.monotonic() - self._born,
+            cpus=config.cpus,
+            memory=config.memory,
+            kernel=config.kernel,
+            command_line=config.command_line,
+            transport=self._transport_name,
+            boots=self._boots,
+            crash=self._crash,
+            last_stop=self._last_stop,
+            error=self.error,
+        )
+        if computer is None:
+            return info
+        with computer.lock:
+            round_trip = self._heartbeat.round_trip
+            info = replace(
+                info,
+                vmbus_version=computer.bus.version,
+                heartbeat=self._heartbeat.status(time.monotonic()),
+                heartbeat_round_trip_microseconds=round_trip and round_trip * 1e6,
+                shutdown_ready=self._shutdown.ready,
+                channels=tuple(
+                    ChannelInfo(
+                        channel.channel_id,
+                        channel.offer.name,
+                        str(channel.offer.interface_type),
+                        str(channel.offer.interface_instance),
+                        channel.state.value,
+                        channel.target_vp,
+                    )
+                    for channel in computer.bus.channels
+                ),
+                exits=computer.exits(),
+            )
+        if self._state is MachineState.RUNNING and not self._os_id:
+            self._os_id = computer.guest_os_id()
+        return replace(info, guest_os_id=self._os_id)
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._sequence > after, timeout)
+            return [event for event in self._events if event.sequence > after]
+
+    def shut_down(self, action: ShutdownAction) -> None:
+        computer = self._running()
+        with computer.lock:
+            self._shutdown.request(action)
+
+    def force_stop(self) -> None:
+        self._loop.call_soon_threadsafe(
+            lambda: self._stop(MachineState.STOPPED, "powered off by force")
+        )
+
+    def reset(self) -> None:
+        self._running()
+        self._loop.call_soon_threadsafe(lambda: self._restart("asked by the user"))
+
+    def nmi(self) -> None:
+        self._running().nmi()
+
+    def hang(self) -> None:
+        self._running().hang()
+
+    def heartbeat_round_trips(self, count: int) -> list[float]:
+        computer = self._running()
+        done = threading.Event()
+        result: list[float] = []
+
+        def finished(round_trips: list[float]) -> None:
+            result.extend(round_trips)
+            done.set()
+
+        with computer.lock:
+            self._heartbeat.measure(count, finished)
+        if not done.wait(_MEASURE_SECONDS):
+            raise HvHostError("the guest stopped answering heartbeats; see `hvhost info`.")
+        return result
+
+    def serial_input(self, index: int, data: bytes) -> None:
+        """Bytes typed at a serial port; what the guest has no room for is lost, as on a wire."""
+        computer = self._computer
+        if computer is not None and index < len(computer.uarts):
+            with computer.lock:
+                computer.uarts[index].feed(data)

@@ -1,0 +1,93 @@
+"""The worker: the process of one machine. ``python -m hvhost.machine.worker CONFIG.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.firmware.extract import open_for_boot
+from hvhost.kvm.detect import connect
+from hvhost.kvm.transport import Transport as KvmTransport
+from hvhost.machine.api import ApiServer
+from hvhost.machine.loop import Loop
+from hvhost.machine.machine import Machine
+from hvhost.machine.model import MachineConfig, Transport
+from hvhost.machine.serial import CONSOLE_SCROLLBACK, SerialSocket
+
+log = logging.getLogger(__name__)
+
+
+def _read_config(path: Path) -> MachineConfig:
+    values = json.loads(path.read_text())
+    values["transport"] = Transport(values["transport"])
+    return MachineConfig(**values)
+
+
+def run(config_file: Path) -> None:
+    """Run the machine of *config_file* until it stops; :class:`HvHostError` on failure."""
+    config = _read_config(config_file)
+    directory = config_file.parent
+    kernel = open_for_boot(Path(config.kernel))
+    loop = Loop()
+    machines: list[Machine] = []
+    serials = [
+        SerialSocket(
+            directory / f"serial{index + 1}.sock",
+            lambda data, index=index: machines[0].serial_input(index, data),  # type: ignore[misc]
+            CONSOLE_SCROLLBACK if index == 0 else 0,
+        )
+        for index in range(config.serial_ports)
+    ]
+    for serial in serials:
+        serial.attach(loop)
+
+    def connect_kvm() -> KvmTransport:
+        return connect(config, lambda text: log.info("%s", text))
+
+    machine = Machine(config, kernel, connect_kvm, loop, [serial.write for serial in serials])
+    machines.append(machine)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: machine.force_stop())
+    api = ApiServer(machine, directory / "api.sock")
+    try:
+        machine.power_on()
+        api.start()
+        loop.run()
+    finally:
+        api.close()
+        for serial in serials:
+            serial.close()
+    if machine.error is not None:
+        raise HvHostError(machine.error)
+
+
+def main() -> int:
+    config_file = Path(sys.argv[1])
+    directory = config_file.parent
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
+    )
+    with (directory / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pid_file = directory / "worker.pid"
+        pid_file.write_text(f"{os.getpid()}\n")
+        try:
+            run(config_file)
+        except HvHostError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                pid_file.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Debug: make a guest hang the way real guests hang, in ring 0 with interrupts off.
+
+Every processor is taken to a two-byte jump to itself inside the guest's own kernel text and left
+to run there. It answers nothing but a non-maskable interrupt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hvhost.errors import GuestMemoryError, HvHostError
+from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
+from hvhost.kvm.vcpu import Vcpu
+from hvhost.partition.memory import PAGE_SIZE, GuestMemory
+from hvhost.partition.processor import Processor
+
+MSR_LSTAR = 0xC0000082
+RFLAGS_IF = 1 << 9
+_SELF_JUMP = b"\xeb\xfe"
+_SEARCH = 4 << 20
+_ATTEMPTS = 400
+_RING_SECONDS = 0.005
+_CHECK_SECONDS = 0.2
+
+
+def find_self_jump(vcpu: Vcpu, memory: GuestMemory) -> int | None:
+    """Linear address of a self-jump in the kernel text around the system call entry."""
+    entry = vcpu.msrs([MSR_LSTAR])[0]
+    if not entry >> 63:
+        return None
+    page = entry & ~(PAGE_SIZE - 1)
+    for direction in (1, -1):
+        for distance in range(0, _SEARCH, PAGE_SIZE):
+            address = page + direction * distance
+            physical = vcpu.translate(address)
+            if physical is None:
+                break
+            try:
+                place = memory.read(physical, PAGE_SIZE).find(_SELF_JUMP)
+            except GuestMemoryError:
+                break
+            if place >= 0:
+                return address + place
+    return None
+
+
+def _hang_now(vcpu: Vcpu, memory: GuestMemory) -> int | None:
+    """Take a processor to the jump if it is in ring 0; None if it is not."""
+    if vcpu.mp_state() not in (KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED):
+        return 0  # not started by the guest: nothing to hang
+    special = vcpu.special_registers()
+    if special.segment("cs").selector & 3:
+        return None
+    target = find_self_jump(vcpu, memory)
+    if target is None:
+        return None
+    registers = vcpu.registers()
+    vcpu.set_registers(replace(registers, rip=target, rflags=registers.rflags & ~RFLAGS_IF))
+    vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)
+    return target
+
+
+def hang(processors: Sequence[Processor], memory: GuestMemory) -> list[int]:
+    """Hang every processor; the addresses where they spin, 0 for those never started.
+
+    :class:`HvHostError` if one could not be caught in ring 0, or does not stay on its jump.
+    """
+    targets = []
+    for processor in processors:
+        vcpu = processor.vcpu
+        for _ in range(_ATTEMPTS):
+            target = processor.call(lambda vcpu=vcpu: _hang_now(vcpu, memory))  # type: ignore[misc]
+            if target is not None:
+                break
+            time.sleep(_RING_SECONDS)
+        else:
+            raise HvHostError(
+                f"virtual processor {vcpu.index} was never caught in the guest's kernel, so it "
+                "could not be hung; wait until the guest has booted and try again."
+            )
+        targets.append(target)
+    time.sleep(_CHECK_SECONDS)
+    for processor, target in zip(processors, targets, strict=True):
+        if not target:
+            continue
+        registers = processor.call(processor.vcpu.registers)
+        if registers.rip != target or registers.rflags & RFLAGS_IF:
+            raise HvHostError(
+                f"virtual processor {processor.vcpu.index} left its jump at {target:#x} for "
+                f"{registers.rip:#x}; the guest was not hung."
+            )
+    return targets

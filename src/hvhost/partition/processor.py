@@ -1,0 +1,212 @@
+"""The loop of one virtual processor: run the guest, answer what it left for."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import struct
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from hvhost.errors import HvHostError
+from hvhost.kvm import constants as k
+from hvhost.kvm.constants import Exit
+from hvhost.kvm.vcpu import Vcpu
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_IO = struct.Struct("<BBHIQ").unpack_from  # direction, size, port, count, data offset
+_UNION = 32  # offset of the exit's details in struct kvm_run
+_CALL_SECONDS = 20.0
+
+
+class Ports(Protocol):
+    """The I/O port space."""
+
+    def read(self, port: int, size: int) -> int: ...
+
+    def write(self, port: int, size: int, value: int) -> None: ...
+
+
+class Msrs(Protocol):
+    """Model-specific registers that KVM leaves to us."""
+
+    def read(self, msr: int) -> int | None: ...
+
+    def write(self, msr: int, value: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """Where exits go; *lock* is held around every call into the machine."""
+
+    lock: threading.RLock
+    ports: Ports
+    msrs: Msrs
+    hypercall: Callable[[int, int], int]
+    synic: Callable[[int, int, int, int], None]
+    """VP, SCONTROL, SIEFP, SIMP."""
+    before_port: Callable[[], None]
+    """Bring coalesced port writes up to date."""
+    stopped: Callable[[str], None]
+    """The processor cannot go on: ``reset`` (triple fault), or why KVM gave up."""
+
+
+class Processor:
+    """A virtual processor and its thread."""
+
+    def __init__(self, vcpu: Vcpu, handlers: Handlers) -> None:
+        self.vcpu = vcpu
+        self.exits: Counter[str] = Counter()
+        self._handlers = handlers
+        self._run_state = vcpu.run_state
+        self._words = vcpu.run_state[:4096].cast("I")
+        self._quads = vcpu.run_state[:4096].cast("Q")
+        self._requests: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name=f"vp-{vcpu.index}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Run *function* on the processor's thread, out of the guest; its result."""
+        future: Future[object] = Future()
+        self._requests.append((function, future))
+        if not self._thread.is_alive():
+            raise HvHostError(f"virtual processor {self.vcpu.index} has stopped.")
+        self.vcpu.kick()
+        return future.result(_CALL_SECONDS)  # type: ignore[return-value] # what function returned
+
+    def stop(self) -> None:
+        """End the thread; the guest is not run again."""
+        self._stopping = True
+        if self._thread.ident is None or self._thread is threading.current_thread():
+            return
+        while self._thread.is_alive():
+            try:
+                self.vcpu.kick()
+            except (OSError, HvHostError):
+                return  # the rig is gone; its thread ends by itself
+            self._thread.join(0.2)
+
+    # --- the thread --------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._loop()
+        except HvHostError as error:
+            self._handlers.stopped(str(error))
+        except Exception as error:
+            log.exception("virtual processor %d", self.vcpu.index)
+            self._handlers.stopped(f"virtual processor {self.vcpu.index}: {error!r}")
+
+    def _loop(self) -> None:
+        run, words, exits = self.vcpu.run, self._words, self.exits
+        answer = {
+            Exit.IO: self._io,
+            Exit.HYPERV: self._hyperv,
+            Exit.MMIO: self._mmio,
+            Exit.X86_WRMSR: self._wrmsr,
+            Exit.X86_RDMSR: self._rdmsr,
+        }
+        while not self._stopping:
+            if self._requests:
+                self._serve_requests()
+            error = run()
+            if error:
+                exits["interrupted"] += 1
+                if error not in (errno.EINTR, errno.EAGAIN):
+                    raise HvHostError(
+                        f"KVM cannot run virtual processor {self.vcpu.index}: "
+                        f"{errno.errorcode.get(error, error)}."
+                    )
+                continue
+            reason = words[2]
+            handler = answer.get(reason)  # type: ignore[call-overload] # an int may be no Exit
+            if handler is not None:
+                handler()
+            elif not self._other(reason):
+                return
+
+    def _serve_requests(self) -> None:
+        while self._requests:
+            function, future = self._requests.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _io(self) -> None:
+        is_write, size, port, count, offset = _IO(self._run_state, _UNION)
+        self.exits[f"{'out' if is_write else 'in'} {port:#x}"] += 1
+        handlers, run_state = self._handlers, self._run_state
+        with handlers.lock:
+            handlers.before_port()
+            for place in range(offset, offset + count * size, size):
+                data = run_state[place : place + size]
+                if is_write:
+                    handlers.ports.write(port, size, int.from_bytes(data, "little"))
+                else:
+                    value = handlers.ports.read(port, size)
+                    data[:] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+
+    def _mmio(self) -> None:
+        # Nobody lives there: reads see an empty bus, writes go nowhere.
+        self.exits[f"mmio {self._quads[_UNION // 8] & ~0xFFF:#x}"] += 1
+        if not self._run_state[_UNION + 20]:
+            self._run_state[_UNION + 8 : _UNION + 16] = b"\xff" * 8
+
+    def _hyperv(self) -> None:
+        quads, kind = self._quads, self._words[_UNION // 4]
+        if kind == k.KVM_EXIT_HYPERV_HCALL:
+            self.exits[f"hypercall {quads[5] & 0xFFFF:#x}"] += 1
+            with self._handlers.lock:
+                quads[6] = self._handlers.hypercall(quads[5], quads[7])
+        elif kind == k.KVM_EXIT_HYPERV_SYNIC:
+            self.exits["synic"] += 1
+            with self._handlers.lock:
+                self._handlers.synic(self.vcpu.index, quads[6], quads[7], quads[8])
+
+    def _rdmsr(self) -> None:
+        words = self._words
+        self.exits[f"rdmsr {words[11]:#x}"] += 1
+        with self._handlers.lock:
+            value = self._handlers.msrs.read(words[11])
+        if value is None:
+            self._run_state[_UNION] = 1  # #GP
+        else:
+            self._run_state[_UNION] = 0
+            self._quads[6] = value
+
+    def _wrmsr(self) -> None:
+        words = self._words
+        self.exits[f"wrmsr {words[11]:#x}"] += 1
+        with self._handlers.lock:
+            known = self._handlers.msrs.write(words[11], self._quads[6])
+        self._run_state[_UNION] = 0 if known else 1
+
+    def _other(self, reason: int) -> bool:
+        """Rare exits; whether the processor goes on."""
+        words = self._words
+        name = Exit(reason).name if reason in Exit.__members__.values() else str(reason)
+        self.exits[name.lower()] += 1
+        if reason in (Exit.INTR, Exit.IRQ_WINDOW_OPEN, Exit.HLT, Exit.UNKNOWN):
+            return True
+        kind = words[_UNION // 4]
+        if reason == Exit.SYSTEM_EVENT and kind == k.KVM_SYSTEM_EVENT_CRASH:
+            return True  # the crash registers have told us already
+        if reason == Exit.SHUTDOWN or (
+            reason == Exit.SYSTEM_EVENT and kind == k.KVM_SYSTEM_EVENT_RESET
+        ):
+            self._handlers.stopped("reset")
+            return False
+        self._handlers.stopped(
+            f"KVM stopped virtual processor {self.vcpu.index} with {name} (detail {kind:#x})."
+        )
+        return False

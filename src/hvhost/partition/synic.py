@@ -1,0 +1,117 @@
+"""The host's side of the synthetic interrupt controller ([TLFS] chapter 11).
+
+KVM keeps the SynIC's registers and injects its interrupts; what is written into the guest's
+message and event-flag pages is ours. A message waits here until its slot is free; KVM tells of an
+end of message (or of interrupt) by the resample event of the route.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hvhost.errors import GuestMemoryError
+from hvhost.partition.memory import GuestMemory
+
+log = logging.getLogger(__name__)
+
+HV_MESSAGE_SIZE = 256
+HV_MESSAGE_PAYLOAD_BYTE_COUNT = 240
+HV_EVENT_FLAGS_BYTE_COUNT = 256
+HV_MESSAGE_FLAG_PENDING = 0x01
+VMBUS_MESSAGE_SINT = 2
+_ENABLED = 1
+_PAGE = ~0xFFF
+_MAXIMUM_QUEUED = 4096
+_HEADER = struct.Struct("<BB2xQ")  # payload size, flags, sender: all but the type
+_TYPE_SIZE = 4
+
+
+class Line(Protocol):
+    """Something that raises an interrupt."""
+
+    def trigger(self) -> None: ...
+
+
+@dataclass(slots=True)
+class SynicState:
+    """What a guest told its SynIC, and the messages it has not taken yet."""
+
+    control: int = 0
+    event_flags_page: int = 0
+    message_page: int = 0
+    queue: deque[tuple[int, bytes]] = field(default_factory=deque)
+
+
+class Synic:
+    """One VP's message and event-flag pages for :data:`VMBUS_MESSAGE_SINT`."""
+
+    def __init__(self, memory: GuestMemory, vp: int, message_line: Line, event_line: Line) -> None:
+        self.state = SynicState()
+        self.vp = vp
+        self._memory = memory
+        self._message_line = message_line
+        self._event_line = event_line
+
+    def registers_changed(self, control: int, event_flags_page: int, message_page: int) -> None:
+        """The guest wrote SCONTROL, SIEFP or SIMP (``KVM_EXIT_HYPERV_SYNIC``)."""
+        self.state.control = control
+        self.state.event_flags_page = event_flags_page
+        self.state.message_page = message_page
+        self.deliver()
+
+    def post(self, message_type: int, payload: bytes) -> None:
+        """Queue a message ([TLFS] 11.8.2) and deliver it when its slot is free."""
+        if len(self.state.queue) >= _MAXIMUM_QUEUED:
+            log.warning(
+                "VP %d takes no messages: message of type %d dropped", self.vp, message_type
+            )
+            return
+        self.state.queue.append((message_type, payload))
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Put the next message into the slot, if there is one and the slot is free."""
+        queue, page = self.state.queue, self.state.message_page
+        if not queue or not page & _ENABLED:
+            return
+        slot = (page & _PAGE) + HV_MESSAGE_SIZE * VMBUS_MESSAGE_SINT
+        memory = self._memory
+        try:
+            if memory.load32(slot):
+                # Ask for an end of message, then look again: the guest may just have freed it.
+                memory.view(slot + 5, 1)[0] |= HV_MESSAGE_FLAG_PENDING
+                if memory.load32(slot):
+                    return
+            message_type, payload = queue.popleft()
+            more = HV_MESSAGE_FLAG_PENDING if queue else 0
+            body = _HEADER.pack(len(payload), more, 0) + payload
+            memory.write(slot + _TYPE_SIZE, body)
+            memory.store32(slot, message_type)  # last: this is what the guest polls
+        except GuestMemoryError as error:
+            queue.clear()
+            log.warning("VP %d: message page: %s", self.vp, error)
+            return
+        self._message_line.trigger()
+
+    def signal(self, sint: int, flag: int) -> None:
+        """Set an event flag ([TLFS] 11.8.3) and raise the interrupt."""
+        page = self.state.event_flags_page
+        if not page & _ENABLED:
+            return
+        address = (page & _PAGE) + HV_EVENT_FLAGS_BYTE_COUNT * sint + (flag >> 3)
+        try:
+            # Only the guest writes here besides us, and it only clears: a lost race repeats a
+            # flag, it never loses one.
+            self._memory.view(address, 1)[0] |= 1 << (flag & 7)
+        except GuestMemoryError as error:
+            log.warning("VP %d: event flags page: %s", self.vp, error)
+            return
+        self._event_line.trigger()
+
+    def reset(self) -> None:
+        """As after power-on."""
+        self.state = SynicState()

@@ -1,0 +1,171 @@
+"""A worker's connection to the rig's keeper; starts the keeper when there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hvhost.errors import HvHostError
+from hvhost.paths import runtime_dir
+from hvhost.rig import image, layout
+
+ANSWER_SECONDS = 180.0
+_MAXIMUM_DESCRIPTORS = 250
+
+
+@dataclass(frozen=True, slots=True)
+class RigSession:
+    """What the keeper lent: descriptors and offsets into the shared memory, in bytes."""
+
+    connection: socket.socket
+    memory_descriptor: int
+    control_offset: int
+    memory_offset: int
+    wake: int
+    vectors: tuple[tuple[int, int], ...]
+    """Pairs of MSI-X vector number and the eventfd that raises it."""
+    events: tuple[int, ...]
+    """Raised by the agent, indexed as ``layout.h`` says (``PEER_VECTORS`` of them)."""
+
+
+def _start_keeper() -> None:
+    log = runtime_dir("rig") / "rig.out"
+    with log.open("wb") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "hvhost.rig.server"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def _connect(progress: Callable[[str], None]) -> socket.socket:
+    directory = runtime_dir("rig")
+    deadline = time.monotonic() + 20
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers must not start two keepers
+        started = False
+        while True:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(directory / "rig.sock"))
+                return connection
+            except OSError:
+                connection.close()
+            if not started:
+                image.rig_image(progress)  # here, where somebody sees the progress
+                _start_keeper()
+                started = True
+                deadline = time.monotonic() + 20
+            if time.monotonic() > deadline:
+                raise HvHostError(
+                    f"the rig's keeper did not start; see {directory / 'rig.out'} for its errors."
+                )
+            time.sleep(0.02)
+
+
+def open_session(
+    memory_size: int, vectors: int, progress: Callable[[str], None] = lambda text: None
+) -> RigSession:
+    """Borrow *memory_size* bytes and *vectors* interrupt vectors; waits for the rig to be up."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        connection = _connect(progress)
+        session = _negotiate(connection, memory_size, vectors, progress)
+        if session is not None:
+            return session
+        connection.close()  # the keeper was just leaving: start another
+        if time.monotonic() > deadline:
+            raise HvHostError("the rig did not answer; run `hvhost doctor`.")
+        time.sleep(0.1)
+
+
+def _negotiate(
+    connection: socket.socket, memory_size: int, vectors: int, progress: Callable[[str], None]
+) -> RigSession | None:
+    connection.settimeout(ANSWER_SECONDS)
+    received = b""
+    descriptors: list[int] = []
+    try:
+        request = {"memory": memory_size, "vectors": vectors}
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            data, fds, _, _ = socket.recv_fds(connection, 65536, _MAXIMUM_DESCRIPTORS)
+            descriptors += fds
+            if not data:
+                return None
+            received += data
+            while b"\n" in received:
+                line, received = received.split(b"\n", 1)
+                answer = json.loads(line)
+                if "progress" in answer:
+                    progress(answer["progress"])
+                elif "error" in answer:
+                    raise HvHostError(answer["error"])
+                else:
+                    return _session(connection, answer, descriptors)
+    except TimeoutError:
+        raise HvHostError(
+            f"the rig did not answer within {ANSWER_SECONDS:.0f} s; its log is "
+            f"{runtime_dir('rig') / 'rig.log'}."
+        ) from None
+    except (ConnectionResetError, BrokenPipeError):
+        return None
+
+
+def _session(
+    connection: socket.socket, answer: dict[str, int | list[int]], descriptors: list[int]
+) -> RigSession:
+    numbers = answer["vectors"]
+    assert isinstance(numbers, list)
+    control_offset, memory_offset = answer["control_offset"], answer["memory_offset"]
+    assert isinstance(control_offset, int)
+    assert isinstance(memory_offset, int)
+    expected = 2 + len(numbers) + layout.PEER_VECTORS
+    if len(descriptors) != expected:
+        raise HvHostError(
+            f"the rig sent {len(descriptors)} descriptors instead of {expected}; "
+            "raise the limit on open files (ulimit -n)."
+        )
+    connection.setblocking(False)
+    first = 2 + len(numbers)
+    return RigSession(
+        connection,
+        descriptors[0],
+        control_offset,
+        memory_offset,
+        descriptors[1],
+        tuple(zip(numbers, descriptors[2:first], strict=True)),
+        tuple(descriptors[first:]),
+    )
+
+
+def reason_of_end(session: RigSession) -> str:
+    """The keeper's last words after the connection ended."""
+    with contextlib.suppress(OSError, ValueError):
+        data = session.connection.recv(65536)
+        if data:
+            return str(json.loads(data.splitlines()[-1]).get("error"))
+    return "the rig is gone: its keeper or its QEMU was killed; start the machine again."
+
+
+def close_session(session: RigSession) -> None:
+    """Give the session back; the keeper tears it down."""
+    session.connection.close()
+    for descriptor in (
+        session.memory_descriptor,
+        session.wake,
+        *(descriptor for _, descriptor in session.vectors),
+        *session.events,
+    ):
+        os.close(descriptor)

@@ -1,0 +1,427 @@
+"""The rig's keeper: one process per user that owns the rig's QEMU and lends it to machines.
+
+It is the ivshmem server: QEMU is peer 0, the keeper peer 1, each machine's worker a peer of its
+own. A worker connects to ``rig.sock``, says how much memory it needs, and receives the shared
+memory, its eventfds and its place in it; when the connection ends, for whatever reason, the agent
+is told to tear the session down and the memory is returned to the computer. QEMU dies with the
+keeper, and the keeper ends with the last session.
+
+Protocol on ``rig.sock``: one JSON object per line. Request ``{"memory": bytes, "vectors": n}``;
+answers ``{"progress": text}`` while the rig starts, then ``{"error": text}`` or the session
+``{"session", "control_offset", "memory_offset"}`` with the descriptors of :func:`send_session`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import mmap
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.paths import runtime_dir
+from hvhost.rig import image, layout, qemu
+from hvhost.units import GIB, MIB, format_size
+
+log = logging.getLogger(__name__)
+
+SHARED_SIZE = 64 * GIB
+START_SECONDS = 45.0
+START_ATTEMPTS = 3
+PING_SECONDS = 5.0
+HANG_SECONDS = 20.0
+KEEPER_PEER = 1
+FIRST_SESSION_PEER = 2
+ALIGNMENT = 2 * MIB
+_FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+
+
+def _events(count: int) -> list[int]:
+    return [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+
+
+@dataclass
+class Session:
+    """One worker's place in the rig."""
+
+    connection: socket.socket
+    received: bytes = b""
+    index: int | None = None
+    peer: int = 0
+    memory_offset: int = 0
+    memory_size: int = 0
+    events: list[int] = field(default_factory=list)
+    vectors: list[int] = field(default_factory=list)
+    closing: bool = False
+
+
+class Memory:
+    """The sparse shared memory and who has which part of it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.descriptor = os.memfd_create("hvhost-rig", os.MFD_CLOEXEC)
+        os.ftruncate(self.descriptor, size)
+        self.control = mmap.mmap(self.descriptor, layout.CONTROL_AREA)
+        self._used: list[tuple[int, int]] = [(0, layout.CONTROL_AREA)]
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def load(self, offset: int) -> int:
+        return int(struct.unpack_from("<I", self.control, offset)[0])
+
+    def store(self, offset: int, value: int) -> None:
+        struct.pack_into("<I", self.control, offset, value)
+
+    def allocate(self, size: int) -> int:
+        """First fit, aligned to 2 MiB; :class:`HvHostError` when the rig is full."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        place = 0
+        for start, end in sorted(self._used):
+            if start - place >= size:
+                break
+            place = max(place, end)
+        if place + size > self.size:
+            raise HvHostError(
+                f"the rig has no room for another {format_size(size)} of guest memory; "
+                "stop a machine or give this one less."
+            )
+        self._used.append((place, place + size))
+        return place
+
+    def free(self, offset: int) -> None:
+        for entry in self._used:
+            if entry[0] == offset:
+                self._used.remove(entry)
+                self.punch(entry[0], entry[1] - entry[0])
+                return
+
+    def punch(self, offset: int, size: int) -> None:
+        """Give the pages back to the computer; they read as zero again."""
+        self._libc.fallocate(
+            self.descriptor,
+            _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE,
+            ctypes.c_long(offset),
+            ctypes.c_long(size),
+        )
+
+
+class Keeper:
+    """State of the keeper process; :meth:`serve` is its life."""
+
+    def __init__(self, directory: Path, linger: float) -> None:
+        self.directory = directory
+        self.linger = linger
+        self.selector = selectors.DefaultSelector()
+        self.memory = Memory(SHARED_SIZE)
+        self.sessions: dict[int, Session] = {}
+        self.waiting: list[Session] = []
+        self.free_vectors = list(range(layout.FIRST_FREE_VECTOR, layout.VECTORS))
+        self.ready = False
+        self.idle_since = time.monotonic()
+        self.next_peer = FIRST_SESSION_PEER
+        self.console = b""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.device: socket.socket | None = None
+        self.wake: list[int] = []
+        self.own: list[int] = []
+
+    # --- QEMU ------------------------------------------------------------------------------
+
+    def start_qemu(self) -> None:
+        """Start QEMU and become its ivshmem server; :meth:`on_agent` notices when it is up."""
+        kernel, initrd = image.rig_image(lambda text: self.tell_waiting({"progress": text}))
+        path = self.directory / "shared.sock"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.settimeout(15)
+            self.memory.punch(0, layout.CONTROL_AREA)
+            self.memory.store(layout.HEADER_MAGIC, layout.RIG_MAGIC)
+            self.memory.store(layout.HEADER_VERSION, layout.RIG_VERSION)
+            self.console = b""
+            self.process = qemu.start(
+                qemu.rig_arguments(kernel, initrd, path), stdout=subprocess.PIPE
+            )
+            assert self.process.stdout is not None
+            os.set_blocking(self.process.stdout.fileno(), False)
+            try:
+                self.device, _ = listener.accept()
+            except TimeoutError:
+                detail = self.read_console()
+                self.stop_qemu()
+                raise HvHostError(f"the rig's QEMU did not start: {detail}") from None
+        path.unlink(missing_ok=True)
+        self.wake = _events(layout.VECTORS)
+        self.own = _events(1)
+        self.send_device(0)
+        self.send_device(0)
+        self.send_device(-1, self.memory.descriptor)
+        self.send_device(KEEPER_PEER, self.own[0])
+        for descriptor in self.wake:
+            self.send_device(0, descriptor)
+        self.started = time.monotonic()
+        self.last_pong = self.started
+        self.pings = 0
+        self.selector.register(self.own[0], selectors.EVENT_READ, self.on_agent)
+        self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_console)
+
+    def send_device(self, value: int, descriptor: int | None = None) -> None:
+        assert self.device is not None
+        descriptors = [] if descriptor is None else [descriptor]
+        socket.send_fds(self.device, [struct.pack("<q", value)], descriptors)
+
+    def read_console(self) -> str:
+        """Take in what QEMU and the rig's kernel printed; its last line."""
+        if self.process is not None and self.process.stdout is not None:
+            with contextlib.suppress(OSError):
+                data = self.process.stdout.read() or b""
+                if data:
+                    log.info("rig console: %s", data.decode("utf-8", "replace").rstrip())
+                self.console = (self.console + data)[-8192:]
+        lines = self.console.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else "it printed nothing"
+
+    def stop_qemu(self) -> None:
+        if self.process is None:
+            return
+        for item in (self.own[0] if self.own else None, self.process.stdout):
+            with contextlib.suppress(KeyError, ValueError):
+                if item is not None:
+                    self.selector.unregister(item)
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        if self.device is not None:
+            self.device.close()
+        for descriptor in (*self.wake, *self.own):
+            os.close(descriptor)
+        self.process, self.device, self.wake, self.own, self.ready = None, None, [], [], False
+
+    # --- the agent -------------------------------------------------------------------------
+
+    def on_agent(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.own[0])
+        if not self.ready and self.memory.load(layout.HEADER_AGENT_READY):
+            self.ready = True
+            log.info("rig ready after %.1f s", time.monotonic() - self.started)
+            for session in self.waiting[:]:
+                self.open_session(session)
+        if self.memory.load(layout.HEADER_PONG) == self.pings:
+            self.last_pong = time.monotonic()
+        for index, session in list(self.sessions.items()):
+            state = self.memory.load(self.entry(index) + layout.SESSION_STATE)
+            if session.closing and state == layout.SESSION_FREE:
+                self.forget(index, session)
+            elif not session.closing and state == layout.SESSION_OPEN and session.events:
+                self.send_session(session)
+
+    def wake_agent(self) -> None:
+        os.eventfd_write(self.wake[0], 1)
+
+    def entry(self, index: int) -> int:
+        return int(layout.HEADER_SESSIONS + index * layout.SESSION_ENTRY_SIZE)
+
+    # --- sessions --------------------------------------------------------------------------
+
+    def tell(self, session: Session, message: dict[str, object]) -> None:
+        with contextlib.suppress(OSError):
+            session.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def tell_waiting(self, message: dict[str, object]) -> None:
+        for session in self.waiting:
+            self.tell(session, message)
+
+    def on_request(self, session: Session) -> None:
+        try:
+            data = session.connection.recv(4096)
+        except OSError:
+            data = b""
+        if not data:
+            self.end_session(session)
+            return
+        session.received += data
+        if b"\n" not in session.received or session in self.waiting or session.index is not None:
+            return
+        self.waiting.append(session)
+        if self.ready:
+            self.open_session(session)
+        else:
+            self.tell(session, {"progress": "starting the rig"})
+
+    def open_session(self, session: Session) -> None:
+        self.waiting.remove(session)
+        try:
+            request = json.loads(session.received.split(b"\n", 1)[0])
+            size, vectors = int(request["memory"]), int(request["vectors"])
+            free = [i for i in range(layout.MAXIMUM_SESSIONS) if i not in self.sessions]
+            if not free or vectors > len(self.free_vectors):
+                raise HvHostError("the rig serves no more machines; stop one first.")
+            session.memory_offset = self.memory.allocate(size)
+        except (ValueError, KeyError, TypeError, HvHostError) as error:
+            self.tell(session, {"error": str(error)})
+            return
+        session.index, session.memory_size = free[0], size
+        session.peer, self.next_peer = self.next_peer, self.next_peer + 1
+        session.vectors = [self.free_vectors.pop(0) for _ in range(vectors)]
+        session.events = _events(layout.PEER_VECTORS)
+        self.sessions[session.index] = session
+        for descriptor in session.events:
+            self.send_device(session.peer, descriptor)
+        control = layout.control_offset(session.index)
+        self.memory.punch(control, layout.CONTROL_SIZE)
+        entry = self.entry(session.index)
+        self.memory.store(entry + layout.SESSION_PEER, session.peer)
+        struct.pack_into("<Q", self.memory.control, entry + layout.SESSION_CONTROL, control)
+        self.memory.store(entry + layout.SESSION_STATE, layout.SESSION_OPENING)
+        self.wake_agent()
+
+    def send_session(self, session: Session) -> None:
+        """Hand over: shared memory, session wake, guest interrupt vectors, then its eventfds."""
+        assert session.index is not None
+        message = {
+            "session": session.index,
+            "control_offset": layout.control_offset(session.index),
+            "memory_offset": session.memory_offset,
+            "vectors": session.vectors,
+        }
+        descriptors = [
+            self.memory.descriptor,
+            self.wake[1 + session.index],
+            *(self.wake[vector] for vector in session.vectors),
+            *session.events,
+        ]
+        with contextlib.suppress(OSError):
+            socket.send_fds(session.connection, [json.dumps(message).encode() + b"\n"], descriptors)
+        for descriptor in session.events:
+            os.close(descriptor)
+        session.events = []
+
+    def end_session(self, session: Session) -> None:
+        self.selector.unregister(session.connection)
+        session.connection.close()
+        if session in self.waiting:
+            self.waiting.remove(session)
+        if session.index is None:
+            self.idle_since = time.monotonic()
+            return
+        session.closing = True
+        self.memory.store(self.entry(session.index) + layout.SESSION_STATE, layout.SESSION_CLOSING)
+        self.wake_agent()
+
+    def forget(self, index: int, session: Session) -> None:
+        self.memory.free(session.memory_offset)
+        self.free_vectors += session.vectors
+        for descriptor in session.events:
+            os.close(descriptor)
+        self.send_device(session.peer)  # without a descriptor: the peer is gone
+        del self.sessions[index]
+        self.idle_since = time.monotonic()
+
+    # --- life ------------------------------------------------------------------------------
+
+    def serve(self, listener: socket.socket) -> None:
+        """Run until nobody needs the rig any more; :class:`HvHostError` when it cannot go on."""
+        listener.setblocking(False)
+        self.selector.register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
+        attempts = 0
+        next_ping = 0.0
+        while True:
+            if self.process is None:
+                attempts += 1
+                self.start_qemu()
+            now = time.monotonic()
+            if self.ready and now >= next_ping:
+                self.pings = (self.pings + 1) & 0xFFFFFFFF
+                self.memory.store(layout.HEADER_PING, self.pings)
+                self.wake_agent()
+                next_ping = now + PING_SECONDS
+            for key, _ in self.selector.select(self.next_time_out(now, next_ping)):
+                key.data()
+            now = time.monotonic()
+            assert self.process is not None
+            if not self.ready:
+                if self.process.poll() is None and now - self.started < START_SECONDS:
+                    continue
+                reason = self.read_console()
+                self.stop_qemu()
+                if attempts >= START_ATTEMPTS:
+                    raise HvHostError(f"the rig did not start in {attempts} attempts: {reason}")
+                log.warning("rig attempt %d failed: %s", attempts, reason)
+                self.tell_waiting({"progress": "the rig did not come up, trying again"})
+            elif self.process.poll() is not None:
+                raise HvHostError(f"the rig's QEMU died: {self.read_console()}")
+            elif now - self.last_pong > HANG_SECONDS:
+                raise HvHostError(
+                    f"the rig's QEMU hangs: it has not answered for {HANG_SECONDS:.0f} s."
+                )
+            elif not self.sessions and not self.waiting and now - self.idle_since > self.linger:
+                return
+
+    def next_time_out(self, now: float, next_ping: float) -> float:
+        if not self.ready:
+            return 1.0
+        wait = next_ping - now
+        if not self.sessions and not self.waiting:
+            wait = min(wait, self.idle_since + self.linger - now)
+        return max(0.01, wait)
+
+    def accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            connection, _ = listener.accept()
+            session = Session(connection)
+            self.selector.register(
+                connection, selectors.EVENT_READ, lambda: self.on_request(session)
+            )
+
+    def fail(self, reason: str) -> None:
+        """Tell everybody why the rig is gone."""
+        for session in (*self.waiting, *self.sessions.values()):
+            if not session.closing:
+                self.tell(session, {"error": reason})
+
+
+def main() -> int:
+    """``python -m hvhost.rig.server``: started by :mod:`hvhost.rig.client`, never by people."""
+    directory = runtime_dir("rig")
+    logging.basicConfig(
+        filename=directory / "rig.log",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    path = directory / "rig.sock"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    listener = socket.socket(socket.AF_UNIX)
+    path.unlink(missing_ok=True)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(16)
+    keeper = Keeper(directory, float(os.environ.get("HVHOST_RIG_LINGER", "2")))
+    try:
+        keeper.serve(listener)
+    except HvHostError as error:
+        log.error("%s", error)
+        keeper.fail(str(error))
+        return 1
+    finally:
+        path.unlink(missing_ok=True)
+        listener.close()
+        keeper.stop_qemu()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
