@@ -222,18 +222,19 @@ class _PrivateApt:
         }
 
     def configure(self, mirror: Mirror, keys: Path) -> None:
-        for name in ("etc", "lists/partial", "cache/archives/partial", "packages"):
+        for name in ("etc/none", "lists/partial", "cache/archives/partial", "packages"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / "status").touch()
+        nothing = self.root / "etc/none"
         settings = [
             f'Dir "{self.root}";',
             'Dir::Etc "etc";',
-            'Dir::Etc::Parts "none";',
-            'Dir::Etc::PreferencesParts "none";',
+            f'Dir::Etc::Parts "{nothing}";',
+            f'Dir::Etc::PreferencesParts "{nothing}";',
             f'Dir::Etc::SourceList "{self.root}/etc/suite.sources";',
-            'Dir::Etc::SourceParts "none";',
-            'Dir::Etc::Trusted "none";',
-            'Dir::Etc::TrustedParts "none";',
+            f'Dir::Etc::SourceParts "{nothing}";',
+            f'Dir::Etc::Trusted "{nothing}/none";',
+            f'Dir::Etc::TrustedParts "{nothing}";',
             f'Dir::State "{self.root}";',
             'Dir::State::Lists "lists";',
             f'Dir::State::Status "{self.root}/status";',
@@ -340,24 +341,36 @@ class _PrivateApt:
             pending += reversed(kernels)
         return resolved
 
+    def _older_versions(self, package: str) -> list[str]:
+        _, output = self._run(["apt-cache", "madison", package], self.root, 60)
+        versions = re.findall(r"^\s*\S+ \| (\S+) \|", output, re.MULTILINE)
+        return list(dict.fromkeys(versions))[1:]
+
     def fetch(self, package: str) -> str:
-        """Download one package into the cache; the name of its file."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.root / "incoming")
+        """Download one package into the cache; the name of its file.
+
+        A mirror may list a version that it does not carry (any more); an older one of the same
+        suite is taken then.
+        """
         incoming = self.root / "incoming"
+        shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir()
-        status, output = self._run(
-            ["apt-get", "-q", "download", *self._target(), package], incoming, DOWNLOAD_TIMEOUT
-        )
-        files = sorted(incoming.glob("*.deb"))
-        if status != 0 or len(files) != 1:
-            raise HvHostError(
-                f"Downloading {package} of Debian's {self.suite} failed ({_last_error(output)}); "
-                "check the network and try again."
+        choices = [package]
+        for choice in choices:
+            status, output = self._run(
+                ["apt-get", "-q", "download", *self._target(), choice], incoming, DOWNLOAD_TIMEOUT
             )
-        files[0].replace(self.packages / files[0].name)
-        incoming.rmdir()
-        return files[0].name
+            files = sorted(incoming.glob("*.deb"))
+            if status == 0 and len(files) == 1:
+                files[0].replace(self.packages / files[0].name)
+                return files[0].name
+            if choice == package and re.search(r"404 +Not Found|No such file", output):
+                choices += [f"{package}={version}" for version in self._older_versions(package)]
+                self._progress(f"the mirror lacks the newest {package}, trying older ones")
+        raise HvHostError(
+            f"Downloading {package} of Debian's {self.suite} failed ({_last_error(output)}); "
+            "check the network and try again."
+        )
 
 
 def _last_error(output: str) -> str:

@@ -15,6 +15,7 @@ from hvhost.guests.catalog import DEFAULT_GUEST, GuestRecipe, recipe
 from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
 from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
 from hvhost.guests.probe import build_probe
+from hvhost.paths import cache_dir
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
@@ -54,15 +55,18 @@ def kernel_release(path: Path) -> str:
     )
 
 
-def _find_kernel(roots: Sequence[Path]) -> Path | None:
-    found = sorted(path for root in roots for path in root.glob("boot/vmlinu[zx]-*"))
-    found += sorted(path for root in roots for path in root.glob("usr/lib/modules/*/vmlinuz"))
-    if len(found) > 1:
-        raise HvHostError(
-            f"The packages hold several kernels ({', '.join(path.name for path in found)}); give "
-            "the packages of one."
-        )
-    return found[0] if found else None
+def _find_kernel(root: Path) -> Path | None:
+    """The kernel in extracted packages, where older or newer packages put it."""
+    for pattern in ("boot/vmlinu[zx]-*", "usr/lib/modules/*/vmlinuz", "lib/modules/*/vmlinuz"):
+        found = sorted(root.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(str(path.relative_to(root)) for path in found)
+            raise HvHostError(
+                f"The packages hold several kernels ({names}); give the packages of one."
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def _find_file(roots: Sequence[Path], names: Sequence[str]) -> Path | None:
@@ -94,7 +98,6 @@ def _assemble(
     title: str,
     progress: apt.Progress,
 ) -> GuestImages:
-    progress("making the initramfs")
     busybox, daemons = _programs(packages)
     spec = InitramfsSpec(
         busybox=busybox,
@@ -106,7 +109,7 @@ def _assemble(
     )
     return GuestImages(
         kernel,
-        build_initramfs(spec),
+        build_initramfs(spec, progress),
         modules,
         title,
         kernel_release(kernel),
@@ -114,36 +117,25 @@ def _assemble(
     )
 
 
-def _extract(paths: Sequence[Path], progress: apt.Progress) -> list[Path]:
-    roots = []
-    for path in paths:
-        progress(f"unpacking {path.name.split('_')[0]}")
-        roots.append(deb.extract(path))
-    return roots
-
-
-def _userland(progress: apt.Progress) -> list[Path]:
-    """Extracted packages of the default guest other than its kernel."""
-    chosen = recipe(DEFAULT_GUEST)
-    paths = apt.download(chosen.suite, chosen.userland, progress=progress)
-    return _extract(paths, progress)
+def _userland(chosen: GuestRecipe, progress: apt.Progress, *, refresh: bool = False) -> list[Path]:
+    """Extracted packages of a guest other than its kernel."""
+    paths = apt.download(chosen.suite, chosen.userland, refresh=refresh, progress=progress)
+    return [deb.extract([path], progress) for path in paths]
 
 
 def _from_packages(
-    roots: Sequence[Path],
-    userland: Sequence[Path],
-    title: str | None,
-    source: str,
-    progress: apt.Progress,
+    paths: Sequence[Path], userland: Sequence[Path], title: str | None, progress: apt.Progress
 ) -> GuestImages:
-    kernel = _find_kernel(roots)
+    root = deb.extract(paths, progress)
+    source = ", ".join(path.name for path in paths)
+    kernel = _find_kernel(root)
     if kernel is None:
         raise HvHostError(
             f"There is no kernel in {source}; give the linux-image package that holds "
             "boot/vmlinuz-… itself, not a meta package."
         )
     release = kernel_release(kernel)
-    places = [root / base / release for root in roots for base in MODULE_DIRECTORIES]
+    places = [root / base / release for base in MODULE_DIRECTORIES]
     trees = [place for place in places if (place / "kernel").is_dir()]
     if not trees:
         raise HvHostError(
@@ -155,19 +147,14 @@ def _from_packages(
 def prepare_named(guest: str, *, refresh: bool = False, progress: apt.Progress) -> GuestImages:
     """A guest of the catalogue, downloaded if it is not cached."""
     chosen: GuestRecipe = recipe(guest)
-    kernels = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
-    others = apt.download(chosen.suite, chosen.userland, refresh=refresh, progress=progress)
-    roots = _extract(kernels, progress)
-    return _from_packages(
-        roots, _extract(others, progress), chosen.title, f"the packages of {guest}", progress
-    )
+    kernel = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
+    userland = _userland(chosen, progress, refresh=refresh)
+    return _from_packages(kernel, userland, chosen.title, progress)
 
 
 def prepare_debs(paths: Sequence[Path], *, progress: apt.Progress) -> GuestImages:
     """A guest from linux-image packages that a person has, with the default guest's userspace."""
-    roots = _extract(paths, progress)
-    names = ", ".join(path.name for path in paths)
-    return _from_packages(roots, _userland(progress), None, names, progress)
+    return _from_packages(paths, _userland(recipe(DEFAULT_GUEST), progress), None, progress)
 
 
 def prepare_kernel(
@@ -180,7 +167,9 @@ def prepare_kernel(
         tree = ModuleTree(find_tree(modules, release))
     elif (installed := Path("/lib/modules") / release).is_dir():
         tree = ModuleTree(installed)
-    return _assemble(kernel, tree, _userland(progress), f"Linux {release}", progress)
+    return _assemble(
+        kernel, tree, _userland(recipe(DEFAULT_GUEST), progress), f"Linux {release}", progress
+    )
 
 
 def prepare_guest(
@@ -201,11 +190,17 @@ def prepare_guest(
         raise HvHostError("Give only one of --guest, --kernel and --deb.")
     if modules is not None and kernel is None:
         raise HvHostError("--modules belongs to --kernel; give the kernel too.")
-    if kernel is not None:
-        return prepare_kernel(kernel, modules, progress=progress)
-    if debs:
-        return prepare_debs(debs, progress=progress)
-    return prepare_named(guest or DEFAULT_GUEST, refresh=refresh, progress=progress)
+    try:
+        if kernel is not None:
+            return prepare_kernel(kernel, modules, progress=progress)
+        if debs:
+            return prepare_debs(debs, progress=progress)
+        return prepare_named(guest or DEFAULT_GUEST, refresh=refresh, progress=progress)
+    except OSError as error:
+        raise HvHostError(
+            f"The guest could not be prepared ({error}); look at the space and the permissions of "
+            f"{cache_dir()}, or set HVHOST_CACHE_DIR."
+        ) from error
 
 
 def main(arguments: Sequence[str]) -> int:

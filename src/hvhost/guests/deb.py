@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -140,24 +140,31 @@ def _unpack(tar: tarfile.TarFile, target: Path) -> None:
             path.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
-def extract(path: Path) -> Path:
-    """The directory that holds the files of the package ``path``, extracted once and cached.
+def extract(paths: Sequence[Path], progress: Callable[[str], None] = log.debug) -> Path:
+    """The directory that holds the files of some packages together, extracted once and cached.
 
-    Raises HvHostError when ``path`` is no Debian package or is damaged.
+    Packages of one kernel belong together: newer suites spread it over several. Raises HvHostError
+    when one is no Debian package or is damaged.
     """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise HvHostError(f"{path} cannot be read: {error.strerror}; give a .deb file.") from error
-    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()
+    identity = hashlib.sha256()
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise HvHostError(
+                f"{path} cannot be read: {error.strerror}; give an existing .deb file."
+            ) from error
+        identity.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     base = cache_dir("packages")
-    target = base / f"{path.stem}-{hashlib.sha256(identity).hexdigest()[:16]}"
+    target = base / f"{paths[0].stem}-{identity.hexdigest()[:16]}"
     if target.is_dir():
         return target
     temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=base))
     try:
-        with open_files(path) as tar:
-            _unpack(tar, temporary)
+        for path in paths:
+            progress(f"unpacking {path.name.split('_')[0]}")
+            with open_files(path) as tar:
+                _unpack(tar, temporary)
         temporary.chmod(0o755)
         try:
             temporary.rename(target)
@@ -166,5 +173,4 @@ def extract(path: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    log.debug("extracted %s to %s", path.name, target)
     return target

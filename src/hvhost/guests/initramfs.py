@@ -12,13 +12,14 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from hvhost.errors import HvHostError
 from hvhost.guests import cpio, elf
 from hvhost.guests.modules import Module, ModuleTree, read_module
+from hvhost.guests.probe import READY_FILE
 from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -59,25 +60,31 @@ COMPANION_MODULES = (
 READY_LINE = "hvhost-guest: ready"
 SHUTDOWN_LINE = "hvhost-guest: shutdown path of init"
 
+# Drivers are loaded beside the probe, not before it: a driver that hangs can be looked at.
 _INITTAB = """\
 ::sysinit:/etc/rcS
+::once:/etc/load-drivers
 ::respawn:/sbin/hvhost-probe /dev/ttyS1
 {shell}::ctrlaltdel:/sbin/reboot
 ::shutdown:/etc/rcK
 """
 
-# The console is given the line itself: printk may be silenced ("quiet"), but is kept for dmesg.
-_RC_S = f"""\
+_RC_S = """\
 #!/bin/sh
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 hostname hvhost-guest
-modprobe -q -a {{first}}
-hvhost-probe hotplug
+"""
+
+# The console is given the line itself: printk may be silenced ("quiet"), but is kept for dmesg.
+_LOAD_DRIVERS = f"""\
+#!/bin/sh
+{{load}}
+/sbin/hvhost-probe hotplug
+: > {READY_FILE}
 echo '<7>{READY_LINE}' > /dev/kmsg
 echo '{READY_LINE}' > /dev/console
 """
@@ -235,7 +242,9 @@ def _entries(spec: InitramfsSpec) -> list[cpio.Entry]:
         first = [name for name in spec.load_first if spec.modules.module(name) is not None]
     shell = "ttyS0::askfirst:-/bin/sh\n" if spec.console_shell else ""
     add(cpio.file("etc/inittab", _INITTAB.format(shell=shell).encode()))
-    add(cpio.file("etc/rcS", _RC_S.format(first=" ".join(first) or "hv_vmbus").encode(), 0o755))
+    add(cpio.file("etc/rcS", _RC_S.encode(), 0o755))
+    load = f"modprobe -q -a {' '.join(first)}" if first else ""
+    add(cpio.file("etc/load-drivers", _LOAD_DRIVERS.format(load=load).encode(), 0o755))
     add(cpio.file("etc/rcK", _RC_K.encode(), 0o755))
     add(cpio.file("etc/os-release", _os_release(spec.title)))
     add(cpio.file("etc/passwd", b"root::0:0:root:/root:/bin/sh\n"))
@@ -277,12 +286,13 @@ def _fingerprint(spec: InitramfsSpec) -> str:
     return digest.hexdigest()[:20]
 
 
-def build_initramfs(spec: InitramfsSpec) -> Path:
+def build_initramfs(spec: InitramfsSpec, progress: Callable[[str], None] = log.debug) -> Path:
     """The archive for ``spec``, made once per content. Raises HvHostError for missing parts."""
     release = spec.modules.release if spec.modules is not None else "no-modules"
     target = cache_dir("initramfs") / f"{release}-{_fingerprint(spec)}.cpio"
     if target.exists():
         return target
+    progress("making the initramfs")
     content = cpio.archive(_entries(spec))
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
         temporary.write(content)

@@ -505,6 +505,8 @@ static void start_daemon(const char *node)
 		{ "vmbus/hv_kvp", "/usr/sbin/hv_kvp_daemon" },
 		{ "vmbus/hv_vss", "/usr/sbin/hv_vss_daemon" },
 		{ "vmbus/hv_fcopy", "/usr/sbin/hv_fcopy_daemon" },
+		/* Newer kernels serve file copy through UIO; the daemon itself finds out which device. */
+		{ "uio0", "/usr/sbin/hv_fcopy_uio_daemon" },
 	};
 
 	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
@@ -537,7 +539,7 @@ static void plug_existing(void)
 		globfree(&found);
 		load_drivers();
 	}
-	if (!glob("/dev/vmbus/*", 0, NULL, &found)) {
+	if (!glob("/dev/{vmbus/*,uio0}", GLOB_BRACE, NULL, &found)) {
 		for (size_t k = 0; k < found.gl_pathc; k++)
 			start_daemon(found.gl_pathv[k] + strlen("/dev/"));
 		globfree(&found);
@@ -578,7 +580,7 @@ static void hotplug(void)
 		for (char *p2 = event; p2 < event + n; p2 += strlen(p2) + 1) {
 			if (!strncmp(p2, "MODALIAS=", 9))
 				add_alias(p2 + 9);
-			else if (!strncmp(p2, "DEVNAME=vmbus/", 14))
+			else if (!strncmp(p2, "DEVNAME=", 8))
 				start_daemon(p2 + 8);
 		}
 	}

@@ -29,6 +29,8 @@ PING_INTERVAL = 1.0  # seconds
 ANSWER_MARGIN = 10.0  # seconds beyond a command's own time limit, for a slow guest
 OUTPUT_LIMIT = 1 << 20  # bytes per stream
 SCRIPT_PATH = "/tmp/.hvhost-script"
+# Written once our initramfs has asked for the driver of every device (see initramfs.py).
+READY_FILE = "/run/hvhost-ready"
 
 
 class ProbeError(HvHostError):
@@ -123,8 +125,25 @@ class ProbeClient:
             f"The guest's probe did not answer within {timeout:g} s; look at its console."
         )
 
-    def wait_ready(self, timeout: float) -> None:
-        """Wait until the probe answers, also across a restart of the guest."""
+    def wait_ready(self, timeout: float, *, drivers: bool = True) -> None:
+        """Wait until the probe answers and, if ``drivers``, all drivers were loaded.
+
+        Also to be called after a restart of the guest. Raises ProbeTimeout that says which of the
+        two did not happen within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        self._wait_probe(timeout)
+        if drivers:
+            wait = f"until [ -e {READY_FILE} ]; do usleep 20000; done"
+            try:
+                self.run(wait, max(deadline - time.monotonic(), 1.0))
+            except ProbeTimeout as error:
+                raise ProbeTimeout(
+                    f"The guest did not finish loading its drivers within {timeout:g} s; look at "
+                    "its console and its dmesg."
+                ) from error
+
+    def _wait_probe(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         sent: set[int] = set()
         next_ping = 0.0
