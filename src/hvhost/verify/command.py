@@ -1,0 +1,130 @@
+"""``hvhost verify``: prepare the guest, run the rows, print and keep what was found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hvhost.errors import HvHostError
+from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped_baseline
+from hvhost.verify.contract import find_rows, requested_rows
+from hvhost.verify.guest import PreparedGuest
+from hvhost.verify.options import VerifyOptions
+from hvhost.verify.report import Reporter, render_report
+from hvhost.verify.results import VerifyReport
+from hvhost.verify.runner import run_rows
+from hvhost.verify.session import Session, Timing
+
+Prepare = Callable[[VerifyOptions, Callable[[str], None]], PreparedGuest]
+
+
+def _own_version() -> str:
+    try:
+        return version("hvhost")
+    except PackageNotFoundError:  # run from a source tree
+        return "source tree"
+
+
+def describe_host(transport: str) -> dict[str, Any]:
+    """What the JSON says of this computer."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "hvhost": _own_version(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "transport": transport,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HvHostError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _keep_logs(session: Session, directory: Path) -> None:
+    for number, console in enumerate(session.consoles, 1):
+        suffix = "" if number == 1 else f"-{number}"
+        _write(directory / f"console{suffix}.log", console)
+    events = [asdict(event) for event in session.events]
+    _write(directory / "events.json", json.dumps(events, indent=2) + "\n")
+    for machine in session.machines:
+        machine.keep_logs(directory)
+
+
+def _allowed_lacks(options: VerifyOptions) -> frozenset[str]:
+    allowed = {row.id for row in find_rows(options.allow_lacks, option="--allow-lacks")}
+    if options.baseline is not None:
+        allowed |= read_baseline(options.baseline)
+    if options.guest is not None:
+        allowed |= shipped_baseline(options.guest)
+    return frozenset(allowed)
+
+
+def verify_guest(
+    options: VerifyOptions,
+    prepare: Prepare,
+    *,
+    timing: Timing | None = None,
+    out: Console | None = None,
+    progress: Console | None = None,
+) -> tuple[int, VerifyReport]:
+    """:func:`verify` of a guest made by *prepare*, with the report itself."""
+    rows = requested_rows(options.rows)
+    allowed = _allowed_lacks(options)
+    used = set[str]()
+
+    def inspect(session: Session) -> None:
+        used.update(session.transports)
+        if options.keep_logs is not None:
+            _keep_logs(session, options.keep_logs)
+
+    with Reporter(progress or Console(stderr=True)) as reporter:
+        reporter.step("preparing the guest")
+        guest = prepare(options, reporter.step)
+        outcome = run_rows(guest, rows, options.cpus, reporter, timing=timing, inspect=inspect)
+    report = VerifyReport(
+        host=describe_host(", ".join(sorted(used)) or options.transport.value),
+        guest={"kernel": outcome.kernel, "os": guest.os_name},
+        results=outcome.results,
+        bus_found=outcome.bus_found,
+        finding=outcome.finding,
+        notes=outcome.notes,
+    )
+    named = bool(options.rows)
+    failed = failures(report.results, rows_named=named, allowed=allowed)
+    (out or Console()).print(render_report(report, failed))
+    if options.json_path is not None:
+        _write(options.json_path, report.to_json())
+    if options.keep_logs is not None:
+        _write(options.keep_logs / "report.json", report.to_json())
+    status = exit_status(
+        report.results, rows_named=named, allowed=allowed, bus_found=report.bus_found
+    )
+    return status, report
+
+
+def verify(options: VerifyOptions) -> int:
+    """Verify a guest and print the table; the exit status.
+
+    :class:`HvHostError` for bad input and for a computer that cannot start a machine.
+    """
+    from hvhost.verify.live import prepare
+
+    return verify_guest(options, prepare)[0]

@@ -1,0 +1,163 @@
+"""What the rows need of a guest and of the machine it runs in, and nothing more.
+
+The real machine and the real probe are fitted to these in :mod:`hvhost.verify.live`; the unit
+tests fit a scripted guest to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import MachineEvent, MachineInfo, ShutdownAction
+
+
+class RowFailed(HvHostError):  # noqa: N818 — an outcome, not an accident
+    """A row's proof did not come; the message is the sentence for the table.
+
+    ``evidence`` are further lines that help to act on it.
+    """
+
+    def __init__(self, sentence: str, evidence: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.evidence = tuple(evidence)
+
+
+class HostLacks(HvHostError):  # noqa: N818 — an outcome, not an accident
+    """The host's hardware or kernel cannot do what a row needs; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What a command in the guest did; ``output`` is stdout and stderr together."""
+
+    status: int
+    output: str
+
+
+class Probe(Protocol):
+    """The program inside the guest. All methods raise :class:`HvHostError` when it is gone."""
+
+    def read(self, path: str) -> str:
+        """A file of the guest as text; :class:`HvHostError` with its error if unreadable."""
+        ...
+
+    def read_all(self, *patterns: str) -> dict[str, str]:
+        """Every readable file that matches a shell pattern, by path, without its last newline."""
+        ...
+
+    def write(self, path: str, text: str) -> None:
+        """Write *text* to a file of the guest in one write; :class:`HvHostError` if refused."""
+        ...
+
+    def run(self, command: Sequence[str], timeout: float) -> CommandResult:
+        """Run a program of the guest and wait for its end."""
+        ...
+
+    def fire(self, path: str, text: str) -> None:
+        """Write *text* to a file of the guest without waiting for an answer."""
+        ...
+
+    def answers(self, timeout: float) -> bool:
+        """Whether the probe answers within *timeout* seconds."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Machine(Protocol):
+    """The machine's controls. All methods raise :class:`HvHostError` when its worker is gone."""
+
+    def info(self) -> MachineInfo: ...
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        """Events with a sequence above *after*; waits up to *timeout* seconds for the first."""
+        ...
+
+    def shut_down(self, action: ShutdownAction) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def nmi(self) -> None: ...
+
+    def hang(self) -> None: ...
+
+    def heartbeat_round_trips(self, count: int) -> list[float]: ...
+
+    def vp_seconds(self) -> float | None:
+        """CPU seconds the host spent on running VPs so far, as the host's kernel counts them.
+
+        ``None`` where the host's kernel cannot tell.
+        """
+        ...
+
+    def wait_stopped(self, timeout: float) -> bool:
+        """Whether the machine stopped, its worker process ended, within *timeout* seconds."""
+        ...
+
+    def console(self) -> str:
+        """All text of the guest's console since the machine started."""
+        ...
+
+    def connect_probe(self, timeout: float) -> Probe | None:
+        """The probe, if it speaks within *timeout* seconds; a new conversation each time."""
+        ...
+
+    def keep_logs(self, directory: Path) -> None:
+        """Write the worker's own log into *directory*; after the machine's end."""
+        ...
+
+    def kill(self) -> None:
+        """End the machine at once, whatever state it is in; never raises for a dead one."""
+        ...
+
+
+class Modules(Protocol):
+    """A kernel's module tree."""
+
+    @property
+    def release(self) -> str: ...
+
+    def drivers_for(self, modalias: str) -> Sequence[str]:
+        """Drivers, loadable or built in, whose aliases match; underscores in names."""
+        ...
+
+    def is_builtin(self, name: str) -> bool:
+        """Whether ``modules.builtin`` lists it."""
+        ...
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the kernel has it, built in or as a loadable module."""
+        ...
+
+
+class PreparedGuest(Protocol):
+    """A kernel with its initramfs, ready to boot."""
+
+    @property
+    def os_name(self) -> str: ...
+
+    @property
+    def release(self) -> str:
+        """The kernel's release (``uname -r``) as its file says."""
+        ...
+
+    @property
+    def modules(self) -> Modules | None:
+        """``None`` where the kernel's modules are not at hand, so nothing is known of them."""
+        ...
+
+    @property
+    def daemons(self) -> frozenset[str]:
+        """Hyper-V daemons that the distribution ships for this guest."""
+        ...
+
+    def start(self, *, verbose: bool) -> Machine:
+        """Start a machine of it; :class:`HvHostError` when the host cannot.
+
+        *verbose* puts the whole kernel log on the console, which costs time.
+        """
+        ...

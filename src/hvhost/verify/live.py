@@ -1,0 +1,331 @@
+"""The real guest, machine and probe, fitted to what the rows ask for (:mod:`verify.guest`)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.guests.build import GuestImages, prepare_guest
+from hvhost.guests.probe import ProbeClient, ProbeTimeout
+from hvhost.machine.model import (
+    MachineConfig,
+    MachineEvent,
+    MachineInfo,
+    ShutdownAction,
+    Transport,
+)
+from hvhost.manager.client import MachineClient
+from hvhost.manager.definition import define
+from hvhost.manager.directory import MachineDirectory
+from hvhost.manager.launcher import Worker, launch
+from hvhost.verify.guest import CommandResult, Machine, Modules, Probe
+from hvhost.verify.options import VerifyOptions
+
+log = logging.getLogger(__name__)
+
+# A guest that panics stays where it is, so that the host is the one to notice.
+COMMAND_LINE = "console=ttyS0 panic=0"
+EVENT_WAIT = 5.0
+_CONSOLE_CONNECT_SECONDS = 5.0
+_LOCAL_GUEST_TIME = 42  # /proc/PID/task/TID/stat: guest_time, counted from 0
+
+
+class LiveProbe:
+    """:class:`hvhost.verify.guest.Probe` over the probe's client."""
+
+    def __init__(self, client: ProbeClient) -> None:
+        self._client = client
+
+    def read(self, path: str) -> str:
+        return self._client.read_file(path).decode("utf-8", "replace")
+
+    def read_all(self, *patterns: str) -> dict[str, str]:
+        # One request for all of them; what grep cannot read it leaves out. Patterns are ours.
+        result = self._client.run(f"cd /; grep -s -H '' {' '.join(patterns)}")
+        files: dict[str, list[str]] = {}
+        for line in result.stdout.decode("utf-8", "replace").splitlines():
+            path, _, text = line.partition(":")
+            files.setdefault(path, []).append(text)
+        return {path: "\n".join(lines) for path, lines in files.items()}
+
+    def write(self, path: str, text: str) -> None:
+        self._client.write_text(path, text)
+
+    def run(self, command: Sequence[str], timeout: float) -> CommandResult:
+        result = self._client.run([*command], timeout)
+        return CommandResult(
+            result.status, (result.stdout + result.stderr).decode("utf-8", "replace")
+        )
+
+    def fire(self, path: str, text: str) -> None:
+        # Late enough for the answer to this command to get out first.
+        script = f"sleep 1; echo {shlex.quote(text)} > {shlex.quote(path)}"
+        self._client.run(f"setsid sh -c {shlex.quote(script)} </dev/null >/dev/null 2>&1 &")
+
+    def answers(self, timeout: float) -> bool:
+        try:
+            self._client.ping(timeout)
+        except HvHostError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class ConsoleLog:
+    """All that a machine's console said, collected in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._data = bytearray()
+        self._lock = threading.Lock()
+        self._socket = _connect(path)
+        self._thread = threading.Thread(target=self._collect, name="console", daemon=True)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        with self._socket:
+            try:
+                while data := self._socket.recv(1 << 16):
+                    with self._lock:
+                        self._data += data
+            except OSError as error:
+                log.debug("the console ended: %s", error)
+
+    def text(self) -> str:
+        with self._lock:
+            return self._data.decode("utf-8", "replace")
+
+    def finish(self, timeout: float) -> None:
+        """Wait for the last words of a machine that has ended."""
+        self._thread.join(timeout)
+
+
+class EventLog:
+    """A machine's events, collected in a thread, so that its last ones outlive its worker."""
+
+    def __init__(self, fetch: Callable[[int, float], list[MachineEvent]]) -> None:
+        self._fetch = fetch
+        self._events: list[MachineEvent] = []
+        self._arrived = threading.Condition()
+        self._thread = threading.Thread(target=self._collect, name="events", daemon=True)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        seen = 0
+        while True:
+            try:
+                fresh = self._fetch(seen, EVENT_WAIT)
+            except HvHostError as error:
+                log.debug("no more events: %s", error)
+                return
+            with self._arrived:
+                self._events += fresh
+                self._arrived.notify_all()
+            seen = max([seen, *(event.sequence for event in fresh)])
+
+    def after(self, sequence: int, timeout: float) -> list[MachineEvent]:
+        """Events above *sequence*; waits up to *timeout* seconds for the first."""
+
+        def newer() -> list[MachineEvent]:
+            return [event for event in self._events if event.sequence > sequence]
+
+        with self._arrived:
+            self._arrived.wait_for(newer, timeout)
+            return newer()
+
+
+def _connect(path: Path) -> socket.socket:
+    deadline = time.monotonic() + _CONSOLE_CONNECT_SECONDS
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(str(path))
+        except OSError as error:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise HvHostError(
+                    f"the machine's serial port {path.name} cannot be reached: {error.strerror}."
+                ) from error
+            time.sleep(0.02)
+        else:
+            return connection
+
+
+def _launch(config: MachineConfig) -> Worker:
+    """Start a worker from a thread that lives as long as it does.
+
+    A worker is told to stop when the thread that started it ends, and rows run in threads of
+    their own.
+    """
+    answer: queue.SimpleQueue[Worker | BaseException] = queue.SimpleQueue()
+
+    def keep() -> None:
+        try:
+            worker = launch(config, detach=False)
+        except BaseException as error:
+            answer.put(error)
+            return
+        answer.put(worker)
+        worker.process.wait()
+
+    threading.Thread(target=keep, name="worker-keeper", daemon=True).start()
+    started = answer.get()
+    if isinstance(started, BaseException):
+        raise started
+    return started
+
+
+class LiveMachine:
+    """:class:`hvhost.verify.guest.Machine` over a worker process of our own."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._worker = _launch(config)
+        self._directory: MachineDirectory = self._worker.directory
+        self._pending: ProbeClient | None = None
+        self._log = ""
+        try:
+            self._client = MachineClient(config.name)
+            self._console = ConsoleLog(self._directory.serial_socket(1))
+            self._events = EventLog(self._client.events)
+        except BaseException:
+            self._worker.stop()
+            raise
+
+    def info(self) -> MachineInfo:
+        return self._client.info()
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        return self._events.after(after, timeout)
+
+    def shut_down(self, action: ShutdownAction) -> None:
+        self._client.shut_down(action)
+
+    def reset(self) -> None:
+        self._client.reset()
+
+    def nmi(self) -> None:
+        self._client.nmi()
+
+    def hang(self) -> None:
+        self._client.hang()
+
+    def heartbeat_round_trips(self, count: int) -> list[float]:
+        return self._client.measure_heartbeats(count)
+
+    def vp_seconds(self) -> float | None:
+        if self.info().transport != Transport.LOCAL:
+            return None  # the rig's VPs are not processes of this computer
+        ticks = 0
+        tasks = Path(f"/proc/{self._worker.process.pid}/task")
+        for task in tasks.iterdir():
+            # The command in parentheses may hold spaces; fields are counted after it.
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[_LOCAL_GUEST_TIME - 2])
+        return ticks / 100
+
+    def wait_stopped(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while self._worker.process.poll() is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def console(self) -> str:
+        if self._worker.process.poll() is not None:
+            self._console.finish(1.0)
+        return self._console.text()
+
+    def connect_probe(self, timeout: float) -> Probe | None:
+        if self._worker.process.poll() is not None:
+            self._worker.check_ended_well()
+            raise HvHostError("the machine stopped while its guest was being waited for.")
+        if self._pending is None:
+            self._pending = ProbeClient(_connect(self._directory.serial_socket(2)))
+        try:
+            self._pending.wait_ready(timeout)
+        except ProbeTimeout:
+            return None
+        client, self._pending = self._pending, None
+        return LiveProbe(client)
+
+    def keep_logs(self, directory: Path) -> None:
+        path = directory / "worker.log"
+        number = 1
+        while path.exists():
+            number += 1
+            path = directory / f"worker-{number}.log"
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._log, encoding="utf-8")
+
+    def kill(self) -> None:
+        if self._worker.process.poll() is None:
+            with contextlib.suppress(HvHostError):
+                self._client.force_stop()
+                self.wait_stopped(3.0)
+        if self._worker.process.poll() is None:
+            self._worker.stop()
+        with contextlib.suppress(OSError):
+            self._log = self._directory.log_file.read_text(errors="replace")
+        if self._pending is not None:
+            self._pending.close()
+        self._console.finish(1.0)
+        self._directory.remove()
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGuest:
+    """:class:`hvhost.verify.guest.PreparedGuest` of images on disk."""
+
+    images: GuestImages
+    options: VerifyOptions
+
+    @property
+    def os_name(self) -> str:
+        return self.images.title
+
+    @property
+    def release(self) -> str:
+        return self.images.release
+
+    @property
+    def modules(self) -> Modules | None:
+        return self.images.modules
+
+    @property
+    def daemons(self) -> frozenset[str]:
+        return frozenset(self.images.daemons)
+
+    def start(self, *, verbose: bool) -> Machine:
+        return LiveMachine(
+            define(
+                kernel=self.images.kernel,
+                initrd=self.images.initrd,
+                command_line=COMMAND_LINE + ("" if verbose else " quiet"),
+                cpus=self.options.cpus,
+                memory=self.options.memory,
+                transport=self.options.transport,
+            )
+        )
+
+
+def prepare(options: VerifyOptions, progress: Callable[[str], None]) -> LiveGuest:
+    """The guest that *options* names, downloaded and built; *progress* hears what is being done."""
+    images = prepare_guest(
+        options.guest,
+        kernel=options.kernel,
+        modules=options.modules,
+        debs=options.debs,
+        progress=progress,
+    )
+    return LiveGuest(images, options)

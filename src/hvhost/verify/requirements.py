@@ -1,0 +1,38 @@
+"""Whether a guest has what a row needs: asked of its module tree, never of what happened to bind.
+
+A driver that is there and did not bind is a failure to be shown; only a driver that the kernel
+does not have at all excuses a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from hvhost.verify.contract import Driver, Row
+from hvhost.verify.guest import Modules
+
+
+def has_driver(driver: Driver, modules: Modules) -> bool:
+    """Whether ``modules.alias`` or ``modules.builtin`` of this kernel names the driver."""
+    if any(modules.is_builtin(name) for name in driver.modules):
+        return True
+    if driver.alias is None:
+        return any(name in modules for name in driver.modules)
+    return not set(driver.modules).isdisjoint(modules.drivers_for(driver.alias))
+
+
+def what_guest_lacks(row: Row, modules: Modules | None, daemons: AbstractSet[str]) -> str | None:
+    """A sentence naming the first driver or daemon that the guest lacks for *row*, or ``None``.
+
+    Of a kernel whose modules are not at hand no driver is said to be lacking.
+    """
+    for driver in row.drivers if modules is not None else ():
+        assert modules is not None
+        if not has_driver(driver, modules):
+            return (
+                f"kernel {modules.release} has no driver {driver}: "
+                "neither modules.alias nor modules.builtin names it"
+            )
+    if row.daemons and not daemons & set(row.daemons):
+        return f"the distribution has no {' or '.join(row.daemons)}"
+    return None

@@ -1,0 +1,34 @@
+"""The rows that this release can prove, each in its module, in the order that boots least often.
+
+``lsvmbus`` and ``smp`` leave the guest as it was; ``heartbeat`` ends with a hung guest, which is
+what ``nmi`` begins with; ``shutdown`` ends with none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hvhost.verify.rows import heartbeat, lsvmbus, nmi, shutdown, smp
+from hvhost.verify.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How a row is proved: *prove* yields evidence and raises ``RowFailed``; seconds it may take.
+
+    ``seconds`` includes the boots the row may need.
+    """
+
+    row_id: str
+    prove: Callable[[Session], Iterator[str]]
+    seconds: float
+
+
+PROOFS: tuple[Proof, ...] = (
+    Proof("lsvmbus", lsvmbus.prove, 180.0),
+    Proof("smp", smp.prove, 240.0),
+    Proof("heartbeat", heartbeat.prove, 420.0),
+    Proof("nmi", nmi.prove, 300.0),
+    Proof("shutdown", shutdown.prove, 420.0),
+)

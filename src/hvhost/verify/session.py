@@ -1,0 +1,318 @@
+"""One guest through a whole verification: booted when a row needs it, booted again when it must.
+
+A row asks for the guest in a state (:meth:`Session.running`, :meth:`Session.hung`) and gets it as
+cheaply as can be: what the row before left behind is used where it fits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from threading import get_ident
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import HeartbeatStatus, MachineEvent, MachineInfo, MachineState
+from hvhost.verify.diagnose import Sighting, explain, kernel_panic
+from hvhost.verify.guest import Machine, PreparedGuest, Probe, RowFailed
+from hvhost.verify.sysfs import GuestDevice, read_devices
+
+log = logging.getLogger(__name__)
+
+BOOT_SECONDS = 75.0
+STALL_SECONDS = 25.0
+HEARTBEAT_SECONDS = 20.0
+NO_CONTACT_SECONDS = 40.0
+_DEAD = (MachineState.STOPPED, MachineState.FAILED)
+
+
+class GuestState(StrEnum):
+    """What the session knows of its guest."""
+
+    NONE = "none"
+    RUNNING = "running"
+    HUNG = "hung"
+    SPOILED = "spoiled"
+
+
+class BootFailed(RowFailed):
+    """The guest did not come up as a guest of the bus; the evidence is the whole finding.
+
+    ``in_user_space`` says that the probe answered, so that only the bus is amiss.
+    """
+
+    def __init__(self, finding: tuple[str, ...], *, in_user_space: bool) -> None:
+        super().__init__(finding[0], finding[1:])
+        self.in_user_space = in_user_space
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Time-outs in seconds; tests shorten them."""
+
+    boot: float = BOOT_SECONDS
+    stall: float = STALL_SECONDS
+    heartbeat: float = HEARTBEAT_SECONDS
+    no_contact: float = NO_CONTACT_SECONDS
+    event: float = 30.0
+    poll: float = 0.2
+    silence: float = 3.0
+
+
+class Session:
+    """The guest under test and everything that was done to it.
+
+    *announce* is told in a few words what happens now.
+    """
+
+    def __init__(
+        self,
+        guest: PreparedGuest,
+        cpus: int,
+        announce: Callable[[str], None],
+        timing: Timing | None = None,
+    ) -> None:
+        self.guest = guest
+        self.cpus = cpus
+        self.timing = timing or Timing()
+        self.events: list[MachineEvent] = []
+        self.consoles: list[str] = []
+        self.machines: list[Machine] = []
+        self.notes: list[str] = []
+        self.boots = 0
+        self.verbose = False
+        self.transports: set[str] = set()
+        self.doing = "starting"
+        self._announce = announce
+        self._machine: Machine | None = None
+        self._probe: Probe | None = None
+        self._state = GuestState.NONE
+        self._heard = 0
+        self._owner = get_ident()
+
+    def adopt(self) -> None:
+        """From now on only the calling thread may use the machine.
+
+        So a row whose time was up cannot touch the next row's guest when its call returns at last.
+        """
+        self._owner = get_ident()
+
+    @property
+    def machine(self) -> Machine:
+        if self._owner != get_ident():
+            raise RowFailed("this row's time is up; its guest was taken away.")
+        if self._machine is None:
+            raise RowFailed("the machine is not running; this is a bug of hvhost's verify.")
+        return self._machine
+
+    def step(self, text: str) -> None:
+        """Say what happens now."""
+        log.info("%s", text)
+        self.doing = text
+        self._announce(text)
+
+    # States a row can ask for.
+
+    def running(self) -> Probe:
+        """A guest in user space on a bus, with the probe answering.
+
+        :class:`BootFailed` with the finding when the guest does not come up.
+        """
+        if self._owner != get_ident():
+            raise RowFailed("this row's time is up; its guest was taken away.")
+        if self._state is GuestState.RUNNING and self._probe is not None:
+            if self._probe.answers(self.timing.silence):
+                return self._probe
+            self.notes.append("the guest stopped answering between two rows and was reset")
+            self.spoil()
+        if self._machine is None:
+            self.step("starting the guest")
+            self._machine = self.guest.start(verbose=self.verbose)
+            self.machines.append(self._machine)
+            self._heard = 0
+            mark = 0
+        else:
+            self.step("resetting the guest")
+            mark = len(self._machine.console())
+            self._machine.reset()
+        return self.await_boot(mark)
+
+    def hung(self) -> None:
+        """Leave every VP spinning with interrupts off; the guest is set to panic on an NMI."""
+        if self._state is GuestState.HUNG:
+            return
+        probe = self.running()
+        probe.write("/proc/sys/kernel/unknown_nmi_panic", "1")
+        self.step("hanging the guest: every VP on a self-jump, interrupts off")
+        self.machine.hang()
+        self._state = GuestState.HUNG
+
+    def spoil(self) -> None:
+        """The guest is not to be used any further in the state it is in."""
+        self._close_probe()
+        if self._state is not GuestState.NONE:
+            self._state = GuestState.SPOILED
+
+    def recover(self) -> None:
+        """After a row that failed: the next one gets a guest started anew, or a reset one."""
+        self.spoil()
+        if self._machine is None:
+            return
+        try:
+            dead = self._machine.info().state in _DEAD
+        except HvHostError as error:
+            log.warning("the machine is gone: %s", error)
+            dead = True
+        if dead:
+            self.drop()
+
+    def abandon(self) -> None:
+        """End the machine under a row whose time is up: calls that wait for it fail then."""
+        machine, self._machine = self._machine, None
+        self._state = GuestState.NONE
+        self._probe = None
+        if machine is not None:
+            machine.kill()
+
+    def drop(self) -> None:
+        """End the machine, keeping what it said."""
+        self._close_probe()
+        machine, self._machine = self._machine, None
+        self._state = GuestState.NONE
+        if machine is None:
+            return
+        try:
+            self._hear(machine, 0.0)
+            self.consoles.append(machine.console())
+        except HvHostError as error:
+            log.warning("the machine's last words are lost: %s", error)
+        machine.kill()
+
+    # What rows wait for.
+
+    def await_boot(self, mark: int) -> Probe:
+        """Wait until a guest that starts now is up; console text before *mark* is of older boots.
+
+        :class:`BootFailed` with the finding otherwise.
+        """
+        self._close_probe()
+        self._state = GuestState.SPOILED
+        started = time.monotonic()
+        self.step("booting")
+        machine = self.machine
+        probe: Probe | None = None
+        info: MachineInfo | None = None
+        worker_error: str | None = None
+        panicked = 0
+        said, said_at = 0, started
+        while probe is None and time.monotonic() - started < self.timing.boot and panicked < 3:
+            if len(machine.console()) > said:
+                said, said_at = len(machine.console()), time.monotonic()
+            elif self.verbose and time.monotonic() - said_at > self.timing.stall:
+                break
+            try:
+                probe = machine.connect_probe(1.0)
+                info = machine.info()
+                self.transports.add(info.transport)
+            except HvHostError as error:
+                worker_error = str(error)
+                break
+            if info.state in _DEAD:
+                worker_error = info.error or f"the machine stopped: {info.last_stop or 'no reason'}"
+                break
+            # A few looks more after a panic, so that its text is complete.
+            if kernel_panic(machine.console()[mark:]) or info.state is MachineState.CRASHED:
+                panicked += 1
+        seconds = time.monotonic() - started
+        self._probe = probe
+        devices: tuple[GuestDevice, ...] | None = None
+        kernel_log = ""
+        if probe is not None:
+            devices = self._await_bus(probe)
+            info = machine.info()
+            if devices and info.vmbus_version:
+                self.boots += 1
+                self._state = GuestState.RUNNING
+                return probe
+            kernel_log = probe.run(["dmesg"], 20.0).output
+        finding = explain(
+            Sighting(
+                console=machine.console()[mark:],
+                release=self.guest.release,
+                modules=self.guest.modules,
+                probe_answered=probe is not None,
+                seconds=seconds,
+                info=info,
+                log=kernel_log,
+                devices=devices,
+                worker_error=worker_error,
+            )
+        )
+        raise BootFailed(finding, in_user_space=probe is not None)
+
+    def _await_bus(self, probe: Probe) -> tuple[GuestDevice, ...]:
+        # Drivers probe asynchronously: user space may be there before its devices are.
+        deadline = time.monotonic() + self.timing.event / 3
+        while not (devices := read_devices(probe)) and time.monotonic() < deadline:
+            time.sleep(self.timing.poll)
+        return devices
+
+    def event_mark(self) -> int:
+        """The sequence of the newest event so far, for :meth:`await_event`."""
+        self._hear(self.machine, 0.0)
+        return self._heard
+
+    def await_event(
+        self,
+        kind: str,
+        after: int,
+        timeout: float | None = None,
+        suits: Callable[[MachineEvent], bool] = lambda event: True,
+    ) -> MachineEvent | None:
+        """The first suitable event of *kind* with a sequence above *after*, or ``None`` in time."""
+        deadline = time.monotonic() + (self.timing.event if timeout is None else timeout)
+        machine = self.machine
+        first = len(self.events)
+        while first and self.events[first - 1].sequence > after:
+            first -= 1
+        while True:
+            for event in self.events[first:]:
+                if event.kind == kind and event.sequence > after and suits(event):
+                    return event
+            first = len(self.events)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self._hear(machine, min(left, 1.0))
+
+    def await_heartbeat(self, status: HeartbeatStatus, timeout: float) -> MachineInfo | None:
+        """The machine's account once its heartbeat has *status*; ``None`` if that does not come."""
+        deadline = time.monotonic() + timeout
+        while True:
+            info = self.machine.info()
+            if info.heartbeat is status:
+                return info
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(self.timing.poll)
+
+    def await_console(self, text: str, mark: int, timeout: float | None = None) -> bool:
+        """Whether *text* appears on the console after *mark* in time."""
+        deadline = time.monotonic() + (self.timing.event if timeout is None else timeout)
+        while text not in self.machine.console()[mark:]:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(self.timing.poll)
+        return True
+
+    def _hear(self, machine: Machine, timeout: float) -> None:
+        for event in machine.events(self._heard, timeout):
+            self.events.append(event)
+            self._heard = max(self._heard, event.sequence)
+
+    def _close_probe(self) -> None:
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            probe.close()

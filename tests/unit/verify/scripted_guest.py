@@ -1,0 +1,428 @@
+"""A guest and its machine by script: they do what Linux and the worker do, or one thing wrong."""
+
+from __future__ import annotations
+
+import fnmatch
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import (
+    ChannelInfo,
+    CrashReport,
+    HeartbeatStatus,
+    MachineEvent,
+    MachineInfo,
+    MachineState,
+    ShutdownAction,
+)
+from hvhost.verify.contract import (
+    HV_HEART_BEAT_GUID,
+    HV_KVP_GUID,
+    HV_SHUTDOWN_GUID,
+    ROWS,
+    Row,
+    vmbus_alias,
+)
+from hvhost.verify.guest import CommandResult, Machine, Probe
+from hvhost.verify.results import RowResult
+from hvhost.verify.session import Timing
+
+RELEASE = "6.1.0-test-amd64"
+FAST = Timing(boot=0.3, heartbeat=0.1, no_contact=0.1, event=0.1, poll=0.005, silence=0.01)
+INSTANCES = {
+    HV_SHUTDOWN_GUID: "b6650ff7-33bc-4840-8048-e0676786f393",
+    HV_HEART_BEAT_GUID: "fd149e91-82e0-4a7d-afa6-2a4166cbd7c0",
+    HV_KVP_GUID: "242ff919-07db-4180-9c2e-b86cb68c8c55",
+}
+HEARTBEAT_CHANNEL = 2
+
+
+@dataclass(frozen=True)
+class ScriptedModules:
+    """A module tree; aliases are exact."""
+
+    release: str = RELEASE
+    aliases: dict[str, str] = field(default_factory=dict)
+    builtin: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def drivers_for(self, modalias: str) -> Sequence[str]:
+        return [self.aliases[modalias]] if modalias in self.aliases else []
+
+    def is_builtin(self, name: str) -> bool:
+        return name in self.builtin
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.builtin or name in self.names or name in self.aliases.values()
+
+
+def full_modules() -> ScriptedModules:
+    """A kernel with every driver of the contract as a module."""
+    drivers = [driver for row in ROWS for driver in row.drivers]
+    return ScriptedModules(
+        aliases={driver.alias: driver.modules[0] for driver in drivers if driver.alias},
+        names=frozenset(name for driver in drivers for name in driver.modules),
+    )
+
+
+class ScriptedGuest:
+    """A prepared guest; ``faults`` name what goes wrong in the machines started of it."""
+
+    def __init__(self, *faults: str, cpus: int = 2, modules: ScriptedModules | None = None) -> None:
+        self.faults = set(faults)
+        self.cpus = cpus
+        self.machines: list[ScriptedMachine] = []
+        self.verbose: list[bool] = []
+        self._modules = modules or full_modules()
+
+    @property
+    def os_name(self) -> str:
+        return "Scripted Linux 1"
+
+    @property
+    def modules(self) -> ScriptedModules | None:
+        return None if "modules-unknown" in self.faults else self._modules
+
+    @property
+    def daemons(self) -> frozenset[str]:
+        return frozenset({"hv_kvp_daemon"})
+
+    @property
+    def release(self) -> str:
+        return RELEASE
+
+    def start(self, *, verbose: bool) -> Machine:
+        self.verbose.append(verbose)
+        if "no-start" in self.faults:
+            raise HvHostError("no KVM here; run hvhost doctor.")
+        machine = ScriptedMachine(self)
+        if "second-boot-works" in self.faults:
+            self.faults -= {"second-boot-works", "no-probe"}
+        self.machines.append(machine)
+        return machine
+
+
+class ScriptedMachine:
+    def __init__(self, guest: ScriptedGuest) -> None:
+        self.faults = set(guest.faults)
+        self.cpus = guest.cpus
+        self.console_text = ""
+        self.log: list[MachineEvent] = []
+        self.boot_count = 0
+        self.killed = False
+        self.worker_dead = False
+        self.spun = 0.0
+        self._boot_id = str(uuid.uuid4())
+        self._boot()
+
+    # The guest's side.
+
+    def _boot(self) -> None:
+        self.boot_count += 1
+        self.state = MachineState.RUNNING
+        self.heartbeat = HeartbeatStatus.NO_DRIVER
+        self.crash: CrashReport | None = None
+        self.hung = False
+        self.nmi_panics = False
+        self.interrupts = [[0] * self.cpus for _ in INSTANCES]
+        self.events_sent = [0] * len(INSTANCES)
+        self.callbacks = [10] * self.cpus
+        self.channel_cpu = dict.fromkeys(range(1, len(INSTANCES) + 1), 0)
+        self.kernel_log: list[str] = []
+        if "same-boot-id" not in self.faults:
+            self._boot_id = str(uuid.uuid4())
+        self._event("reset" if self.boot_count > 1 else "started")
+        self._print("" if "silent" in self.faults else f"Linux version {RELEASE} (x)")
+        if "silent" in self.faults:
+            return
+        if "undetected" not in self.faults:
+            self._print("Hypervisor detected: Microsoft Hyper-V")
+        if "boot-panic" in self.faults:
+            self._print("Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block")
+            return
+        if "no-userspace" in self.faults:
+            self._print("clocksource: jiffies")
+            return
+        if self.bus:
+            self._event("bus", "5.3")
+            if "no-heartbeat" not in self.faults:
+                self.heartbeat = HeartbeatStatus.OK
+        self._print("hvhost-guest: init")
+
+    @property
+    def bus(self) -> bool:
+        return "no-bus" not in self.faults
+
+    @property
+    def probe_there(self) -> bool:
+        return not (
+            self.faults & {"silent", "boot-panic", "no-userspace", "no-probe"}
+            or self.hung
+            or self.state is not MachineState.RUNNING
+        )
+
+    def _print(self, line: str) -> None:
+        if line:
+            self.console_text += line + "\r\n"
+
+    def _event(self, kind: str, detail: str = "") -> None:
+        self.log.append(MachineEvent(len(self.log) + 1, 0.0, kind, detail))
+
+    def deliver(self, channel: int, signals: int = 1) -> None:
+        """The host interrupts for *channel*; the guest counts and answers."""
+        cpu = 0 if "wrong-cpu" in self.faults else self.channel_cpu[channel]
+        self.callbacks[cpu] += signals
+        if "all-cpus" in self.faults:
+            self.callbacks = [count + signals for count in self.callbacks]
+            self.callbacks[cpu] -= signals
+        counted = channel % len(INSTANCES) + 1 if "wrong-channel" in self.faults else channel
+        self.interrupts[counted - 1][cpu] += signals
+        if "noisy-channel" in self.faults:
+            self.interrupts[channel % len(INSTANCES)][cpu] += signals
+        if "no-answers" not in self.faults:
+            self.events_sent[channel - 1] += signals
+
+    def panic(self, reason: str) -> None:
+        self.state, self.heartbeat = MachineState.CRASHED, HeartbeatStatus.CRASHED
+        if "state-not-crashed" in self.faults:
+            self.state = MachineState.RUNNING
+        lines = [*self.kernel_log, f"<0>[    9.0] Kernel panic - not syncing: {reason}"]
+        if "token-lost" in self.faults:
+            lines = lines[-1:]
+        text = "\n".join(lines)
+        self._print(text)
+        if "no-crash-msrs" in self.faults:
+            return
+        sent = None if "no-crash-text" in self.faults else text
+        self.crash = CrashReport((1, 2, 3, 4, len(text)), sent, 9.0)
+        self._event("crash", sent or "")
+
+    def files(self) -> dict[str, str]:
+        mapping = "\n".join(f"processor\t: {cpu}" for cpu in range(self.cpus))
+        online = f"0-{self.cpus - 1}" if "cpu-offline" not in self.faults else "0"
+        counts = " ".join(map(str, self.callbacks))
+        files = {
+            "/proc/sys/kernel/osrelease": RELEASE + "\n",
+            "/proc/sys/kernel/random/boot_id": self._boot_id + "\n",
+            "/proc/sys/kernel/unknown_nmi_panic": "0\n",
+            "/sys/devices/system/cpu/online": online + "\n",
+            "/proc/cpuinfo": mapping + "\n",
+            "/proc/interrupts": (
+                "     " + " ".join(f"CPU{cpu}" for cpu in range(self.cpus)) + "\n"
+                f"  0:  {counts}  IO-APIC timer\nHYP:  {counts}  Hypervisor callback interrupts\n"
+            ),
+        }
+        if not self.bus:
+            return files
+        for channel, (interface, instance) in enumerate(INSTANCES.items(), 1):
+            if "guest-misses-device" in self.faults and interface == HV_KVP_GUID:
+                continue
+            directory = f"/sys/bus/vmbus/devices/{instance}"
+            modalias = vmbus_alias(interface)
+            bound = "unbound" not in self.faults or interface != HV_HEART_BEAT_GUID
+            files |= {
+                f"{directory}/class_id": f"{{{interface}}}\n",
+                f"{directory}/device_id": f"{{{instance}}}\n",
+                f"{directory}/uevent": ("DRIVER=hv_utils\n" if bound else "")
+                + f"MODALIAS={modalias}\n",
+                f"{directory}/channel_vp_mapping": f"{channel}:{self.channel_cpu[channel]}\n",
+                f"{directory}/channels/{channel}/cpu": f"{self.channel_cpu[channel]}\n",
+                f"{directory}/channels/{channel}/interrupts": (
+                    f"{sum(self.interrupts[channel - 1])}\n"
+                ),
+                f"{directory}/channels/{channel}/events": f"{self.events_sent[channel - 1]}\n",
+            }
+        return files
+
+    # The host's side: the Machine protocol.
+
+    def _alive(self) -> None:
+        if self.worker_dead or self.killed:
+            raise HvHostError("the machine's worker has ended; its log is in worker.log.")
+
+    def info(self) -> MachineInfo:
+        self._alive()
+        channels = [
+            ChannelInfo(channel, interface[:4], interface, instance, "open", 0)
+            for channel, (interface, instance) in enumerate(INSTANCES.items(), 1)
+        ]
+        if "host-misses-device" in self.faults:
+            channels = channels[:-1]
+        negotiated = self.bus and any(event.kind == "bus" for event in self.log)
+        return MachineInfo(
+            name="scripted",
+            pid=1,
+            state=self.state,
+            seconds=1.0,
+            cpus=self.cpus,
+            memory=512 << 20,
+            kernel="/k",
+            command_line="console=ttyS0"
+            + (" initcall_blacklist=hv_acpi_init" if "blacklisted" in self.faults else ""),
+            transport="scripted",
+            guest_os_id=0 if self.faults & {"undetected", "silent"} else 0x8100060100000000,
+            vmbus_version="5.3" if negotiated else None,
+            heartbeat=self.heartbeat,
+            shutdown_ready=self.bus and "no-shutdown-channel" not in self.faults,
+            crash=self.crash,
+            channels=tuple(channels) if negotiated else (),
+        )
+
+    def events(self, after: int, timeout: float) -> list[MachineEvent]:
+        return [event for event in self.log if event.sequence > after]
+
+    def shut_down(self, action: ShutdownAction) -> None:
+        self._alive()
+        if "init-does-nothing" in self.faults:
+            return
+        if "init-line-missing" not in self.faults:
+            self._print("hvhost-guest: shutdown path of init")
+        if action is ShutdownAction.REBOOT:
+            if "no-reset" not in self.faults:
+                self._boot()
+            return
+        self._event("sleep", "S3" if "wrong-sleep-state" in self.faults else "S5")
+        if "stays-on" not in self.faults:
+            self.state, self.worker_dead = MachineState.STOPPED, True
+            self._event("stopped", "S5")
+
+    def reset(self) -> None:
+        self._alive()
+        if "dies-at-reset" in self.faults:
+            self.worker_dead = True
+            self._alive()
+        self._boot()
+
+    def nmi(self) -> None:
+        self._alive()
+        if "nmi-lost" in self.faults or not (self.hung and self.nmi_panics):
+            return
+        flags = "00000206" if "interrupts-on" in self.faults else "00000006"
+        self.kernel_log.append(f"RIP: 0010:default_idle+0xb/0x10\nRSP: 0 EFLAGS: {flags}")
+        self.panic("Hard LOCKUP" if "other-panic" in self.faults else "NMI: Not continuing")
+
+    def hang(self) -> None:
+        self._alive()
+        if "hang-not-hung" not in self.faults:
+            self.hung = True
+        if "contact-stays" not in self.faults:
+            self.heartbeat = HeartbeatStatus.NO_CONTACT
+
+    def heartbeat_round_trips(self, count: int) -> list[float]:
+        self._alive()
+        for _ in range(count):
+            self.deliver(HEARTBEAT_CHANNEL)
+        return [0.001] * count
+
+    def vp_seconds(self) -> float | None:
+        if "no-spin" in self.faults:
+            return 0.0
+        self.spun += 2.0
+        return self.spun
+
+    def wait_stopped(self, timeout: float) -> bool:
+        return self.worker_dead
+
+    def console(self) -> str:
+        return self.console_text
+
+    def connect_probe(self, timeout: float) -> Probe | None:
+        self._alive()
+        if "dies-at-boot" in self.faults:
+            self.worker_dead = True
+            self._alive()
+        return ScriptedProbe(self) if self.probe_there else None
+
+    def keep_logs(self, directory: Path) -> None:
+        (directory / "worker.log").write_text("worker\n")
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class ScriptedProbe:
+    def __init__(self, machine: ScriptedMachine) -> None:
+        self.machine = machine
+        self.boot = machine.boot_count
+
+    def _there(self) -> ScriptedMachine:
+        if not self.answers(0):
+            raise HvHostError("the guest's probe does not answer.")
+        return self.machine
+
+    def read(self, path: str) -> str:
+        files = self._there().files()
+        if path not in files:
+            raise HvHostError(f"{path}: No such file or directory (in the guest)")
+        return files[path]
+
+    def read_all(self, *patterns: str) -> dict[str, str]:
+        def matches(path: str, pattern: str) -> bool:
+            parts, wanted = path.split("/"), pattern.split("/")
+            return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+        return {
+            path: text.removesuffix("\n")
+            for path, text in self._there().files().items()
+            if any(matches(path, pattern) for pattern in patterns)
+        }
+
+    def write(self, path: str, text: str) -> None:
+        machine = self._there()
+        if path.endswith("/cpu"):
+            if "move-refused" in machine.faults:
+                raise HvHostError(f"{path}: Input/output error (in the guest)")
+            if "move-ignored" not in machine.faults:
+                machine.channel_cpu[int(path.split("/")[-2])] = int(text)
+        elif path == "/dev/kmsg":
+            machine.kernel_log.append(text.strip())
+        elif path.endswith("unknown_nmi_panic"):
+            machine.nmi_panics = text == "1"
+        else:
+            raise HvHostError(f"{path}: Permission denied (in the guest)")
+
+    def run(self, command: Sequence[str], timeout: float) -> CommandResult:
+        machine = self._there()
+        if command[0] == "nproc":
+            return CommandResult(0, f"{machine.cpus}\n")
+        if command[0] == "dmesg":
+            return CommandResult(0, "[0.0] Linux version " + RELEASE + "\n")
+        if command[0] == "sh" and "lsvmbus" in command[-1] and "python" in machine.faults:
+            return CommandResult(
+                0,
+                "\n".join(
+                    f"VMBUS ID  {number}: Class_ID = {{{interface}}} - [x]\n"
+                    f"\tDevice_ID = {{{instance}}}\n\tSysfs path: /sys\n\tRel_ID=1, target_cpu=0\n"
+                    for number, (interface, instance) in enumerate(INSTANCES.items(), 1)
+                ),
+            )
+        return CommandResult(127, "")
+
+    def fire(self, path: str, text: str) -> None:
+        assert (path, text) == ("/proc/sysrq-trigger", "c")
+        self._there().panic("sysrq triggered crash")
+
+    def answers(self, timeout: float) -> bool:
+        return self.machine.probe_there and self.boot == self.machine.boot_count
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.done: list[RowResult] = []
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+    def row_started(self, row: Row) -> None:
+        self.steps.append(row.id)
+
+    def row_done(self, result: RowResult) -> None:
+        self.done.append(result)

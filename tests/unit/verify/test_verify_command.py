@@ -1,0 +1,109 @@
+"""The command as a whole: table, JSON, logs and exit status, on a scripted guest."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from scripted_guest import FAST, ScriptedGuest
+
+from hvhost.errors import HvHostError
+from hvhost.verify.command import verify_guest
+from hvhost.verify.contract import GROUPS, ROWS
+from hvhost.verify.options import VerifyOptions
+from hvhost.verify.report import export_svg
+from hvhost.verify.results import VerifyReport
+from hvhost.verify.rows import PROOFS, heartbeat
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "SPIN_SECONDS", 0.01)
+
+
+def run(
+    options: VerifyOptions, *faults: str, terminal: bool = False
+) -> tuple[int, VerifyReport, str, str]:
+    out, progress = io.StringIO(), io.StringIO()
+    status, report = verify_guest(
+        options,
+        lambda _options, _observer: ScriptedGuest(*faults, cpus=options.cpus),
+        timing=FAST,
+        out=Console(file=out, width=160),
+        progress=Console(file=progress, width=160, force_terminal=terminal),
+    )
+    return status, report, out.getvalue(), progress.getvalue()
+
+
+def test_everything_once(tmp_path: Path) -> None:
+    options = VerifyOptions(json_path=tmp_path / "r.json", keep_logs=tmp_path / "logs")
+    status, report, table, progress = run(options)
+    assert status == 0
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert list(document) == ["schema", "host", "guest", "rows"]
+    assert document["schema"] == 1
+    assert document["host"]["transport"] == "scripted"
+    assert document["guest"] == {"kernel": "6.1.0-test-amd64", "os": "Scripted Linux 1"}
+    assert [row["id"] for row in document["rows"]] == [row.id for row in ROWS]
+    assert all(
+        list(row) == ["id", "group", "title", "status", "seconds", "evidence"]
+        for row in document["rows"]
+    )
+    working = {row["id"] for row in document["rows"] if row["status"] == "works"}
+    assert working == {proof.row_id for proof in PROOFS}
+    positions = [table.index(group) for group in GROUPS]
+    assert positions == sorted(positions)
+    assert "5 works, 30 missing" in table
+    assert "heartbeat: waiting for the host to notice" in progress
+    kept = {file.name for file in (tmp_path / "logs").iterdir()}
+    assert kept == {"console.log", "events.json", "report.json", "worker.log"}
+    assert "Linux version" in (tmp_path / "logs" / "console.log").read_text()
+    kinds = [event["kind"] for event in json.loads((tmp_path / "logs/events.json").read_text())]
+    assert kinds[0] == "started" and "crash" in kinds and kinds[-1] == "stopped"
+    export_svg(report, tmp_path / "table.svg")
+    picture = (tmp_path / "table.svg").read_text()
+    assert picture.startswith("<svg") and "heartbeat" in picture
+
+
+def test_a_failure_is_shown_with_all_its_evidence() -> None:
+    status, _, table, _ = run(VerifyOptions(rows=["smp"]), "wrong-cpu")
+    assert status == 1
+    assert "callback interrupts per CPU" in table
+
+
+def test_a_guest_without_a_bus_fails_with_its_finding() -> None:
+    status, _, table, _ = run(VerifyOptions(), "no-bus", "blacklisted")
+    assert status == 1
+    assert table.count("2. Hyper-V detected: yes") == 1
+    assert "console: hvhost-guest: init" in table
+
+
+def test_missing_rows_asked_for_fail() -> None:
+    assert run(VerifyOptions(rows=["network"]))[0] == 1
+    assert run(VerifyOptions(rows=["lsvmbus"]))[0] == 0
+
+
+def test_live_display_goes_to_a_terminal() -> None:
+    status, _, _, progress = run(VerifyOptions(rows=["lsvmbus"]), terminal=True)
+    assert status == 0
+    assert "lsvmbus" in progress and "0:00:0" in progress
+
+
+@pytest.mark.parametrize("field", ["rows", "allow_lacks"])
+def test_bad_rows_are_refused_before_anything_is_prepared(field: str) -> None:
+    def prepare(_options: object, _observer: object) -> ScriptedGuest:
+        raise AssertionError("prepared although the input is wrong")
+
+    options = VerifyOptions(**{field: ["smpp"]})  # type: ignore[arg-type]
+    with pytest.raises(HvHostError, match="did you mean smp"):
+        verify_guest(options, prepare)
+
+
+def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = VerifyOptions(rows=["lsvmbus"], json_path=tmp_path / "file" / "r.json")
+    with pytest.raises(HvHostError, match="cannot be written"):
+        run(options)
