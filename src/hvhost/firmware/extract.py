@@ -159,7 +159,10 @@ def _lz4(payload: memoryview, size: int) -> bytes:
         block = payload[offset + 4 : offset + 4 + length]
         if not length or len(block) < length:
             raise ValueError(f"LZ4 block at {offset} is cut short")
-        part = lz4.block.decompress(block, uncompressed_size=min(left, _LZ4_BLOCK_SIZE))
+        try:
+            part = lz4.block.decompress(block, uncompressed_size=min(left, _LZ4_BLOCK_SIZE))
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(str(error)) from None
         parts.append(part)
         offset += 4 + length
         left -= len(part)

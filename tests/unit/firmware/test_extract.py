@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import logging
+import lzma
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lz4.block  # type: ignore[import-untyped]
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_files import BzImage, Elf, Segment
+
+from hvhost.errors import HvHostError
+from hvhost.firmware.extract import MAXIMUM_SIZE, cached_vmlinux, extract_vmlinux, open_for_boot
+from hvhost.firmware.image import ImageKind, open_kernel, parse_kernel
+
+VMLINUX = Elf([Segment(bytes(range(256)) * 40, memory_size=20000)]).build()
+
+
+def lz4_legacy(data: bytes, block: int = 8 << 20) -> bytes:
+    result = b"\x02\x21\x4c\x18"
+    for offset in range(0, len(data), block):
+        packed = lz4.block.compress(data[offset : offset + block], store_size=False)
+        result += len(packed).to_bytes(4, "little") + packed
+    return result
+
+
+def zstd(data: bytes) -> bytes:
+    # As a pipe compresses: without the content's size in the frame.
+    return zstandard.ZstdCompressor(write_content_size=False).compress(data)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lambda data: lzma.compress(data, lzma.FORMAT_XZ, lzma.CHECK_CRC32),
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "lz4": lz4_legacy,
+    "zstd": zstd,
+}
+each_compressor = pytest.mark.parametrize("compression", COMPRESSORS)
+
+
+def bzimage(payload: bytes, size: int | None = None) -> bytes:
+    length = len(VMLINUX) if size is None else size
+    return BzImage(payload=payload + length.to_bytes(4, "little")).build()
+
+
+def extract(data: bytes) -> bytes:
+    return extract_vmlinux(parse_kernel(data, "vmlinuz"))
+
+
+@each_compressor
+def test_extraction(compression: str) -> None:
+    assert extract(bzimage(COMPRESSORS[compression](VMLINUX))) == VMLINUX
+
+
+@each_compressor
+def test_damaged_payload(compression: str) -> None:
+    payload = bytearray(COMPRESSORS[compression](VMLINUX))
+    del payload[len(payload) // 2 :]
+    with pytest.raises(HvHostError, match=r"get it anew"):
+        extract(bzimage(bytes(payload)))
+
+
+@each_compressor
+def test_result_must_have_the_size_it_claims(compression: str) -> None:
+    with pytest.raises(HvHostError, match=r"get it anew"):
+        extract(bzimage(COMPRESSORS[compression](VMLINUX), len(VMLINUX) + 1))
+
+
+@each_compressor
+def test_more_than_claimed_is_never_made(compression: str) -> None:
+    """A small file that expands without end stops at the size it claims."""
+    with pytest.raises(HvHostError):
+        extract(bzimage(COMPRESSORS[compression](bytes(32 << 20)), 100))
+
+
+def test_lz4_in_several_blocks() -> None:
+    data = Elf([Segment(bytes(9 << 20))]).build()
+    assert extract(bzimage(lz4_legacy(data), len(data))) == data
+
+
+def test_lz4_blocks_without_content_end() -> None:
+    empty = lz4.block.compress(b"", store_size=False)
+    payload = b"\x02\x21\x4c\x18" + (len(empty).to_bytes(4, "little") + empty) * 3
+    with pytest.raises(HvHostError, match="is empty"):
+        extract(bzimage(payload))
+
+
+def test_lz4_block_longer_than_the_payload() -> None:
+    payload = lz4_legacy(VMLINUX)
+    wrong = payload[:4] + (1 << 30).to_bytes(4, "little") + payload[8:]
+    with pytest.raises(HvHostError, match="cut short"):
+        extract(bzimage(wrong))
+
+
+@pytest.mark.parametrize("size", [0, MAXIMUM_SIZE + 1])
+def test_impossible_size(size: int) -> None:
+    with pytest.raises(HvHostError, match="claims"):
+        extract(bzimage(gzip.compress(VMLINUX), size))
+
+
+def test_lzo_and_unknown_are_named() -> None:
+    with pytest.raises(HvHostError, match="compressed with LZO"):
+        extract(bzimage(b"\x89LZO\0\r\n\x1a\n" + bytes(100)))
+    with pytest.raises(HvHostError, match="unknown way"):
+        extract(bzimage(b"ABCDEFGH"))
+
+
+def test_payload_must_be_a_kernel() -> None:
+    with pytest.raises(HvHostError, match="payload of vmlinuz is not a Linux kernel"):
+        extract(bzimage(gzip.compress(b"x" * 1000), 1000))
+
+
+def test_no_payload() -> None:
+    with pytest.raises(HvHostError, match="no compressed payload"):
+        extract(BzImage(version=0x207).build())
+    with pytest.raises(HvHostError, match="no compressed payload"):
+        extract(VMLINUX)
+
+
+def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(HvHostError, match="needs the Python package zstandard"):
+        extract(bzimage(zstd(VMLINUX)))
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HVHOST_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(bzimage(COMPRESSORS["xz"](VMLINUX)))
+    return path
+
+
+def test_open_for_boot_gives_the_vmlinux_with_its_header(kernel: Path) -> None:
+    image = open_for_boot(kernel)
+    assert image.kind is ImageKind.ELF64
+    assert bytes(image.data) == VMLINUX
+    assert image.name == str(kernel)
+    assert image.setup == open_kernel(kernel).setup
+
+
+def test_cache_is_used_and_a_damaged_entry_replaced(kernel: Path) -> None:
+    image = open_kernel(kernel)
+    path = cached_vmlinux(image)
+    first = path.stat()
+    assert cached_vmlinux(image).stat().st_mtime_ns == first.st_mtime_ns
+    path.write_bytes(VMLINUX[:100])
+    assert cached_vmlinux(image).read_bytes() == VMLINUX
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_failed_write_leaves_nothing(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        cached_vmlinux(open_kernel(kernel))
+    assert list((kernel.parent / "cache" / "vmlinux").iterdir()) == []
+    assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
+
+
+def test_exotic_kernels_boot_as_they_are(kernel: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kernel.write_bytes(bzimage(b"\x89LZO" + bytes(100)))
+    with caplog.at_level(logging.WARNING):
+        assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
+    assert "LZO" in caplog.text
+
+
+def test_32_bit_and_plain_kernels_are_not_extracted(kernel: Path) -> None:
+    kernel.write_bytes(BzImage(xloadflags=0, payload=b"x" * 100).build())
+    assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
+    kernel.write_bytes(VMLINUX)
+    assert open_for_boot(kernel).setup is None
+
+
+@given(
+    st.sampled_from(sorted(COMPRESSORS)),
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_hostile_payloads(compression: str, patches: list[tuple[int, int]]) -> None:
+    payload = bytearray(COMPRESSORS[compression](VMLINUX))
+    for offset, value in patches:
+        payload[offset % len(payload)] = value
+    try:
+        assert len(extract(bzimage(bytes(payload)))) == len(VMLINUX)
+    except HvHostError as error:
+        assert "vmlinuz" in str(error)
