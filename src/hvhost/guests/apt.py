@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvhost.errors import HvHostError
+from hvhost.guests import deb
 from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,16 @@ Progress = Callable[[str], None]
 MIRROR_VARIABLE = "HVHOST_DEBIAN_MIRROR"
 KEYRING_DIRECTORY = Path("/usr/share/keyrings")
 KEYRING_NAMES = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
+# Suites whose keyring package may know keys that are newer than this computer's keyring.
+KEYRING_SUITES = ("trixie", "bookworm")
 LISTS_FRESH_SECONDS = 3600
 UPDATE_TIMEOUT = 300
 DOWNLOAD_TIMEOUT = 900
 # Meta packages name the real kernel by its version; newer suites split it into several packages.
 _VERSIONED_KERNEL = re.compile(r"linux-(?:image|binary|modules|base)-\d\S*")
+_UNTRUSTED = re.compile(
+    r"NO_PUBKEY|EXPKEYSIG|REVKEYSIG|BADSIG|is not signed|couldn't be verified|no longer signed"
+)
 _INHERITED_SETTINGS = re.compile(
     r"^Acquire::(?:(?:https?|ftp)::\S*|Check-Date|Check-Valid-Until|Retries|ForceIPv[46])$",
     re.IGNORECASE,
@@ -205,6 +211,10 @@ def _inherited_settings() -> list[str]:
     return lines
 
 
+class _UntrustedError(HvHostError):
+    """A suite is signed by keys that the keyring does not have, or not signed."""
+
+
 class _PrivateApt:
     """apt with its root in one directory; one suite each."""
 
@@ -298,7 +308,7 @@ class _PrivateApt:
         self._progress(f"reading the package lists of {self.suite}")
         status, output = self._run(["apt-get", "-q", "update"], self.root, UPDATE_TIMEOUT)
         if status != 0:
-            raise HvHostError(_explain_update(self.suite, output))
+            raise _explain_update(self.suite, output)
         self._updated.touch()
 
     def lists_age(self) -> float:
@@ -379,19 +389,19 @@ def _last_error(output: str) -> str:
     return re.sub(r"\s+", " ", text)[:300].rstrip(".")
 
 
-def _explain_update(suite: str, output: str) -> str:
+def _explain_update(suite: str, output: str) -> HvHostError:
     reason = _last_error(output)
-    if re.search(r"NO_PUBKEY|EXPKEYSIG|not signed|couldn't be verified|REVKEYSIG", output):
-        return (
+    if _UNTRUSTED.search(output):
+        return _UntrustedError(
             f"The keyring of this computer cannot verify Debian's {suite} ({reason}); install the "
             "newest debian-archive-keyring."
         )
     if re.search(r"404 +Not Found|does not have a Release file", output):
-        return (
+        return HvHostError(
             f"The mirror does not carry Debian's {suite}, which may have moved to the archive of "
             f"old releases ({reason}); set {MIRROR_VARIABLE} to a mirror that has it."
         )
-    return (
+    return HvHostError(
         f"The package lists of Debian's {suite} could not be read ({reason}); check the network "
         "and try again."
     )
@@ -434,6 +444,40 @@ def silent(_message: str) -> None:
     """A progress callback that shows nothing."""
 
 
+def _newer_keyring(suite: str, progress: Progress) -> Path:
+    """The keyring of a suite that this computer's own keyring can verify."""
+    names = ("debian-archive-keyring",)
+    (package,) = _download(suite, names, refresh=False, progress=progress, only_our_keys=True)
+    root = deb.extract([package], progress)
+    for name in KEYRING_NAMES:
+        path = root / KEYRING_DIRECTORY.relative_to("/") / name
+        if path.is_file():
+            return path
+    raise HvHostError(f"{package.name} holds no keyring; install debian-archive-keyring.")
+
+
+def _update(apt: _PrivateApt, mirror: Mirror, progress: Progress, *, only_our_keys: bool) -> None:
+    """Read the lists; keys this computer lacks come from a suite whose keys it has."""
+    try:
+        apt.update()
+        return
+    except _UntrustedError as error:
+        if only_our_keys:
+            raise
+        refused = error
+    for suite in KEYRING_SUITES:
+        if suite == apt.suite:
+            continue
+        progress(f"{apt.suite} is signed by keys unknown here; asking {suite} for them")
+        try:
+            apt.configure(mirror, _newer_keyring(suite, progress))
+            apt.update()
+            return
+        except HvHostError as error:
+            log.info("%s does not help to verify %s: %s", suite, apt.suite, error)
+    raise refused
+
+
 def download(
     suite: str,
     package_names: Sequence[str],
@@ -447,6 +491,17 @@ def download(
     downloaded is returned without asking the mirror, unless ``refresh``. Raises HvHostError when
     the suite or a package cannot be had, or cannot be verified.
     """
+    return _download(suite, package_names, refresh=refresh, progress=progress, only_our_keys=False)
+
+
+def _download(
+    suite: str,
+    package_names: Sequence[str],
+    *,
+    refresh: bool,
+    progress: Progress,
+    only_our_keys: bool,
+) -> list[Path]:
     directory = cache_dir("apt") / suite
     directory.mkdir(exist_ok=True)
     key = " ".join(package_names)
@@ -455,9 +510,10 @@ def download(
         if cached is not None:
             return cached
         apt = _PrivateApt(suite, directory, progress)
-        apt.configure(debian_mirror(), keyring())
+        mirror = debian_mirror()
+        apt.configure(mirror, keyring())
         if refresh or apt.lists_age() > LISTS_FRESH_SECONDS:
-            apt.update()
+            _update(apt, mirror, progress, only_our_keys=only_our_keys)
         names = [apt.fetch(package) for package in apt.resolve(package_names)]
         log.debug("%s: %s", suite, names)
         _remember(directory, key, names)

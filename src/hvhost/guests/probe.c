@@ -44,6 +44,8 @@ enum { CREATE = 1 };
 static int in_fd, out_fd;
 static uint8_t pending[FRAME_MAX + 1];  /* a request that ended the running command */
 static size_t pending_size;
+static uint8_t input[4096];
+static size_t input_size, input_next;
 
 static uint32_t get32(const uint8_t *p)
 {
@@ -167,19 +169,18 @@ bad:
 /* Read what is there; true if a request is now pending. Pings are answered here. */
 static int receive(void)
 {
-	static uint8_t buffer[4096], frame[FRAME_MAX + 4];
-	static size_t have, next;
+	static uint8_t frame[FRAME_MAX + 4];
 
-	if (next == have) {
-		ssize_t n = read(in_fd, buffer, sizeof buffer);
+	if (input_next == input_size) {
+		ssize_t n = read(in_fd, input, sizeof input);
 		if (n < 0 && (errno == EINTR || errno == EAGAIN))
 			return 0;
 		if (n <= 0)
 			exit(0);  /* hung up; init starts us again */
-		have = n, next = 0;
+		input_size = n, input_next = 0;
 	}
-	while (next < have) {
-		size_t size = decode_byte(buffer[next++], frame);
+	while (input_next < input_size) {
+		size_t size = decode_byte(input[input_next++], frame);
 		if (!size)
 			continue;
 		if (frame[0] == PING) {
@@ -297,12 +298,13 @@ static void do_exec(uint32_t id, uint8_t *body, size_t size)
 			{ .fd = err.fd, .events = POLLIN },
 			{ .fd = in_fd, .events = POLLIN },
 		};
-		int64_t left = deadline - now_ms();
+		int waiting = input_next < input_size;  /* read together with this request */
+		int64_t left = waiting ? 0 : deadline - now_ms();
 		/* With both streams closed only the end itself is left, which nothing announces. */
 		int64_t nap = out.fd < 0 && err.fd < 0 ? 2 : 50;
 
 		poll(fds, 3, left < nap ? (left < 0 ? 0 : left) : nap);
-		if (fds[2].revents && receive())
+		if ((waiting || fds[2].revents) && receive())
 			how = CANCELLED;
 		else if (now_ms() >= deadline)
 			how = TIMED_OUT;
@@ -413,7 +415,7 @@ static void serve(void)
 {
 	static uint8_t request[FRAME_MAX + 1];
 
-	send_message(HELLO, getpid(), NULL, 0);
+	send_message(HELLO, getpid(), "", 0);
 	for (;;) {
 		while (!pending_size)
 			receive();

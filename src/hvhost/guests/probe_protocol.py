@@ -158,7 +158,7 @@ class Decoder:
             message = None if overlong else _decode_frame(coded)
             if message is not None:
                 yield message
-            elif coded:
+            elif coded or overlong:
                 self.dropped += 1
         self._keep(rest)
 
