@@ -29,6 +29,7 @@ from hvhost.vmbus.channel import Channel, Packet, PacketType
 logger = logging.getLogger(__name__)
 
 _OLDEST = FRAMEWORK_VERSIONS[0]
+_RESPONSE: Final = int(IcFlags.RESPONSE)  # arithmetic on flags is slow
 _TRANSACTIONS: Final = 256  # ictransaction_id is a byte
 
 
@@ -115,7 +116,7 @@ class Conversation:
         if packet.type is not PacketType.DATA_INBAND:
             raise RemoteProtocolError(f"the {self.name} service got a packet {packet.type.name}.")
         message = decode(packet.payload)
-        if not message.flags & IcFlags.RESPONSE or message.transaction_id not in state.unanswered:
+        if not message.flags & _RESPONSE or message.transaction_id not in state.unanswered:
             raise RemoteProtocolError(
                 f"the {self.name} service got message {message.type} of transaction "
                 f"{message.transaction_id}, which answers no request of the host."

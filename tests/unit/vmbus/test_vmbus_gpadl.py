@@ -1,0 +1,209 @@
+"""GPADLs: lists in one message or many, and every way to get them wrong."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvhost.errors import GuestMemoryError, RemoteProtocolError
+from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
+from hvhost.vmbus import gpadl
+from hvhost.vmbus.gpadl import GpadlTable, GpaRange, pack_ranges, parse_ranges
+
+PAGES = 64
+HIGH = 1 << 20  # page frame number of the second region
+
+
+@pytest.fixture(scope="module")
+def memory() -> GuestMemory:
+    return GuestMemory(
+        [
+            MemoryRegion(0, memoryview(bytearray(PAGES * PAGE_SIZE))),
+            MemoryRegion(HIGH * PAGE_SIZE, memoryview(bytearray(PAGES * PAGE_SIZE))),
+        ]
+    )
+
+
+def a_range(count: int, offset: int, pfns: list[int]) -> GpaRange:
+    return GpaRange(count, offset, array("Q", pfns))
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[GpaRange, ...]:
+    out = []
+    for _ in range(draw(st.integers(1, 4))):
+        offset = draw(st.integers(0, PAGE_SIZE - 1))
+        count = draw(st.integers(0, 40 * PAGE_SIZE))
+        pages = (offset + count + PAGE_SIZE - 1) // PAGE_SIZE
+        pfn = st.integers(0, PAGES - 1) | st.integers(HIGH, HIGH + PAGES - 1)
+        out.append(a_range(count, offset, draw(st.lists(pfn, min_size=pages, max_size=pages))))
+    return tuple(out)
+
+
+@given(ranges())
+def test_ranges_survive_the_way_there_and_back(items: tuple[GpaRange, ...]) -> None:
+    assert parse_ranges(pack_ranges(items), len(items)) == items
+
+
+@given(items=ranges(), data=st.data())
+def test_a_list_may_come_in_any_number_of_messages(
+    memory: GuestMemory, items: tuple[GpaRange, ...], data: st.DataObject
+) -> None:
+    table, encoded = GpadlTable(memory), pack_ranges(items)
+    cuts = sorted(
+        8 * cut for cut in data.draw(st.lists(st.integers(0, len(encoded) // 8), max_size=5))
+    )
+    pieces = [encoded[a:b] for a, b in zip([0, *cuts], [*cuts, len(encoded)], strict=True)]
+    made = table.start(3, 9, len(items), len(encoded), pieces[0])
+    for piece in pieces[1:]:
+        if made is None:
+            made = table.extend(9, piece)
+    assert made is not None and made.ranges == items
+    assert table.get(9, 3) is made
+    assert table.pages == made.page_count == sum(len(item.pfns) for item in items)
+    table.remove(9)
+    assert (len(table), table.pages) == (0, 0)
+
+
+@given(st.binary(max_size=200), st.integers(0, 0xFFFF))
+def test_bytes_are_ranges_or_a_protocol_error(data: bytes, count: int) -> None:
+    try:
+        items = parse_ranges(data, count)
+    except RemoteProtocolError:
+        return
+    assert data.startswith(pack_ranges(items))
+
+
+@given(items=ranges())
+def test_views_cover_a_range_and_join_neighbours(
+    memory: GuestMemory, items: tuple[GpaRange, ...]
+) -> None:
+    for item in items:
+        views = item.views(memory)
+        assert sum(map(len, views)) == item.byte_count
+        runs = sum(1 for a, b in zip(item.pfns, item.pfns[1:], strict=False) if b != a + 1)
+        assert len(views) <= runs + 1
+
+
+def test_views_are_the_guests_memory_in_order(memory: GuestMemory) -> None:
+    item = a_range(PAGE_SIZE + 10, 4090, [5, 6, HIGH])
+    views = item.views(memory)
+    assert [len(view) for view in views] == [6 + PAGE_SIZE, 4]
+    views[0][:] = b"a" * (6 + PAGE_SIZE)
+    views[1][:] = b"bbbb"
+    assert memory.read(5 * PAGE_SIZE + 4088, 4) == b"\0\0aa"
+    assert memory.read(7 * PAGE_SIZE - 1, 2) == b"a\0"
+    assert memory.read(HIGH * PAGE_SIZE, 5) == b"bbbb\0"
+
+
+@pytest.mark.parametrize(
+    ("count", "ranges_", "size", "why"),
+    [
+        (0, b"", 0, "announces 0 ranges"),
+        (0, bytes(8), 8, "announces 0 ranges"),
+        (2, bytes(8), 8, "announces 2 ranges in 8 bytes"),
+        (1, bytes(12), 12, "announces 1 ranges in 12 bytes"),
+        (1, pack_ranges((a_range(1, 0, [1]),))[:8], 8, "needs 1 page numbers, the list has 0"),
+        (1, pack_ranges((a_range(1, PAGE_SIZE, [1, 1]),)), 24, "behind its first page"),
+        (1, pack_ranges((a_range(1, 0, [1, 2]),)), 24, "lists more pages than it describes"),
+        (1, pack_ranges((a_range(1, 0, [PAGES]),)), 16, "is not RAM"),
+        (1, pack_ranges((a_range(1, 0, [2**64 - 1]),)), 16, "is not RAM"),
+        (1, pack_ranges((a_range(PAGE_SIZE + 1, 0, [PAGES - 1, PAGES]),)), 24, "is not RAM"),
+        (1, pack_ranges((a_range(2**32 - 1, 0, [1]),)), 16, "needs 1048576 page numbers"),
+        (2, pack_ranges((a_range(PAGE_SIZE, 0, [1]),)), 16, "range 1 of 2 is missing"),
+        (1, pack_ranges((a_range(1, 0, [1]),)) + bytes(8), 16, "was sent 24 bytes on top of 0"),
+        (1, pack_ranges((a_range(1, 0, [1]),))[:12], 16, "was sent 12 bytes on top of 0"),
+    ],
+)
+def test_a_wrong_list_is_refused_and_forgotten(
+    memory: GuestMemory, count: int, ranges_: bytes, size: int, why: str
+) -> None:
+    table = GpadlTable(memory)
+    with pytest.raises(RemoteProtocolError, match=why):
+        table.start(1, 1, count, size, ranges_)
+    assert (len(table), table.pages) == (0, 0)
+
+
+def test_bodies_that_do_not_fit_are_refused(memory: GuestMemory) -> None:
+    table = GpadlTable(memory)
+    encoded = pack_ranges((a_range(3 * PAGE_SIZE, 0, [1, 2, 3]),))
+    assert table.start(1, 1, 1, len(encoded), encoded[:16]) is None
+    with pytest.raises(RemoteProtocolError, match="was sent 24 bytes on top of 16"):
+        table.extend(1, encoded[8:])
+    with pytest.raises(RemoteProtocolError, match="not waiting for page numbers"):
+        table.extend(1, encoded[16:])
+    with pytest.raises(RemoteProtocolError, match="not waiting for page numbers"):
+        table.extend(2, b"")
+
+
+def test_a_number_is_used_once(memory: GuestMemory) -> None:
+    table = GpadlTable(memory)
+    encoded = pack_ranges((a_range(2 * PAGE_SIZE, 0, [1, 2]),))
+    table.start(1, 1, 1, len(encoded), encoded)
+    table.start(1, 2, 1, len(encoded), encoded[:8])
+    for handle in (1, 2):
+        with pytest.raises(RemoteProtocolError, match="exists already"):
+            table.start(1, handle, 1, len(encoded), encoded)
+    assert table.get(1, 1).page_count == 2
+
+
+def test_what_a_guest_may_lend_is_bounded(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpadl, "MAX_GPADLS", 3)
+    monkeypatch.setattr(gpadl, "MAX_PAGES", 10)
+    table = GpadlTable(memory)
+    encoded = pack_ranges((a_range(5 * PAGE_SIZE, 0, [1, 2, 3, 4, 5]),))
+    table.start(1, 1, 1, len(encoded), encoded)
+    table.start(1, 2, 1, len(encoded), encoded[:8])  # unfinished ones count as well
+    one = pack_ranges((a_range(1, 0, [1]),))
+    with pytest.raises(RemoteProtocolError, match="exceeds the 10 pages"):
+        table.start(1, 3, 1, len(one), one)
+    table.start(1, 3, 1, 8, bytes(8))
+    with pytest.raises(RemoteProtocolError, match="one more than the 3"):
+        table.start(1, 4, 1, 8, bytes(8))
+    table.remove(2)
+    table.start(1, 4, 1, len(one), one)
+    assert table.pages == 6
+
+
+def test_lists_belong_to_their_channel(memory: GuestMemory) -> None:
+    table, one = GpadlTable(memory), pack_ranges((a_range(1, 0, [1]),))
+    table.start(1, 1, 1, len(one), one)
+    table.start(1, 2, 1, len(one), one[:8])
+    table.start(2, 3, 1, len(one), one)
+    with pytest.raises(RemoteProtocolError, match="none of channel 2"):
+        table.get(1, 2)
+    with pytest.raises(RemoteProtocolError, match="none of channel 1"):
+        table.get(2, 1)  # unfinished
+    assert [table.channel_of(handle) for handle in (1, 2, 3, 4)] == [1, 1, 2, None]
+    table.remove_channel(1)
+    assert [table.channel_of(handle) for handle in (1, 2, 3)] == [None, None, 2]
+    with pytest.raises(RemoteProtocolError, match="does not exist"):
+        table.remove(1)
+    assert table.pages == 1
+
+
+@pytest.mark.parametrize(
+    ("items", "why"),
+    [
+        ((a_range(1, 0, [1]), a_range(1, 0, [2])), "has 2 ranges"),
+        ((a_range(2 * PAGE_SIZE, 8, [1, 2, 3]),), "not made of whole pages"),
+        ((a_range(PAGE_SIZE + 8, 0, [1, 2]),), "not made of whole pages"),
+    ],
+)
+def test_rings_are_one_range_of_whole_pages(
+    memory: GuestMemory, items: tuple[GpaRange, ...], why: str
+) -> None:
+    table, encoded = GpadlTable(memory), pack_ranges(items)
+    made = table.start(1, 1, len(items), len(encoded), encoded)
+    assert made is not None
+    with pytest.raises(RemoteProtocolError, match=why):
+        made.ring_pages()
+
+
+def test_memory_errors_are_protocol_errors() -> None:
+    assert issubclass(GuestMemoryError, RemoteProtocolError)
