@@ -279,7 +279,7 @@ class Session:
             first -= 1
         while True:
             for event in self.events[first:]:
-                if event.kind == kind and event.sequence > after and suits(event):
+                if event.kind == kind and suits(event):
                     return event
             first = len(self.events)
             left = deadline - time.monotonic()

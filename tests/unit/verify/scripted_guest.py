@@ -218,7 +218,9 @@ class ScriptedMachine:
         if not self.bus:
             return files
         for channel, (interface, instance) in enumerate(INSTANCES.items(), 1):
-            if "guest-misses-device" in self.faults and interface == HV_KVP_GUID:
+            if "no-devices" in self.faults or (
+                "guest-misses-device" in self.faults and interface == HV_KVP_GUID
+            ):
                 continue
             directory = f"/sys/bus/vmbus/devices/{instance}"
             modalias = vmbus_alias(interface)
@@ -264,7 +266,7 @@ class ScriptedMachine:
             + (" initcall_blacklist=hv_acpi_init" if "blacklisted" in self.faults else ""),
             transport="scripted",
             guest_os_id=0 if self.faults & {"undetected", "silent"} else 0x8100060100000000,
-            vmbus_version="5.3" if negotiated else None,
+            vmbus_version="5.3" if negotiated and "no-version" not in self.faults else None,
             heartbeat=self.heartbeat,
             shutdown_ready=self.bus and "no-shutdown-channel" not in self.faults,
             crash=self.crash,
@@ -278,7 +280,10 @@ class ScriptedMachine:
         self._alive()
         if "init-does-nothing" in self.faults:
             return
-        if "init-line-missing" not in self.faults:
+        missing = "init-line-missing" in self.faults or (
+            "poweroff-without-init" in self.faults and action is ShutdownAction.POWER_OFF
+        )
+        if not missing:
             self._print("hvhost-guest: shutdown path of init")
         if action is ShutdownAction.REBOOT:
             if "no-reset" not in self.faults:
@@ -306,6 +311,8 @@ class ScriptedMachine:
 
     def hang(self) -> None:
         self._alive()
+        if "hang-pauses" in self.faults:
+            self.state = MachineState.PAUSED
         if "hang-not-hung" not in self.faults:
             self.hung = True
         if "contact-stays" not in self.faults:
@@ -391,12 +398,17 @@ class ScriptedProbe:
         if command[0] == "dmesg":
             return CommandResult(0, "[0.0] Linux version " + RELEASE + "\n")
         if command[0] == "sh" and "lsvmbus" in command[-1] and "python" in machine.faults:
+            listed = [*INSTANCES.items()]
+            if "lists-twice" in machine.faults:
+                listed.append(listed[0])
+            if "lists-nameless" in machine.faults:
+                listed.append((str(uuid.UUID(int=0)), listed[0][1]))
             return CommandResult(
                 0,
                 "\n".join(
                     f"VMBUS ID  {number}: Class_ID = {{{interface}}} - [x]\n"
                     f"\tDevice_ID = {{{instance}}}\n\tSysfs path: /sys\n\tRel_ID=1, target_cpu=0\n"
-                    for number, (interface, instance) in enumerate(INSTANCES.items(), 1)
+                    for number, (interface, instance) in enumerate(listed, 1)
                 ),
             )
         return CommandResult(127, "")

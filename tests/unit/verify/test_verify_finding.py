@@ -28,6 +28,8 @@ def _without_vmbus() -> ScriptedModules:
     [
         (("no-bus", "blacklisted"), "switches its driver off: initcall_blacklist=hv_acpi_init", 5),
         (("no-bus",), "hv_vmbus is a module of this kernel and did not bind", 5),
+        (("no-devices",), "did not bind", 5),
+        (("no-version",), "did not bind", 5),
         (("no-bus", "undetected"), "did not see that it runs on Hyper-V", 5),
         (("boot-panic",), "CONFIG_BLK_DEV_INITRD", 2),
         (("no-userspace",), "stopped before user space", 2),

@@ -73,6 +73,10 @@ def test_one_cpu_proves_no_smp() -> None:
 @pytest.mark.parametrize(
     ("row_id", "fault", "said"),
     [
+        ("heartbeat", "hang-pauses", "machine is paused, so its VPs do not spin"),
+        ("shutdown", "poweroff-without-init", "asked to power off, init did not"),
+        ("lsvmbus", "python lists-twice", "lists a device twice: shutdown"),
+        ("lsvmbus", "python lists-nameless", "without a name: 00000000"),
         ("smp", "wrong-cpu", "CPU 1 was not the one interrupted"),
         ("smp", "all-cpus", "other CPUs"),
         ("smp", "wrong-channel", "heartbeat channel was not the one"),
@@ -108,7 +112,7 @@ def test_one_cpu_proves_no_smp() -> None:
     ],
 )
 def test_row_fails_on(row_id: str, fault: str, said: str) -> None:
-    result = run_one(ScriptedGuest(fault), row_id)
+    result = run_one(ScriptedGuest(*fault.split()), row_id)
     assert result.status is Status.FAILS
     assert said in result.evidence[0]
     assert "check broke" not in result.evidence[0]
@@ -125,6 +129,18 @@ def test_lsvmbus_says_who_listed() -> None:
     assert "our probe" in ours.evidence[0]
     assert "lsvmbus -vv" in script.evidence[0]
     assert "3 devices" in ours.evidence[0] and "3 devices" in script.evidence[0]
+
+
+def test_an_empty_bus_is_nothing_to_list() -> None:
+    guest = ScriptedGuest()
+
+    def lose_bus(session: Session) -> Iterator[str]:
+        session.running()
+        guest.machines[0].faults.add("no-bus")
+        yield from PROOFS[0].prove(session)
+
+    (result,) = run(guest, "lsvmbus", proofs=(Proof("lsvmbus", lose_bus, 5.0),)).results
+    assert result.status is Status.FAILS and "lists no device" in result.evidence[0]
 
 
 def test_lsvmbus_output_is_read() -> None:
@@ -182,17 +198,23 @@ def _broken(session: Session) -> Iterator[str]:
 
 def test_a_rows_time_runs_out() -> None:
     guest = ScriptedGuest()
-    proofs = (Proof("smp", _stuck, 0.2), Proof("nmi", PROOFS[3].prove, 10.0))
+    late.clear()
+
+    def next_row(session: Session) -> Iterator[str]:
+        session.running()
+        while not late:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        yield "done"
+
+    proofs = (Proof("smp", _stuck, 0.2), Proof("nmi", next_row, 10.0))
     outcome = run(guest, "smp", "nmi", proofs=proofs)
     smp, nmi = outcome.results
     assert smp.status is Status.FAILS
     assert "while waiting for ever" in smp.evidence[0] and smp.evidence[1] == "got so far"
     assert nmi.status is Status.WORKS
     assert len(guest.machines) == 2 and guest.machines[0].killed
-    while not late:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert late == ["woke up"]
+    assert late == ["woke up"] and guest.machines[1].boot_count == 1
 
 
 def test_a_bug_in_a_check_is_a_sentence() -> None:
