@@ -28,7 +28,7 @@ def verify(
     ] = None,
     more_debs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="", show_default=False, help="More packages after --deb."),
+        typer.Argument(metavar="[FILE…]", show_default=False, help="More packages after --deb."),
     ] = None,
     rows: Annotated[
         str,

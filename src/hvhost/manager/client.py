@@ -22,6 +22,10 @@ ANSWER_SECONDS = 30.0
 """How long a worker may take for an answer that waits for nothing."""
 
 
+ENDING_SECONDS = 3.0
+"""How long a worker may live on after its API."""
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """An HTTP connection to a Unix socket's path."""
 
@@ -103,7 +107,9 @@ class MachineClient:
                 f" {self.directory.worker_pid()}."
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            running_directory(self.name)  # says so if it stopped meanwhile
+            # A worker closes its API a moment before it ends.
+            self.directory.wait_gone(ENDING_SECONDS)
+            running_directory(self.name)  # says so if it is gone
             raise HvHostError(
                 f"machine {self.name!r} cannot be spoken to ({error}); look into"
                 f" {self.directory.log_file}."

@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineInfo, ShutdownAction
 from hvhost.manager.client import MachineClient
-from hvhost.manager.directory import (
-    MachineDirectory,
-    NameState,
-    machine_directories,
-)
+from hvhost.manager.directory import NameState, machine_directories
 
-_POLL_SECONDS = 0.02
 _FORCE_SECONDS = 15.0
 
 
@@ -63,7 +58,7 @@ def stop(name: str, *, force: bool = False, timeout: float = 60.0) -> None:
     client = MachineClient(name)
     if force:
         client.force_stop()
-        if not _wait_gone(client.directory, _FORCE_SECONDS):
+        if not client.directory.wait_gone(_FORCE_SECONDS):
             raise HvHostError(
                 f"the worker of machine {name!r} does not end; kill process"
                 f" {client.directory.worker_pid()}."
@@ -71,7 +66,7 @@ def stop(name: str, *, force: bool = False, timeout: float = 60.0) -> None:
         return
     _check_shutdown_service(client.info(), "stop")
     client.shut_down(ShutdownAction.POWER_OFF)
-    if not _wait_gone(client.directory, timeout):
+    if not client.directory.wait_gone(timeout):
         raise HvHostError(
             f"the guest of machine {name!r} was asked to shut down but is still running after"
             f" {timeout:g} seconds; give it a longer --timeout, or power it off with"
@@ -110,13 +105,3 @@ def _check_shutdown_service(info: MachineInfo, verb: str) -> None:
             f"the guest of machine {info.name!r} has no shutdown service (its hv_utils driver is"
             f" not there, or not yet); use `hvhost {verb} --force {info.name}`."
         )
-
-
-def _wait_gone(directory: MachineDirectory, timeout: float) -> bool:
-    """Whether the worker of *directory* ended within *timeout* seconds."""
-    deadline = time.monotonic() + timeout
-    while directory.state() is NameState.ALIVE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_SECONDS)
-    return True

@@ -29,6 +29,7 @@ from hvhost.errors import HvHostError
 MAXIMUM_SOCKET_PATH = 107
 """Bytes of a Unix socket's path: ``sun_path`` is 108 with its end."""
 
+_POLL_SECONDS = 0.02
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -166,6 +167,15 @@ class MachineDirectory:
             yield
         finally:
             os.close(directory)
+
+    def wait_gone(self, timeout: float) -> bool:
+        """Whether the worker has ended, after waiting up to *timeout* seconds for that."""
+        deadline = time.monotonic() + timeout
+        while self.state() is NameState.ALIVE:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def remove(self) -> None:
         """Delete what a machine that is not alive has left; a live or starting one keeps it all."""

@@ -12,19 +12,15 @@ from pathlib import Path
 
 from hvhost import paths
 from hvhost.errors import HvHostError
+from hvhost.guests.apt import KEYRING_DIRECTORY, KEYRING_NAMES
+from hvhost.kvm.constants import KVM_CHECK_EXTENSION
+from hvhost.kvm.detect import NEEDED
 from hvhost.units import GIB, format_size
 
 _KVM_GET_API_VERSION = 0xAE00
-_KVM_CHECK_EXTENSION = 0xAE03
 _KVM_API_VERSION = 12
 
-KVM_CAPABILITIES: Mapping[str, int] = {
-    "KVM_CAP_HYPERV_SYNIC2": 148,
-    "KVM_CAP_HYPERV_EVENTFD": 154,
-    "KVM_CAP_HYPERV_SEND_IPI": 161,
-    "KVM_CAP_X86_USER_SPACE_MSR": 188,
-    "KVM_CAP_X86_MSR_FILTER": 189,
-}
+KVM_CAPABILITIES: Mapping[str, int] = {f"KVM_CAP_{each.name}": each.value for each in NEEDED}
 """What hvhost needs of a kernel's KVM (``linux/kvm.h``), numbers of ``KVM_CHECK_EXTENSION``."""
 
 _MINIMUM_MEMORY = 2 * GIB
@@ -66,6 +62,12 @@ class Computer:
     kvm_device: Path = Path("/dev/kvm")
     cpuinfo: Path = Path("/proc/cpuinfo")
     meminfo: Path = Path("/proc/meminfo")
+    keyrings: tuple[Path, ...] = tuple(KEYRING_DIRECTORY / name for name in KEYRING_NAMES)
+    static_libraries: tuple[Path, ...] = (
+        Path("/usr/lib/x86_64-linux-gnu/libc.a"),
+        Path("/usr/lib64/libc.a"),
+        Path("/usr/lib/libc.a"),
+    )
     which: Callable[[str], str | None] = shutil.which
     free_disk: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
     is_root: bool = os.geteuid() == 0
@@ -79,25 +81,48 @@ def examine(computer: Computer | None = None) -> Diagnosis:
     if not local:
         # The rig takes over, so nothing about /dev/kvm keeps hvhost from working.
         kvm = [_with_status(check, CheckStatus.WARNING) for check in kvm]
-    rig = _check_program(
-        computer,
-        "qemu",
-        "qemu-system-x86_64",
-        "qemu-system-x86",
-        "runs the rig, the KVM host in software",
-        needed=not local,
-    )
-    tools = [
+    rig = [
         _check_program(
-            computer, "gcc", "gcc", "gcc libc6-dev", "builds the rig's agent", needed=not local
+            computer,
+            "qemu",
+            "qemu-system-x86_64",
+            "qemu-system-x86",
+            "runs the rig, the KVM host in software",
+            needed=not local,
         ),
+        _check_program(
+            computer,
+            "gcc",
+            "gcc",
+            "gcc libc6-dev",
+            "builds the programs that run in guests and in the rig",
+            needed=not local,
+        ),
+        _check_file(
+            computer,
+            "libc",
+            computer.static_libraries,
+            "libc6-dev",
+            "is linked into those programs",
+            needed=not local,
+        ),
+    ]
+    packages = [
         _check_program(
             computer, "apt", "apt-get", None, "downloads distributions' kernels", needed=False
         ),
+        _check_file(
+            computer,
+            "keyring",
+            computer.keyrings,
+            "debian-archive-keyring",
+            "proves that they are Debian's",
+            needed=False,
+        ),
     ]
-    checks = [*kvm, rig, *tools, _check_memory(computer), _check_disk(computer)]
+    checks = [*kvm, *rig, *packages, _check_memory(computer), _check_disk(computer)]
     usable = all(check.status is not CheckStatus.MISSING for check in checks)
-    transport = "local" if local else "rig" if rig.status is CheckStatus.OK else None
+    transport = "local" if local else "rig" if usable else None
     return Diagnosis(usable, transport, checks)
 
 
@@ -122,9 +147,7 @@ def _check_device(computer: Computer) -> Check:
             "kvm-device",
             CheckStatus.MISSING,
             f"{device} does not exist",
-            _as_root(computer, "modprobe kvm_intel || modprobe kvm_amd")
-            if computer.is_root
-            else "sudo sh -c 'modprobe kvm_intel || modprobe kvm_amd'",
+            _as_root(computer, "sh -c 'modprobe kvm_intel || modprobe kvm_amd'"),
         )
     except PermissionError:
         return Check(
@@ -199,7 +222,7 @@ def _lacking_capabilities(device: Path) -> list[str]:
         return [
             name
             for name, number in KVM_CAPABILITIES.items()
-            if fcntl.ioctl(descriptor, _KVM_CHECK_EXTENSION, number) <= 0
+            if fcntl.ioctl(descriptor, KVM_CHECK_EXTENSION, number) <= 0
         ]
     finally:
         os.close(descriptor)
@@ -224,6 +247,26 @@ def _check_program(
         None
         if packages is None
         else _as_root(computer, f"apt-get install --no-install-recommends {packages}"),
+    )
+
+
+def _check_file(
+    computer: Computer,
+    identity: str,
+    places: tuple[Path, ...],
+    package: str,
+    purpose: str,
+    *,
+    needed: bool,
+) -> Check:
+    for path in places:
+        if path.exists():
+            return Check(identity, CheckStatus.OK, f"{path} {purpose}")
+    return Check(
+        identity,
+        CheckStatus.MISSING if needed else CheckStatus.WARNING,
+        f"there is no {places[0]}, which {purpose}",
+        _as_root(computer, f"apt-get install --no-install-recommends {package}"),
     )
 
 

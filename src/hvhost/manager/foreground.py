@@ -12,7 +12,7 @@ from hvhost.machine.model import MachineConfig
 from hvhost.manager.launcher import Worker, launch
 from hvhost.manager.terminal import Ending, attach
 
-_END_SECONDS = 10.0
+_END_SECONDS = 5.0
 
 
 def run(config: MachineConfig, *, source: int = 0, sink: int = 1) -> Ending:
@@ -40,19 +40,26 @@ def _attend(worker: Worker, source: int, sink: int) -> Ending:
     try:
         ending = attach(worker.directory.serial_socket(1), source, sink)
     except HvHostError:
-        if worker.process.poll() is None:
+        if not _ended(worker):
             raise
         ending = Ending.CLOSED  # it was quicker than we
     if ending is Ending.CLOSED:
-        try:
-            worker.process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not _ended(worker):
             raise HvHostError(
                 f"the worker of machine {worker.directory.name!r} closed its console but did not"
                 f" end; it was killed, and {worker.directory.log_file} has its log."
-            ) from None
+            )
         worker.check_ended_well()
     return ending
+
+
+def _ended(worker: Worker) -> bool:
+    """Whether the worker has ended, or does so within a few seconds."""
+    try:
+        worker.process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _exit(number: int, _: FrameType | None) -> None:

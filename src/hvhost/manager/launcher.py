@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import hvhost
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig
 from hvhost.manager.directory import MachineDirectory
+from hvhost.paths import python_environment
 from hvhost.units import MIB, format_size
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,6 @@ def launch(
 def _spawn(
     directory: MachineDirectory, program: Sequence[str], *, detach: bool
 ) -> subprocess.Popen[bytes]:
-    package_root = str(Path(hvhost.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
     with directory.log_file.open("wb") as log:
         return subprocess.Popen(
             [*program, str(directory.config_file)],
@@ -135,7 +133,7 @@ def _spawn(
             stdout=log,
             stderr=log,
             cwd="/",
-            env={**os.environ, "PYTHONPATH": path},
+            env=python_environment(),
             start_new_session=True,
             preexec_fn=None if detach else _die_with(os.getpid()),
         )

@@ -1,0 +1,389 @@
+"""The Python API: ``from hvhost import Machine``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import msgspec
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import (
+    HeartbeatStatus,
+    MachineConfig,
+    MachineEvent,
+    MachineInfo,
+    ShutdownAction,
+    Transport,
+)
+from hvhost.manager.console import Console
+from hvhost.manager.definition import define, define_guest
+from hvhost.manager.directory import MachineDirectory, NameState, running_directory
+from hvhost.manager.launcher import Worker, launch
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+KEPT_EVENTS = 10_000
+"""Events a machine remembers."""
+
+_ANSWER_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+_EVENT_WAIT = 60.0
+_RECHECK_SECONDS = 1.0
+_STOP_SECONDS = 10.0
+_ENDING_SECONDS = 3.0
+
+
+class Machine:
+    """A running machine.
+
+    ::
+
+        async with await Machine.start(kernel="vmlinuz", initrd="initrd.img") as machine:
+            await machine.wait_heartbeat(HeartbeatStatus.OK)
+            machine.console.send_line("uname -r")
+            print((await machine.console.expect(r"\\d+\\.\\d+\\S*"))[0])
+            await machine.shut_down()
+            await machine.wait_stopped()
+
+    A machine from :meth:`start` is stopped when its block is left, and does not outlive this
+    process, however that ends; one from :meth:`attach` goes on. All methods raise
+    :class:`hvhost.errors.HvHostError` with a sentence for the user.
+    """
+
+    def __init__(
+        self, directory: MachineDirectory, console: Console, worker: Worker | None
+    ) -> None:
+        """For :meth:`start` and :meth:`attach` only."""
+        self._directory = directory
+        self._worker = worker
+        self._console = console
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(directory.api_socket)),
+            base_url="http://machine",
+            timeout=_ANSWER_SECONDS,
+        )
+        self._log: deque[MachineEvent] = deque(maxlen=KEPT_EVENTS)
+        self._news = asyncio.Event()
+        # From the first moment on, so that how it stopped is known when its worker is gone.
+        self._watch = asyncio.create_task(self._watch_events())
+
+    @classmethod
+    async def start(
+        cls,
+        *,
+        kernel: str | Path | None = None,
+        guest: str | None = None,
+        initrd: str | Path | None = None,
+        command_line: str = "",
+        cpus: int = 1,
+        memory: str | int = "512M",
+        name: str | None = None,
+        transport: Transport | str = Transport.AUTO,
+    ) -> Self:
+        """Start a machine and return as soon as its worker can be spoken to.
+
+        Give *kernel* (a bzImage, vmlinux or PVH ELF) or *guest* (a distribution like
+        ``"debian-12"``). *memory* is a size like ``"512M"`` or a number of bytes; *transport* is
+        ``auto``, ``local`` (``/dev/kvm``) or ``rig`` (KVM in software). Without a *name* one is
+        made up. ``console=ttyS0`` is added to a *command_line* that names no console.
+        """
+        if (kernel is None) == (guest is None) or (guest is not None and initrd is not None):
+            raise HvHostError(
+                "a machine starts from either a kernel (and an initrd) or a guest; give one."
+            )
+        config: MachineConfig
+        if kernel is not None:
+            config = define(
+                kernel=kernel,
+                initrd=initrd,
+                command_line=command_line,
+                cpus=cpus,
+                memory=memory,
+                name=name,
+                transport=transport,
+            )
+        else:
+            assert guest is not None
+            config = await asyncio.to_thread(
+                define_guest,
+                guest,
+                command_line=command_line,
+                cpus=cpus,
+                memory=memory,
+                name=name,
+                transport=transport,
+            )
+        worker = await _launch(config)
+        try:
+            port = worker.directory.serial_socket(1)
+            console = await Console.open(port, config.name)
+        except BaseException:
+            worker.process.kill()
+            worker.process.wait()
+            raise
+        return cls(worker.directory, console, worker)
+
+    @classmethod
+    async def attach(cls, name: str) -> Self:
+        """The machine *name* that runs already, from ``hvhost run`` or another program."""
+        directory = running_directory(name)
+        machine = cls(directory, await Console.open(directory.serial_socket(1), name), None)
+        await machine._news.wait()  # it may be about to stop
+        return machine
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def name(self) -> str:
+        """The machine's name, as ``hvhost ps`` shows it."""
+        return self._directory.name
+
+    @property
+    def log_file(self) -> Path:
+        """The worker's log; removed together with a machine that ended well."""
+        return self._directory.log_file
+
+    @property
+    def console(self) -> Console:
+        """COM1, the guest's console."""
+        return self._console
+
+    async def info(self) -> MachineInfo:
+        """The machine's account of itself."""
+        return await self._ask("GET", "", MachineInfo)
+
+    async def shut_down(self, *, reboot: bool = False) -> None:
+        """Ask the guest to power off, or to reboot, through its shutdown service.
+
+        Returns when it was asked; see :meth:`wait_stopped`.
+        """
+        action = ShutdownAction.REBOOT if reboot else ShutdownAction.POWER_OFF
+        await self._do("shutdown", {"action": action})
+
+    async def force_stop(self) -> None:
+        """Power off at once and wait until the worker is gone."""
+        if self._alive():
+            try:
+                await self._do("stop")
+            except HvHostError:
+                if self._alive():
+                    raise
+        await self._wait_gone()
+
+    async def reset(self) -> None:
+        """Hard reset: the guest boots again from its kernel."""
+        await self._do("reset")
+
+    async def nmi(self) -> None:
+        """Raise a non-maskable interrupt on virtual processor 0."""
+        await self._do("nmi")
+
+    async def hang(self) -> None:
+        """Debug: leave every virtual processor spinning in ring 0 with interrupts off."""
+        await self._do("debug/hang")
+
+    async def measure_heartbeats(self, count: int = 100) -> list[float]:
+        """Seconds of each of *count* heartbeats sent back to back."""
+        answer = await self._ask(
+            "POST", "/heartbeat/measure", dict[str, list[float]], {"count": count}
+        )
+        return answer["seconds"]
+
+    async def events(self, after: int = 0) -> AsyncIterator[MachineEvent]:
+        """Events with a sequence above *after*, past ones first; ends when the machine stops.
+
+        Of the past, the last 10,000 are kept, also beyond the machine's end.
+        """
+        while True:
+            news = self._news
+            for event in [each for each in self._log if each.sequence > after]:
+                after = event.sequence
+                yield event
+            if news is self._news:
+                if self._watch.done():
+                    if not self._watch.cancelled():
+                        self._watch.result()
+                    return
+                await news.wait()
+
+    async def wait_heartbeat(self, status: HeartbeatStatus, timeout: float = 60.0) -> MachineInfo:
+        """Wait until the heartbeat service says *status*, up to *timeout* seconds."""
+        info: MachineInfo | None = None
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    news = self._news
+                    info = await self.info()
+                    if info.heartbeat == status:
+                        return info
+                    # Looks again now and then, so a missed event costs a second at most.
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(news.wait(), _RECHECK_SECONDS)
+        except TimeoutError:
+            last = "unknown" if info is None else info.heartbeat
+            raise HvHostError(
+                f"the heartbeat of machine {self.name!r} is {last}, not {status}, after"
+                f" {timeout:g} seconds; look at its console or wait longer."
+            ) from None
+
+    async def wait_stopped(self, timeout: float | None = None) -> str | None:
+        """Wait until the machine has stopped and its worker is gone; why, if it was said.
+
+        *timeout* is in seconds, ``None`` without end. Raises :class:`HvHostError` when it has
+        passed, and with the worker's words when the machine failed.
+        """
+        why: str | None = None
+        try:
+            async with asyncio.timeout(timeout):
+                async for event in self.events():
+                    if event.kind == "stopped":
+                        why = event.detail
+                await self._wait_gone()
+        except TimeoutError:
+            raise HvHostError(
+                f"machine {self.name!r} is still running after {timeout:g} seconds; wait longer or"
+                " stop it by force."
+            ) from None
+        if self._worker is not None:
+            self._worker.check_ended_well()
+        return why
+
+    async def close(self) -> None:
+        """Let go of the machine: stops one from :meth:`start`, at once and whatever it does."""
+        self._console.close()
+        self._watch.cancel()
+        await asyncio.wait([self._watch])
+        if not self._watch.cancelled() and (error := self._watch.exception()) is not None:
+            logger.debug("the events of %s ended: %s", self.name, error)
+        try:
+            if self._worker is not None:
+                await self._end(self._worker)
+        finally:
+            await self._http.aclose()
+
+    async def _end(self, worker: Worker) -> None:
+        if worker.process.poll() is None:
+            await asyncio.to_thread(worker.stop)
+        if worker.process.returncode == 0:
+            self._directory.remove()
+
+    def _alive(self) -> bool:
+        if self._worker is not None:
+            return self._worker.process.poll() is None
+        return self._directory.state() is NameState.ALIVE
+
+    async def _wait_gone(self) -> None:
+        if self._worker is not None:
+            try:
+                await asyncio.to_thread(self._worker.process.wait, _STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise HvHostError(
+                    f"the worker of machine {self.name!r} stopped its guest but does not end;"
+                    f" {self.log_file} has its log."
+                ) from None
+        while self._alive():
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _watch_events(self) -> None:
+        """Collect events until the machine stops."""
+        after = 0
+        try:
+            while True:
+                for event in await self._events(after, _EVENT_WAIT):
+                    after = event.sequence
+                    self._log.append(event)
+                    if event.kind == "stopped":
+                        return
+                self._announce()
+        except HvHostError:
+            if self._alive():
+                raise
+        finally:
+            self._announce()
+
+    def _announce(self) -> None:
+        """Wake who waits for news, and be ready for the next ones."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _events(self, after: int, wait: float) -> list[MachineEvent]:
+        path = f"/events?after={after}&timeout={wait}"
+        return await self._ask("GET", path, list[MachineEvent], wait=wait)
+
+    async def _do(self, verb: str, body: dict[str, Any] | None = None) -> None:
+        await self._send("POST", f"/{verb}", body, 0.0)
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        kind: type[Result],
+        body: dict[str, Any] | None = None,
+        wait: float = 0.0,
+    ) -> Result:
+        return msgspec.json.decode(await self._send(method, path, body, wait), type=kind)
+
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, wait: float
+    ) -> bytes:
+        try:
+            response = await self._http.request(
+                method, f"/v1/machine{path}", json=body, timeout=_ANSWER_SECONDS + wait
+            )
+        except httpx.TransportError as error:
+            # A worker closes its API a moment before it ends.
+            deadline = time.monotonic() + _ENDING_SECONDS
+            while self._alive() and time.monotonic() < deadline:
+                await asyncio.sleep(_POLL_SECONDS)
+            if not self._alive():
+                raise HvHostError(f"machine {self.name!r} has stopped; start it anew.") from error
+            raise HvHostError(
+                f"machine {self.name!r} does not answer ({error!r}); {self.log_file} has its log."
+            ) from error
+        if response.is_error:
+            try:
+                sentence = str(response.json()["error"])
+            except (ValueError, KeyError, TypeError):
+                sentence = (
+                    f"the worker answered with HTTP status {response.status_code};"
+                    f" {self.log_file} says why."
+                )
+            raise HvHostError(sentence)
+        return response.content
+
+
+async def _launch(config: MachineConfig) -> Worker:
+    """:func:`launch` in a thread of the loop, which ends with the loop and its machines."""
+    launching = asyncio.ensure_future(asyncio.to_thread(launch, config, detach=False))
+    try:
+        return await asyncio.shield(launching)
+    except asyncio.CancelledError:
+        launching.add_done_callback(_abandon)
+        raise
+
+
+def _abandon(launching: asyncio.Future[Worker]) -> None:
+    """Nobody waits any more for the worker that came up."""
+    if not launching.cancelled() and launching.exception() is None:
+        launching.result().process.terminate()

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hvhost.errors import HvHostError
+from hvhost.machine.model import MachineConfig
+from hvhost.manager import foreground, launcher
+from hvhost.manager.directory import MachineDirectory, NameState
+from hvhost.manager.terminal import Ending
+
+
+def run(config: MachineConfig, typed: bytes, printed: list[bytes] | None = None) -> Ending:
+    """A run with *typed* piped into it; what it prints is added to *printed*."""
+    source, typing = os.pipe()
+    reading, sink = os.pipe()
+    os.write(typing, typed)
+    os.close(typing)
+
+    def collect() -> None:
+        with os.fdopen(reading, "rb") as file:
+            output = file.read()
+        if printed is not None:
+            printed.append(output)
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    try:
+        return foreground.run(config, source=source, sink=sink)
+    finally:
+        os.close(sink)
+        os.close(source)
+        thread.join()
+
+
+def test_it_ends_with_the_guest_and_leaves_nothing(runtime: Path, config: MachineConfig) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    printed: list[bytes] = []
+    assert run(config, b"poweroff", printed) is Ending.CLOSED
+    assert printed == [b"fake guest up\r\npoweroffbye\r\n"]
+    assert not MachineDirectory.of("m1").path.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_machine_that_fails_keeps_its_log(runtime: Path, config: MachineConfig) -> None:
+    with pytest.raises(HvHostError, match="the guest broke; mend it"):
+        run(config, b"die")
+    directory = MachineDirectory.of("m1")
+    assert "the guest broke" in directory.log_file.read_text()
+
+
+def test_a_machine_that_failed_before_we_looked(runtime: Path, config: MachineConfig) -> None:
+    with pytest.raises(HvHostError, match="never had a chance"):
+        run(replace(config, command_line="fail-late"), b"")
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGHUP, -1)],
+)
+def test_a_signal_ends_the_machine_too(
+    runtime: Path, config: MachineConfig, how: signal.Signals, status: int
+) -> None:
+    code = (
+        "from hvhost.manager import launcher; from hvhost.cli.main import main;"
+        f"launcher.WORKER = {launcher.WORKER!r}; main()"
+    )
+    command = [sys.executable, "-c", code, "run", "--name", "m1", "--kernel", config.kernel]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"fake guest up\r\n"
+        process.send_signal(how)
+        assert process.wait(10) == status
+    deadline = time.monotonic() + 5
+    while MachineDirectory.of("m1").state() is not NameState.FREE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_terminal_is_given_back(runtime: Path, config: MachineConfig) -> None:
+    """As a person does it: a shell's terminal, the escape character, and the terminal's modes."""
+    code = (
+        "from hvhost.manager import launcher; from hvhost.cli.main import main;"
+        f"launcher.WORKER = {launcher.WORKER!r}; main()"
+    )
+    command = [sys.executable, "-c", code, "run", "--name", "m1", "--kernel", config.kernel]
+    for leave in (b"\x1d", b"poweroff", None):
+        person, terminal = os.openpty()
+        before = termios.tcgetattr(terminal)
+        with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+            seen = b""
+            while b"fake guest up" not in seen:
+                seen += os.read(person, 100)
+            assert termios.tcgetattr(terminal)[3] & termios.ICANON == 0
+            if leave is None:
+                process.terminate()
+            else:
+                os.write(person, leave)
+            assert process.wait(10) == (143 if leave is None else 0)
+        assert termios.tcgetattr(terminal) == before
+        os.close(terminal)
+        os.close(person)
+        assert MachineDirectory.of("m1").state() is NameState.FREE
