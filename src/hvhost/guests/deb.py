@@ -7,11 +7,9 @@ device nodes, owners and set-id bits are left out.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import logging
-import lzma
 import os
 import shutil
 import subprocess
@@ -19,9 +17,9 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from hvhost.errors import HvHostError
+from hvhost.guests.compression import decompress
 from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -52,19 +50,6 @@ def _ar_member(path: Path, prefix: str) -> tuple[str, bytes]:
     raise HvHostError(f"{path} is incomplete; download or build the package again.")
 
 
-def _decompressed(name: str, content: bytes) -> IO[bytes] | gzip.GzipFile:
-    source = io.BytesIO(content)
-    if name.endswith(".xz"):
-        return lzma.LZMAFile(source)
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=source)
-    if name.endswith(".zst"):
-        import zstandard  # only here: most packages do not need it
-
-        return zstandard.ZstdDecompressor().stream_reader(source)
-    return source
-
-
 @contextlib.contextmanager
 def open_files(path: Path) -> Iterator[tarfile.TarFile]:
     """The package's files as a tar stream, read with dpkg-deb where there is one.
@@ -78,7 +63,8 @@ def open_files(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         if dpkg_deb is None:
             name, content = _ar_member(path, "data.tar")
-            with tarfile.open(fileobj=_decompressed(name, content), mode="r|") as tar:
+            plain = io.BytesIO(decompress(content, PurePosixPath(name).suffix))
+            with tarfile.open(fileobj=plain, mode="r|") as tar:
                 yield tar
             return
         with subprocess.Popen(
@@ -93,7 +79,7 @@ def open_files(path: Path) -> Iterator[tarfile.TarFile]:
                     pass
         if process.returncode != 0:
             raise damaged
-    except (tarfile.TarError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, ValueError) as error:
         raise damaged from error
 
 

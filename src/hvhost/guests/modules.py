@@ -8,11 +8,9 @@ so both are computed here from each module's ``.modinfo`` section, and ``modules
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import hashlib
 import json
 import logging
-import lzma
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -22,6 +20,7 @@ from pathlib import Path
 
 from hvhost.errors import HvHostError
 from hvhost.guests import elf
+from hvhost.guests.compression import decompress
 from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -50,17 +49,8 @@ class Module:
 def read_module(path: Path) -> bytes:
     """A module's ELF image, decompressed. Raises HvHostError if it is damaged."""
     try:
-        if path.suffix == ".xz":
-            return lzma.decompress(path.read_bytes())
-        if path.suffix == ".gz":
-            return gzip.decompress(path.read_bytes())
-        if path.suffix == ".zst":
-            import zstandard  # only here: most trees do not need it
-
-            with path.open("rb") as file:
-                return zstandard.ZstdDecompressor().stream_reader(file).read()
-        return path.read_bytes()
-    except (lzma.LZMAError, EOFError, OSError, ValueError) as error:
+        return decompress(path.read_bytes(), path.suffix)
+    except (OSError, ValueError) as error:
         raise HvHostError(
             f"The module {path} cannot be read ({error}); install it again."
         ) from error

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import tiny_deb
+from tiny_deb import member
+
+from hvhost.errors import HvHostError
+from hvhost.guests import deb
+
+
+@pytest.fixture(params=["dpkg-deb", "without dpkg-deb"])
+def either_reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "dpkg-deb":
+        monkeypatch.setattr(shutil, "which", lambda _name: None)
+
+
+@pytest.mark.usefixtures("either_reader")
+@pytest.mark.parametrize("compression", ["xz", "gz", "zst", ""])
+def test_files_links_and_modes(tmp_path: Path, compression: str) -> None:
+    package = tiny_deb.write(
+        tmp_path / "thing_1_amd64.deb",
+        [
+            member("./", type=tarfile.DIRTYPE),
+            member("./usr/", type=tarfile.DIRTYPE, mode=0o700),
+            member("./usr/tool", b"tool", mode=0o4755),
+            member("./usr/data", b"data" * 1000),
+            member("./usr/again", type=tarfile.LNKTYPE, linkname="./usr/data"),
+            member("./usr/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+            member("./usr/node", type=tarfile.CHRTYPE),
+            member("./usr/share/doc/thing/copyright", b"long"),
+        ],
+        compression,
+    )
+    root = deb.extract([package])
+    assert (root / "usr/tool").stat().st_mode & 0o7777 == 0o755
+    assert (root / "usr/data").read_bytes() == b"data" * 1000
+    assert (root / "usr/again").read_bytes() == b"data" * 1000
+    assert (root / "usr/link").readlink() == Path("/etc/passwd")
+    assert not (root / "usr/node").exists()
+    assert not (root / "usr/share/doc").exists()
+
+
+def test_a_package_is_extracted_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    path = tmp_path / "thing_1_amd64.deb"
+    tiny_deb.write(path, tiny_deb.files({"a": b"1"}))
+    said: list[str] = []
+    first = deb.extract([path], said.append)
+    assert deb.extract([path], said.append) == first
+    assert said == ["unpacking thing"]
+    tiny_deb.write(path, tiny_deb.files({"a": b"22"}))
+    assert (deb.extract([path]) / "a").read_bytes() == b"22"
+
+
+def test_packages_of_one_kernel_come_together(tmp_path: Path) -> None:
+    first = tiny_deb.write(tmp_path / "one_1_amd64.deb", tiny_deb.files({"usr/lib/a": b"1"}))
+    second = tiny_deb.write(tmp_path / "two_1_amd64.deb", tiny_deb.files({"usr/lib/b": b"2"}))
+    root = deb.extract([first, second])
+    assert sorted(path.name for path in (root / "usr/lib").iterdir()) == ["a", "b"]
+
+
+def leftovers(cache: Path) -> list[Path]:
+    return list((cache / "packages").iterdir())
+
+
+@pytest.mark.usefixtures("either_reader")
+@pytest.mark.parametrize(
+    "members",
+    [
+        [
+            member("./usr/out", type=tarfile.SYMTYPE, linkname="{outside}"),
+            member("./usr/out/file", b"evil"),
+        ],
+        [member("./usr/file", type=tarfile.LNKTYPE, linkname="../outside/secret")],
+        [
+            member("./usr/out", type=tarfile.SYMTYPE, linkname="{outside}"),
+            member("./usr/file", type=tarfile.LNKTYPE, linkname="./usr/out/secret"),
+        ],
+        [
+            member("./usr/out", type=tarfile.SYMTYPE, linkname="{outside}"),
+            member("./usr/out", type=tarfile.DIRTYPE),
+        ],
+    ],
+    ids=["through a symlink", "hard link out", "hard link through a symlink", "directory twice"],
+)
+def test_a_package_cannot_reach_outside(
+    tmp_path: Path, private_cache: Path, members: list[tuple[tarfile.TarInfo, bytes]]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("kept")
+    for info, _ in members:
+        info.linkname = info.linkname.replace("{outside}", str(outside))
+    package = tiny_deb.write(tmp_path / "evil_1_amd64.deb", members)
+    with pytest.raises(HvHostError, match="do not use it"):
+        deb.extract([package])
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    assert leftovers(private_cache) == []
+
+
+@pytest.mark.usefixtures("either_reader")
+def test_names_that_climb_are_left_out(tmp_path: Path, private_cache: Path) -> None:
+    package = tiny_deb.write(
+        tmp_path / "evil_1_amd64.deb",
+        [member("./../../climbed", b"evil"), member("/absolute", b"kept inside")],
+    )
+    root = deb.extract([package])
+    assert (root / "absolute").read_bytes() == b"kept inside"
+    assert not list(private_cache.rglob("climbed"))
+    assert not (tmp_path / "climbed").exists()
+
+
+@pytest.mark.usefixtures("either_reader")
+def test_damaged_packages_leave_nothing_behind(tmp_path: Path, private_cache: Path) -> None:
+    whole = tiny_deb.write(tmp_path / "a_1_amd64.deb", tiny_deb.files({"f": b"x" * 5000}), "")
+    content = whole.read_bytes()
+    damaged = tmp_path / "damaged.deb"
+    for cut in (0, 4, 40, 100, 300, len(content) - 9000, len(content) - 4000):
+        damaged.write_bytes(content[:cut])
+        with pytest.raises(HvHostError, match=str(damaged)):
+            deb.extract([damaged])
+    damaged.write_bytes(b"\x7fELF" + content)
+    with pytest.raises(HvHostError, match=r"not a Debian package"):
+        deb.extract([damaged])
+    assert leftovers(private_cache) == []
+
+
+def test_a_package_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(HvHostError, match="cannot be read"):
+        deb.extract([tmp_path / "none.deb"])

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_elf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvhost.guests import elf
+from hvhost.guests.elf import ElfError
+
+
+def test_a_section_is_found_by_its_whole_name() -> None:
+    data = tiny_elf.with_section(".modinfo", b"content")
+    assert elf.section(data, ".modinfo") == b"content"
+    assert elf.section(data, ".modinf") is None
+    assert elf.section(data, ".modinfo2") is None
+
+
+def test_what_a_program_needs() -> None:
+    data = tiny_elf.program("/lib64/ld-linux-x86-64.so.2", ("libc.so.6", "libm.so.6"))
+    assert elf.linkage(data) == elf.Linkage(
+        "/lib64/ld-linux-x86-64.so.2", ("libc.so.6", "libm.so.6")
+    )
+    assert elf.linkage(tiny_elf.program()) == elf.Linkage(None, ())
+
+
+def test_a_real_program_needs_the_c_library() -> None:
+    found = elf.linkage(Path("/bin/ls").resolve().read_bytes())
+    assert "libc.so.6" in found.needed
+    assert found.interpreter is not None
+    assert Path(found.interpreter).exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"\x7fELF", b"MZ" * 100, b"\x7fELF\x03\x01" + bytes(60)])
+def test_what_is_no_elf_file_is_refused(data: bytes) -> None:
+    with pytest.raises(ElfError):
+        elf.linkage(data)
+    with pytest.raises(ElfError):
+        elf.section(data, ".modinfo")
+
+
+def test_big_endian_is_refused() -> None:
+    data = bytearray(tiny_elf.program())
+    data[5] = 2
+    with pytest.raises(ElfError, match="little-endian"):
+        elf.linkage(bytes(data))
+
+
+@pytest.mark.parametrize("make", [tiny_elf.program, lambda: tiny_elf.kernel_module(depends="a")])
+def test_every_truncation_is_an_error_or_harmless(make: object) -> None:
+    data = make()  # type: ignore[operator]
+    for size in range(len(data)):
+        for read in (elf.linkage, lambda d: elf.section(d, ".modinfo")):
+            with contextlib.suppress(ElfError):
+                read(data[:size])
+
+
+def test_a_section_beyond_the_file_is_an_error_not_a_shorter_one() -> None:
+    data = bytearray(tiny_elf.with_section(".modinfo", b"x" * 100))
+    size_at = len(data) - 64 + 32
+    data[size_at : size_at + 8] = (1 << 40).to_bytes(8, "little")
+    with pytest.raises(ElfError, match="cut short"):
+        elf.section(bytes(data), ".modinfo")
+
+
+def test_strings_outside_every_segment_are_an_error() -> None:
+    data = tiny_elf.program(needed=("libc.so.6",)).replace(
+        (0x400000 + 64 + 112).to_bytes(8, "little"), (0x900000).to_bytes(8, "little")
+    )
+    with pytest.raises(ElfError, match="outside its segments"):
+        elf.linkage(data)
+
+
+@given(st.data())
+def test_changed_files_raise_nothing_else(data: st.DataObject) -> None:
+    content = bytearray(tiny_elf.program("/lib/ld.so", ("liba.so", "libb.so")))
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(6, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ElfError):
+        elf.linkage(bytes(content))
+    with contextlib.suppress(ElfError):
+        elf.section(bytes(content), ".modinfo")
+
+
+def test_this_interpreter_is_readable() -> None:
+    assert elf.section(Path(sys.executable).resolve().read_bytes(), ".dynstr")
