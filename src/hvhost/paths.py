@@ -39,3 +39,10 @@ def runtime_dir(name: str = "") -> Path:
         root = Path("/run/hvhost" if os.geteuid() == 0 else f"/tmp/hvhost-{os.geteuid()}")
     _private(root)
     return _private(root / name)
+
+
+def python_environment() -> dict[str, str]:
+    """Environment for a Python process of ours that must find this very package."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path}

@@ -469,6 +469,21 @@ static void load_modules(void)
 	fclose(list);
 }
 
+/* The kernel was started with one processor; see qemu.py. */
+static void start_other_processors(void)
+{
+	char path[64];
+	for (int i = 1;; i++) {
+		snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/online", i);
+		int fd = open(path, O_WRONLY | O_CLOEXEC);
+		if (fd < 0)
+			return;
+		if (write(fd, "1", 1) != 1)
+			say("hvhost-agent: processor %d: %s", i, strerror(errno));
+		close(fd);
+	}
+}
+
 static void open_device(void)
 {
 	int container = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC), group = -1;
@@ -537,6 +552,7 @@ int main(void)
 	sigaction(SIGUSR1, &action, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	load_modules();
+	start_other_processors();
 	open_device();
 
 	if (get32(bar, HEADER_MAGIC) != RIG_MAGIC || get32(bar, HEADER_VERSION) != RIG_VERSION) {

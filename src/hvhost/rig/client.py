@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hvhost.errors import HvHostError
-from hvhost.paths import runtime_dir
-from hvhost.rig import image, layout
+from hvhost.paths import python_environment, runtime_dir
+from hvhost.rig import image, layout, qemu
 
 ANSWER_SECONDS = 180.0
 _MAXIMUM_DESCRIPTORS = 250
@@ -40,7 +40,8 @@ def _start_keeper() -> None:
     log = runtime_dir("rig") / "rig.out"
     with log.open("wb") as output:
         subprocess.Popen(
-            [sys.executable, "-m", "hvhost.rig.server"],
+            [sys.executable, "-P", "-m", "hvhost.rig.server"],
+            env=python_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -63,7 +64,8 @@ def _connect(progress: Callable[[str], None]) -> socket.socket:
             except OSError:
                 connection.close()
             if not started:
-                image.rig_image(progress)  # here, where somebody sees the progress
+                qemu.find_qemu(progress)  # both here, where somebody sees the progress
+                image.rig_image(progress)
                 _start_keeper()
                 started = True
                 deadline = time.monotonic() + 20

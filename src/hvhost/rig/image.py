@@ -1,13 +1,88 @@
-"""The rig's own kernel and initramfs: a distribution kernel, a few of its modules, the agent."""
+"""The rig's own kernels and initramfs archives: distribution packages and a program of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from hvhost.compiler import build_static
+from hvhost.errors import HvHostError
+from hvhost.firmware.extract import cached_vmlinux
+from hvhost.firmware.image import open_kernel
+from hvhost.guests import apt, cpio, deb
+from hvhost.guests.modules import ModuleTree, find_tree, read_module
+from hvhost.paths import cache_dir
+from hvhost.rig import layout
 
 Progress = Callable[[str], None]
 
+SUITES = ("bookworm-backports", "bookworm")
+"""Suites to take a kernel from, best first: from 6.3 on KVM forwards extended hypercalls."""
+
+AGENT_MODULES = {
+    "kvm_amd": "npt=1",
+    "vfio_iommu_type1": "allow_unsafe_interrupts=1",
+    "vfio_pci": "ids=1af4:1110",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RigKernel:
+    """A kernel to run in the rig: *kernel* is uncompressed."""
+
+    kernel: Path
+    modules: ModuleTree
+
+
+def rig_kernel(package: str, progress: Progress) -> RigKernel:
+    """The newest kernel *package* that the distribution and its backports offer."""
+    failure = None
+    for suite in SUITES:
+        try:
+            files = deb.extract(apt.download(suite, [package], progress=progress), progress)
+        except HvHostError as error:
+            failure = failure or error
+            progress(f"{suite} has no {package} for the rig: {error}")
+            continue
+        images = sorted((files / "boot").glob("vmlinuz-*"))
+        if images:
+            return RigKernel(cached_vmlinux(open_kernel(images[-1])), ModuleTree(find_tree(files)))
+    raise failure or HvHostError(f"package {package} holds no kernel for the rig.")
+
+
+def build_archive(name: str, entries: Sequence[cpio.Entry]) -> Path:
+    """An initramfs of *entries*, cached by content."""
+    content = cpio.archive(list(entries))
+    path = cache_dir("rig") / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.cpio"
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        Path(file.name).replace(path)
+    return path
+
+
+def module_entries(tree: ModuleTree, parameters: dict[str, str]) -> list[cpio.Entry]:
+    """Modules, decompressed, and ``/modules``: their files and parameters in load order."""
+    entries, lines = [], []
+    for module in tree.closure(parameters):
+        path = f"{module.name}.ko"
+        entries.append(cpio.file(path, read_module(tree.root / module.path)))
+        lines.append(f"/{path} {parameters.get(module.name, '')}".rstrip())
+    entries.append(cpio.file("modules", ("\n".join(lines) + "\n").encode()))
+    return entries
+
 
 def rig_image(progress: Progress) -> tuple[Path, Path]:
-    """Paths of the kernel (uncompressed) and the initramfs; made once, then cached."""
-    return Path("/tmp/rigimg/vmlinux"), Path("/tmp/rigimg/initrd")
+    """Paths of the shared rig's kernel (uncompressed) and initramfs; made once, then cached."""
+    kernel = rig_kernel("linux-image-cloud-amd64", progress)
+    agent = build_static(layout.AGENT, [layout.HEADER], ["-pthread"])
+    entries = [
+        cpio.directory("dev"),
+        cpio.character_device("dev/console", 5, 1),
+        cpio.file("init", agent.read_bytes(), 0o755),
+        *module_entries(kernel.modules, AGENT_MODULES),
+    ]
+    return kernel.kernel, build_archive("agent", entries)

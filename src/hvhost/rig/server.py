@@ -131,6 +131,7 @@ class Keeper:
         self.idle_since = time.monotonic()
         self.next_peer = FIRST_SESSION_PEER
         self.console = b""
+        self.console_line = b""
         self.process: subprocess.Popen[bytes] | None = None
         self.device: socket.socket | None = None
         self.wake: list[int] = []
@@ -187,8 +188,9 @@ class Keeper:
         if self.process is not None and self.process.stdout is not None:
             with contextlib.suppress(OSError):
                 data = self.process.stdout.read() or b""
-                if data:
-                    log.info("rig console: %s", data.decode("utf-8", "replace").rstrip())
+                *complete, self.console_line = (self.console_line + data).split(b"\n")
+                for line in complete:
+                    log.info("rig console: %s", line.decode("utf-8", "replace").rstrip())
                 self.console = (self.console + data)[-8192:]
         lines = self.console.decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else "it printed nothing"
