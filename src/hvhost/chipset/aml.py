@@ -37,9 +37,10 @@ def _package_length(body: bytes) -> bytes:
     """*body* with the length that counts itself put before it (20.2.4)."""
     for extra in range(4):
         length = len(body) + 1 + extra
-        if extra == 0 and length < 0x40:
-            return bytes([length]) + body
-        if extra and length < 1 << 4 + 8 * extra:
+        if not extra:
+            if length < 0x40:
+                return bytes([length]) + body
+        elif length < 1 << 4 + 8 * extra:
             head = bytes([extra << 6 | length & 0xF])
             return head + (length >> 4).to_bytes(extra, "little") + body
     raise LocalProtocolError(f"an AML term of {len(body)} bytes is too long; split it.")

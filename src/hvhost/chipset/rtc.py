@@ -101,8 +101,6 @@ class Rtc:
             return state.register_a | (A_UPDATE_IN_PROGRESS if busy else 0)
         if index == RtcRegister.B:
             return state.register_b
-        if index == RtcRegister.C:
-            return 0
         if index == RtcRegister.D:
             return D_VALID
         return state.nvram[index]

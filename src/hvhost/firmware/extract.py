@@ -1,24 +1,20 @@
 """The uncompressed kernel out of a bzImage, made once and kept.
 
 A bzImage decompresses itself in the guest, which takes seconds where the guest is emulated; here
-it takes half a second, once. ``lz4`` and ``zstandard`` are imported only when a kernel needs them.
+it takes half a second, once. What only that once needs is imported then.
 """
 
 from __future__ import annotations
 
-import bz2
-import hashlib
 import logging
-import lzma
 import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from hvhost.errors import HvHostError
-from hvhost.firmware.image import ImageKind, KernelImage, open_kernel, parse_kernel
+from hvhost.firmware.image import KernelImage, open_kernel, parse_kernel
 from hvhost.paths import cache_dir
 from hvhost.units import MIB, format_size
 
@@ -37,39 +33,52 @@ def open_for_boot(path: Path) -> KernelImage:
     extracted is returned as it is and decompresses itself in the guest.
     """
     image = open_kernel(path)
-    if image.kind is not ImageKind.BZIMAGE or image.setup is None or not image.setup.is_64_bit:
+    if image.setup is None or not image.setup.is_64_bit:
         return image
     try:
-        return replace(open_kernel(cached_vmlinux(image)), name=image.name, setup=image.setup)
+        return replace(open_kernel(cached_vmlinux(path, image)), name=image.name, setup=image.setup)
     except (HvHostError, OSError) as error:
         logger.warning("%s boots compressed, which is slower: %s", path, error)
         return image
 
 
-def cached_vmlinux(image: KernelImage) -> Path:
-    """Path of the vmlinux inside the bzImage *image*; made if it is not in the cache.
+def cached_vmlinux(path: Path, image: KernelImage) -> Path:
+    """Path of the vmlinux inside *image*, a bzImage opened from *path*; made if not in the cache.
 
-    The cache is keyed by the bzImage's SHA-256. :class:`HvHostError` if it cannot be extracted.
+    The cache is keyed by the bzImage's SHA-256, with a link for each file seen, so that a kernel
+    seen before is not even read. :class:`HvHostError` if it cannot be extracted.
     """
     directory = cache_dir("vmlinux")
-    path = directory / hashlib.sha256(image.data).hexdigest()
-    if path.exists():
-        try:
-            open_kernel(path)
-        except HvHostError as error:
-            logger.warning("cached kernel is damaged and is made again: %s", error)
-        else:
-            return path
-    vmlinux = extract_vmlinux(image)
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".new-")
+    status = path.stat()
+    # The time of the last status change: unlike that of modification, builds cannot set it back.
+    place = zlib.crc32(os.fsencode(path.absolute()))
+    seen = directory / f"seen-{place:08x}-{status.st_size:x}-{status.st_ctime_ns:x}"
+    if _is_kernel(seen):
+        return seen
+    import hashlib
+    import tempfile
+
+    target = directory / hashlib.sha256(image.data).hexdigest()
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".new-") as temporary:
+        if not _is_kernel(target):
+            new = Path(temporary, "vmlinux")
+            new.write_bytes(extract_vmlinux(image))
+            new.replace(target)
+        link = Path(temporary, "seen")
+        link.symlink_to(target.name)
+        link.replace(seen)
+    return seen
+
+
+def _is_kernel(path: Path) -> bool:
+    if not path.exists():
+        return False
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(vmlinux)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        open_kernel(path)
+    except HvHostError as error:
+        logger.warning("a cached kernel is damaged and is made again: %s", error)
+        return False
+    return True
 
 
 def extract_vmlinux(image: KernelImage) -> bytes:
@@ -95,7 +104,7 @@ def extract_vmlinux(image: KernelImage) -> bytes:
         raise HvHostError(
             f"{image.name} needs the Python package {error.name}; install it."
         ) from None
-    except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError, RuntimeError) as error:
+    except (zlib.error, OSError, EOFError, ValueError) as error:
         raise HvHostError(
             f"the payload of {image.name} does not decompress ({error}); get it anew."
         ) from None
@@ -124,17 +133,31 @@ def _gzip(payload: memoryview, size: int) -> bytes:
 
 
 def _bzip2(payload: memoryview, size: int) -> bytes:
+    import bz2
+
     return bz2.BZ2Decompressor().decompress(payload, size)
 
 
 def _lzma(payload: memoryview, size: int) -> bytes:
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_LIMIT)
-    return decompressor.decompress(payload, size)
+    import lzma
+
+    return _lzma_family(payload, size, lzma.FORMAT_ALONE)
 
 
 def _xz(payload: memoryview, size: int) -> bytes:
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_LZMA_MEMORY_LIMIT)
-    return decompressor.decompress(payload, size)
+    import lzma
+
+    return _lzma_family(payload, size, lzma.FORMAT_XZ)
+
+
+def _lzma_family(payload: memoryview, size: int, container: int) -> bytes:
+    import lzma
+
+    try:
+        decompressor = lzma.LZMADecompressor(container, memlimit=_LZMA_MEMORY_LIMIT)
+        return decompressor.decompress(payload, size)
+    except lzma.LZMAError as error:
+        raise ValueError(str(error)) from None
 
 
 def _zstd(payload: memoryview, size: int) -> bytes:
@@ -157,7 +180,7 @@ def _lz4(payload: memoryview, size: int) -> bytes:
     while left > 0:
         length = int.from_bytes(payload[offset : offset + 4], "little")
         block = payload[offset + 4 : offset + 4 + length]
-        if not length or len(block) < length:
+        if len(block) < length:
             raise ValueError(f"LZ4 block at {offset} is cut short")
         try:
             part = lz4.block.decompress(block, uncompressed_size=min(left, _LZ4_BLOCK_SIZE))

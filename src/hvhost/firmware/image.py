@@ -122,7 +122,7 @@ def parse_kernel(data: Buffer, name: str) -> KernelImage:
     view = memoryview(data)
     if bytes(view[:4]) == b"\x7fELF":
         return _parse_elf(view, name)
-    if len(view) >= 0x206 and bytes(view[0x202:0x206]) == _MAGIC:
+    if bytes(view[0x202:0x206]) == _MAGIC:
         return KernelImage(name, ImageKind.BZIMAGE, view, setup=_parse_setup(view, name))
     raise _refusal(name, f"it starts like {_describe(view)}")
 

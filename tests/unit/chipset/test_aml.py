@@ -54,7 +54,9 @@ def test_names(path: str, encoded: bytes) -> None:
     assert aml.name(path, aml.integer(0)) == b"\x08" + encoded + b"\0"
 
 
-@pytest.mark.parametrize("path", ["", "1ABC", "ABCDE", "abc", "A..B", "A.\\B", "A\n"])
+@pytest.mark.parametrize(
+    "path", ["", "1ABC", "ABCDE", "abc", "A..B", "A.\\B", "A\n", ".".join(["A"] * 256)]
+)
 def test_bad_names(path: str) -> None:
     with pytest.raises(LocalProtocolError):
         aml.name(path, aml.integer(0))
@@ -123,7 +125,9 @@ def test_memory_windows() -> None:
     assert int.from_bytes(high[38:46], "little") == 0x20000000
 
 
-@pytest.mark.parametrize("window", [range(0), range(5, 3), range(0, 8, 2), range(1 << 32, 2 << 32)])
+@pytest.mark.parametrize(
+    "window", [range(0), range(5, 5), range(5, 3), range(0, 8, 2), range(1 << 32, 2 << 32)]
+)
 def test_bad_windows(window: range) -> None:
     with pytest.raises(LocalProtocolError):
         aml.dword_memory(window, producer=True)

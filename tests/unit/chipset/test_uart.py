@@ -232,6 +232,13 @@ def test_loopback_overrun_interrupts_until_lsr_is_read(port: Port) -> None:
     assert not port.read(LSR) & LSR_OVERRUN
 
 
+def test_overrun_interrupts_only_when_enabled(port: Port) -> None:
+    port.write(MCR, LOOP)
+    port.write_all(b"ab")
+    assert port.uart.state.overrun
+    assert port.read(IIR) == 0x01
+
+
 def test_input_waits_while_in_loopback(port: Port) -> None:
     port.write(MCR, LOOP)
     port.uart.feed(b"x")

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import logging
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from kernel_files import BzImage, Elf, Segment
 
 from hvhost.errors import HvHostError
+from hvhost.firmware import extract as extract_module
 from hvhost.firmware.extract import MAXIMUM_SIZE, cached_vmlinux, extract_vmlinux, open_for_boot
-from hvhost.firmware.image import ImageKind, open_kernel, parse_kernel
+from hvhost.firmware.image import ImageKind, KernelImage, open_kernel, parse_kernel
 
 VMLINUX = Elf([Segment(bytes(range(256)) * 40, memory_size=20000)]).build()
 
@@ -147,14 +149,54 @@ def test_open_for_boot_gives_the_vmlinux_with_its_header(kernel: Path) -> None:
     assert image.setup == open_kernel(kernel).setup
 
 
-def test_cache_is_used_and_a_damaged_entry_replaced(kernel: Path) -> None:
-    image = open_kernel(kernel)
-    path = cached_vmlinux(image)
-    first = path.stat()
-    assert cached_vmlinux(image).stat().st_mtime_ns == first.st_mtime_ns
-    path.write_bytes(VMLINUX[:100])
-    assert cached_vmlinux(image).read_bytes() == VMLINUX
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+def count_extractions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made: list[str] = []
+
+    def count(image: KernelImage) -> bytes:
+        made.append(image.name)
+        return extract_vmlinux(image)
+
+    monkeypatch.setattr(extract_module, "extract_vmlinux", count)
+    return made
+
+
+def test_a_kernel_is_extracted_once_wherever_it_lies(
+    kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = count_extractions(monkeypatch)
+    path = cached_vmlinux(kernel, open_kernel(kernel))
+    assert cached_vmlinux(kernel, open_kernel(kernel)) == path
+    copy = kernel.with_name("copy")
+    copy.write_bytes(kernel.read_bytes())
+    other = cached_vmlinux(copy, open_kernel(copy))
+    assert other != path
+    assert other.samefile(path)
+    assert len(made) == 1
+    assert not list(path.parent.glob(".new-*"))
+
+
+def test_a_rebuilt_kernel_of_the_same_size_and_time_is_another(kernel: Path) -> None:
+    kernel.write_bytes(bzimage(gzip.compress(VMLINUX, 0)))
+    first = open_for_boot(kernel)
+    before = kernel.stat()
+    rebuilt = VMLINUX[:-1] + b"\0"
+    new = kernel.with_name("new")
+    new.write_bytes(bzimage(gzip.compress(rebuilt, 0)))
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.replace(kernel)
+    assert kernel.stat().st_mtime_ns == before.st_mtime_ns
+    assert kernel.stat().st_size == before.st_size
+    assert bytes(first.data) == VMLINUX
+    assert bytes(open_for_boot(kernel).data) == rebuilt
+
+
+def test_a_damaged_entry_is_replaced(kernel: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = cached_vmlinux(kernel, open_kernel(kernel))
+    path.resolve().write_bytes(VMLINUX[:100])
+    assert cached_vmlinux(kernel, open_kernel(kernel)).read_bytes() == VMLINUX
+    assert "damaged" in caplog.text
+    path.resolve().unlink()
+    assert cached_vmlinux(kernel, open_kernel(kernel)).read_bytes() == VMLINUX
 
 
 def test_failed_write_leaves_nothing(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +205,7 @@ def test_failed_write_leaves_nothing(kernel: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        cached_vmlinux(open_kernel(kernel))
+        cached_vmlinux(kernel, open_kernel(kernel))
     assert list((kernel.parent / "cache" / "vmlinux").iterdir()) == []
     assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
 
@@ -175,11 +217,14 @@ def test_exotic_kernels_boot_as_they_are(kernel: Path, caplog: pytest.LogCapture
     assert "LZO" in caplog.text
 
 
-def test_32_bit_and_plain_kernels_are_not_extracted(kernel: Path) -> None:
+def test_32_bit_and_plain_kernels_are_not_extracted(
+    kernel: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kernel.write_bytes(BzImage(xloadflags=0, payload=b"x" * 100).build())
     assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
     kernel.write_bytes(VMLINUX)
     assert open_for_boot(kernel).setup is None
+    assert not caplog.records
 
 
 @given(

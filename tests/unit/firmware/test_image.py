@@ -91,6 +91,7 @@ def test_vmlinux() -> None:
         Segment(b"text" * 10, memory_size=100),
         Segment(b"", 0x1200000, memory_size=0),
         Segment(b"", 0x1300000, memory_size=50),
+        Segment(b"not loaded", 0x1400000, kind=7),
         pvh_note(0x1000010),
     ]
     image = parse_kernel(Elf(segments).build(), "vmlinux")

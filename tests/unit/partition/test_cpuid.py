@@ -230,6 +230,8 @@ def test_without_xsave_nothing_that_needs_it_is_left() -> None:
         everything(1),
         everything(7, 0, 1),
         everything(7, 1, 1),
+        everything(7, 2, 1),
+        everything(0x14, 1, 1),
         everything(0xD, 0, 1),
         everything(0xD, 2, 1),
         everything(0x80000001),
@@ -244,6 +246,8 @@ def test_without_xsave_nothing_that_needs_it_is_left() -> None:
     assert not leaves[7, 0].edx & 1 << 24  # AMX-TILE
     assert leaves[7, 0].ebx & 1 << 29  # SHA uses SSE registers
     assert not leaves[7, 1].eax & 1 << 4  # AVX-VNNI
+    assert leaves[7, 2] == everything(7, 2, 1)
+    assert leaves[0x14, 1] == everything(0x14, 1, 1)
     assert not leaves[0x80000001, 0].ecx & (1 << 11 | 1 << 16)  # XOP, FMA4
     assert build(given)[0xD, 2] == everything(0xD, 2, 1)
 
