@@ -353,7 +353,7 @@ class _PrivateApt:
 
     def _older_versions(self, package: str) -> list[str]:
         _, output = self._run(["apt-cache", "madison", package], self.root, 60)
-        versions = re.findall(r"^\s*\S+ \| (\S+) \|", output, re.MULTILINE)
+        versions = re.findall(r"^\s*\S+\s*\|\s*(\S+)\s*\|", output, re.MULTILINE)
         return list(dict.fromkeys(versions))[1:]
 
     def fetch(self, package: str) -> str:

@@ -43,7 +43,8 @@ def kernel_release(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise HvHostError(f"{path} cannot be read: {error.strerror}; give a kernel.") from error
-    if data[_HEADER_MAGIC : _HEADER_MAGIC + 4] == b"HdrS":
+    header = data[_HEADER_MAGIC : _KERNEL_VERSION + 2]
+    if len(header) == _KERNEL_VERSION + 2 - _HEADER_MAGIC and header.startswith(b"HdrS"):
         (offset,) = struct.unpack_from("<H", data, _KERNEL_VERSION)
         text = data[offset + 0x200 : offset + 0x300].split(b"\0", 1)[0].split()
         if offset and text:
