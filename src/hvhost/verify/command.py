@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from hvhost.errors import HvHostError
+from hvhost.guests.catalog import DEFAULT_GUEST
 from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped_baseline
 from hvhost.verify.contract import find_rows, requested_rows
 from hvhost.verify.guest import PreparedGuest
@@ -72,8 +73,8 @@ def _allowed_lacks(options: VerifyOptions) -> frozenset[str]:
     allowed = {row.id for row in find_rows(options.allow_lacks, option="--allow-lacks")}
     if options.baseline is not None:
         allowed |= read_baseline(options.baseline)
-    if options.guest is not None:
-        allowed |= shipped_baseline(options.guest)
+    if options.kernel is None and not options.debs:
+        allowed |= shipped_baseline(options.guest or DEFAULT_GUEST)
     return frozenset(allowed)
 
 

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 COMMAND_LINE = "console=ttyS0 panic=0"
 EVENT_WAIT = 5.0
 _CONSOLE_CONNECT_SECONDS = 5.0
+_DRIVER_SECONDS = 20.0
 _LOCAL_GUEST_TIME = 42  # /proc/PID/task/TID/stat: guest_time, counted from 0
 
 
@@ -253,9 +254,14 @@ class LiveMachine:
         if self._pending is None:
             self._pending = ProbeClient(_connect(self._directory.serial_socket(2)))
         try:
-            self._pending.wait_ready(timeout)
+            self._pending.wait_ready(timeout, drivers=False)
         except ProbeTimeout:
             return None
+        try:
+            self._pending.wait_ready(_DRIVER_SECONDS)
+        except ProbeTimeout as error:
+            # A row that needs a driver which is not there yet will say so.
+            log.warning("%s", error)
         client, self._pending = self._pending, None
         return LiveProbe(client)
 

@@ -135,8 +135,11 @@ class Session:
             mark = 0
         else:
             self.step("resetting the guest")
-            mark = len(self._machine.console())
+            mark, events = len(self._machine.console()), self.event_mark()
             self._machine.reset()
+            # A reset is only asked for; until it is done, the old guest may still answer.
+            if self.await_event("reset", events) is None:
+                raise RowFailed("the machine was asked for a reset and did not do it")
         return self.await_boot(mark)
 
     def hung(self) -> None:

@@ -299,7 +299,8 @@ class ScriptedMachine:
         if "dies-at-reset" in self.faults:
             self.worker_dead = True
             self._alive()
-        self._boot()
+        if "reset-ignored" not in self.faults:
+            self._boot()
 
     def nmi(self) -> None:
         self._alive()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from scripted_guest import FAST, ScriptedGuest
+from scripted_guest import FAST, ScriptedGuest, full_modules
 
 from hvhost.errors import HvHostError
+from hvhost.verify import command
 from hvhost.verify.command import verify_guest
 from hvhost.verify.contract import GROUPS, ROWS
 from hvhost.verify.options import VerifyOptions
@@ -107,3 +109,28 @@ def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
     options = VerifyOptions(rows=["lsvmbus"], json_path=tmp_path / "file" / "r.json")
     with pytest.raises(HvHostError, match="cannot be written"):
         run(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (VerifyOptions(), True),
+        (VerifyOptions(guest="debian-12"), True),
+        (VerifyOptions(guest="debian-13"), False),
+        (VerifyOptions(kernel=Path("/k")), False),
+        (VerifyOptions(debs=[Path("/d")]), False),
+        (VerifyOptions(kernel=Path("/k"), allow_lacks=["smp", "heartbeat", "shutdown"]), True),
+        (VerifyOptions(kernel=Path("/k"), allow_lacks=["smp", "heartbeat"]), False),
+    ],
+)
+def test_lacks_are_excused_by_the_guests_baseline_or_by_name(
+    options: VerifyOptions, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"debian-12": frozenset({"smp", "heartbeat", "shutdown"})}
+    monkeypatch.setattr(command, "shipped_baseline", lambda name: known.get(name, frozenset()))
+    whole = full_modules()
+    aliases = {alias: name for alias, name in whole.aliases.items() if name != "hv_utils"}
+    guest = ScriptedGuest(modules=dataclasses.replace(whole, aliases=aliases))
+    quiet = Console(file=io.StringIO())
+    status, _ = verify_guest(options, lambda *_: guest, timing=FAST, out=quiet, progress=quiet)
+    assert (status == 0) is passes

@@ -75,6 +75,7 @@ def test_one_cpu_proves_no_smp() -> None:
     [
         ("heartbeat", "hang-pauses", "machine is paused, so its VPs do not spin"),
         ("shutdown", "poweroff-without-init", "asked to power off, init did not"),
+        ("heartbeat", "reset-ignored", "asked for a reset and did not do it"),
         ("lsvmbus", "python lists-twice", "lists a device twice: shutdown"),
         ("lsvmbus", "python lists-nameless", "without a name: 00000000"),
         ("smp", "wrong-cpu", "CPU 1 was not the one interrupted"),

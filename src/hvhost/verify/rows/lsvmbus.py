@@ -12,7 +12,7 @@ from hvhost.verify.sysfs import interface_name, read_devices
 
 _ENTRY = re.compile(r"Class_ID = \{([0-9a-f-]{36})\}.*\n\s*Device_ID = \{([0-9a-f-]{36})\}", re.I)
 # No longer on the bus, although the host may still remember them.
-_GONE = frozenset({"rescinded"})
+_GONE = frozenset({"rescinded", "released"})
 
 Identity = tuple[str, str]
 

@@ -1,0 +1,138 @@
+"""The real probe, worker and client behind what the rows ask for; only the guest is missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvhost.errors import HvHostError
+from hvhost.guests.probe import ProbeClient, build_probe
+from hvhost.machine.model import MachineConfig, MachineEvent, ShutdownAction
+from hvhost.manager.launcher import launch
+from hvhost.verify import live
+from hvhost.verify.live import EventLog, LiveMachine, LiveProbe
+
+FAKE_WORKER = Path(__file__).parents[1] / "manager" / "fake_worker.py"
+
+
+@pytest.fixture
+def probe() -> Iterator[LiveProbe]:
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [str(build_probe()), "-"], stdin=theirs.fileno(), stdout=theirs.fileno()
+    )
+    theirs.close()
+    connection = ProbeClient(ours)
+    connection.wait_ready(10, drivers=False)
+    client = LiveProbe(connection)
+    yield client
+    client.close()
+    process.wait(10)
+
+
+def test_files(probe: LiveProbe, tmp_path: Path) -> None:
+    for name, text in (("a/x", "one\n"), ("b/x", "two: 2\nthree\n"), ("c/y", "no\n")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    assert probe.read(f"{tmp_path}/a/x") == "one\n"
+    assert probe.read_all(f"{tmp_path}/*/x", f"{tmp_path}/none/*") == {
+        f"{tmp_path}/a/x": "one",
+        f"{tmp_path}/b/x": "two: 2\nthree",
+    }
+    probe.write(f"{tmp_path}/a/x", "ONE")
+    assert (tmp_path / "a/x").read_text() == "ONE\n"
+    with pytest.raises(HvHostError, match="No such file"):
+        probe.read(f"{tmp_path}/absent")
+    with pytest.raises(HvHostError, match="No such file"):
+        probe.write(f"{tmp_path}/absent", "x")
+
+
+def test_commands(probe: LiveProbe, tmp_path: Path) -> None:
+    result = probe.run(["sh", "-c", "echo out; echo err >&2; exit 3"], 5)
+    assert (result.status, result.output) == (3, "out\nerr\n")
+    probe.fire(f"{tmp_path}/it's fired", "c")
+    assert not (tmp_path / "it's fired").exists(), "before the answer could get out"
+    deadline = time.monotonic() + 5
+    while not (tmp_path / "it's fired").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / "it's fired").read_text() == "c\n"
+
+
+def test_answers(probe: LiveProbe) -> None:
+    assert probe.answers(5)
+    assert not LiveProbe(ProbeClient(socket.socketpair()[0])).answers(0.05)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MachineConfig:
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
+    program = (sys.executable, str(FAKE_WORKER))
+    monkeypatch.setattr(live, "launch", functools.partial(launch, program=program))
+    return MachineConfig(name="v", kernel=os.path.realpath(__file__), memory=64 << 20)
+
+
+def test_a_machines_last_words_outlive_its_worker(config: MachineConfig, tmp_path: Path) -> None:
+    made: list[LiveMachine] = []
+    # As a row would: the thread that starts the machine ends long before it does.
+    thread = threading.Thread(target=lambda: made.append(LiveMachine(config)))
+    thread.start()
+    thread.join()
+    machine = made[0]
+    time.sleep(0.2)
+    assert not machine.wait_stopped(0.1)
+    assert machine.info().name == "v"
+    assert machine.heartbeat_round_trips(3)
+    assert (machine.vp_seconds() or 0.0) >= 0.0
+    machine.shut_down(ShutdownAction.POWER_OFF)
+    assert machine.wait_stopped(10)
+    kinds = [event.kind for event in machine.events(0, 2.0)]
+    assert kinds[0] == "started"
+    assert machine.console().startswith("fake guest up") and "bye" in machine.console()
+    with pytest.raises(HvHostError):
+        machine.info()
+    with pytest.raises(HvHostError, match="stopped while"):
+        machine.connect_probe(0.1)
+    machine.kill()
+    for _ in range(2):
+        machine.keep_logs(tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"worker.log", "worker-2.log"}
+
+
+def test_kill_ends_a_machine_whose_guest_is_silent(config: MachineConfig) -> None:
+    machine = LiveMachine(config)
+    assert machine.connect_probe(0.2) is None
+    machine.kill()
+    assert machine.wait_stopped(0.0)
+    machine.kill()
+
+
+def test_events_are_collected_once_and_in_order() -> None:
+    batches = [
+        [MachineEvent(1, 0.0, "a"), MachineEvent(2, 0.0, "b")],
+        [],
+        [MachineEvent(3, 0.0, "c")],
+    ]
+    asked = []
+
+    def fetch(after: int, timeout: float) -> list[MachineEvent]:
+        asked.append(after)
+        if not batches:
+            raise HvHostError("gone")
+        return batches.pop(0)
+
+    log = EventLog(fetch)
+    deadline = time.monotonic() + 5
+    while len(asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert asked == [0, 2, 2, 3]
+    assert [event.kind for event in log.after(1, 0.0)] == ["b", "c"]
+    assert log.after(3, 0.01) == []
