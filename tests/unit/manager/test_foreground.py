@@ -110,3 +110,20 @@ def test_a_terminal_is_given_back(runtime: Path, config: MachineConfig) -> None:
         os.close(terminal)
         os.close(person)
         assert MachineDirectory.of("m1").state() is NameState.FREE
+
+
+def test_a_worker_that_lost_its_console_but_lives(
+    runtime: Path, config: MachineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreground, "_END_SECONDS", 0.2)
+    code = (
+        "import pathlib, socket, sys, time; here = pathlib.Path(sys.argv[1]).parent;"
+        "port = socket.socket(socket.AF_UNIX); port.bind(str(here / 'serial1.sock'));"
+        "port.listen(); (here / 'api.sock').touch(); port.accept()[0].close(); time.sleep(60)"
+    )
+    monkeypatch.setattr(launcher, "WORKER", (sys.executable, "-c", code))
+    with pytest.raises(HvHostError, match="closed its console but did not end"):
+        run(config, b"")
+    monkeypatch.setattr(launcher, "WORKER", (sys.executable, "-c", code.split("port =")[0]))
+    with pytest.raises(HvHostError, match="without a word"):
+        run(config, b"")

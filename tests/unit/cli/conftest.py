@@ -1,0 +1,3 @@
+from manager.conftest import config, runtime
+
+__all__ = ["config", "runtime"]
