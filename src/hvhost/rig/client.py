@@ -36,10 +36,10 @@ class RigSession:
     """Raised by the agent, indexed as ``layout.h`` says (``PEER_VECTORS`` of them)."""
 
 
-def _start_keeper() -> None:
+def _start_keeper() -> subprocess.Popen[bytes]:
     log = runtime_dir("rig") / "rig.out"
     with log.open("wb") as output:
-        subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "hvhost.rig.server"],
             env=python_environment(),
             stdin=subprocess.DEVNULL,
@@ -55,7 +55,7 @@ def _connect(progress: Callable[[str], None]) -> socket.socket:
     deadline = time.monotonic() + 20
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two workers must not start two keepers
-        started = False
+        keeper: subprocess.Popen[bytes] | None = None
         while True:
             connection = socket.socket(socket.AF_UNIX)
             try:
@@ -63,13 +63,12 @@ def _connect(progress: Callable[[str], None]) -> socket.socket:
                 return connection
             except OSError:
                 connection.close()
-            if not started:
+            if keeper is None:
                 qemu.find_qemu(progress)  # both here, where somebody sees the progress
                 image.rig_image(progress)
-                _start_keeper()
-                started = True
+                keeper = _start_keeper()
                 deadline = time.monotonic() + 20
-            if time.monotonic() > deadline:
+            if keeper.poll() is not None or time.monotonic() > deadline:
                 raise HvHostError(
                     f"the rig's keeper did not start; see {directory / 'rig.out'} for its errors."
                 )

@@ -49,7 +49,8 @@ def rig_kernel(package: str, progress: Progress) -> RigKernel:
             continue
         images = sorted((files / "boot").glob("vmlinuz-*"))
         if images:
-            return RigKernel(cached_vmlinux(open_kernel(images[-1])), ModuleTree(find_tree(files)))
+            kernel = cached_vmlinux(images[-1], open_kernel(images[-1]))
+            return RigKernel(kernel, ModuleTree(find_tree(files)))
     raise failure or HvHostError(f"package {package} holds no kernel for the rig.")
 
 
