@@ -317,7 +317,9 @@ class LiveGuest:
             define(
                 kernel=self.images.kernel,
                 initrd=self.images.initrd,
-                command_line=COMMAND_LINE + ("" if verbose else " quiet"),
+                command_line=" ".join(
+                    filter(None, (COMMAND_LINE, "" if verbose else "quiet", self.options.append))
+                ),
                 cpus=self.options.cpus,
                 memory=self.options.memory,
                 transport=self.options.transport,

@@ -14,6 +14,7 @@ class VerifyOptions:
 
     The kernel is *guest* (a known distribution), *kernel* with *modules*, or *debs*; none of them
     means the default distribution. Empty *rows* means the whole contract.
+    *append* is put at the end of the guest's command line.
     """
 
     guest: str | None = None
@@ -28,3 +29,4 @@ class VerifyOptions:
     allow_lacks: list[str] = field(default_factory=list)
     baseline: Path | None = None
     transport: Transport = Transport.AUTO
+    append: str = ""

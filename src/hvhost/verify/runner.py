@@ -47,12 +47,13 @@ class Outcome:
 
 def _missing(row: Row, guest: PreparedGuest) -> RowResult:
     lacks = what_guest_lacks(row, guest.modules, guest.daemons)
-    has = "the guest has its drivers and daemons" if guest.modules else "its drivers are unknown"
-    return RowResult(
-        row,
-        Status.MISSING,
-        evidence=("hvhost does not have it yet; " + (lacks or has),),
-    )
+    if lacks is not None:
+        evidence: tuple[str, ...] = (f"not in hvhost yet; {lacks}",)
+    elif guest.modules is None:
+        evidence = ("not in hvhost yet", "the kernel's modules are not at hand")
+    else:
+        evidence = ("not in hvhost yet", "the guest has its drivers and daemons")
+    return RowResult(row, Status.MISSING, evidence=evidence)
 
 
 def _prove(proof: Proof, row: Row, session: Session) -> RowResult:

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from hvhost.errors import HvHostError
+from hvhost.guests.build import GuestImages
 from hvhost.guests.probe import ProbeClient, build_probe
 from hvhost.machine.model import MachineConfig, MachineEvent, ShutdownAction
 from hvhost.manager.launcher import launch
 from hvhost.verify import live
-from hvhost.verify.live import EventLog, LiveMachine, LiveProbe
+from hvhost.verify.live import EventLog, LiveGuest, LiveMachine, LiveProbe
+from hvhost.verify.options import VerifyOptions
 
 FAKE_WORKER = Path(__file__).parents[1] / "manager" / "fake_worker.py"
 
@@ -136,3 +138,25 @@ def test_events_are_collected_once_and_in_order() -> None:
     assert asked == [0, 2, 2, 3]
     assert [event.kind for event in log.after(1, 0.0)] == ["b", "c"]
     assert log.after(3, 0.01) == []
+
+
+@pytest.mark.parametrize(
+    ("verbose", "append", "line"),
+    [
+        (False, "", "console=ttyS0 panic=0 quiet"),
+        (True, "", "console=ttyS0 panic=0"),
+        (True, "nosmp", "console=ttyS0 panic=0 nosmp"),
+    ],
+)
+def test_the_guests_command_line(
+    verbose: bool, append: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[MachineConfig] = []
+    monkeypatch.setattr(live, "LiveMachine", configs.append)
+    images = GuestImages(Path("/k"), Path("/i"), None, "T", "6.1", ("hv_kvp_daemon",))
+    guest = LiveGuest(images, VerifyOptions(append=append, cpus=3, memory=256 << 20))
+    guest.start(verbose=verbose)
+    (config,) = configs
+    assert (config.command_line, config.cpus, config.memory) == (line, 3, 256 << 20)
+    assert (config.kernel, config.initrd) == ("/k", "/i")
+    assert (guest.release, guest.os_name, guest.modules) == ("6.1", "T", None)

@@ -241,7 +241,7 @@ def test_missing_rows_say_what_the_guest_has() -> None:
     guest = ScriptedGuest()
     kvp, backup = run(guest, "kvp", "live-backup").results[::-1]
     assert {kvp.status, backup.status} == {Status.MISSING}
-    assert "has its drivers and daemons" in kvp.evidence[0]
+    assert "has its drivers and daemons" in kvp.evidence[1]
     assert "no hv_vss_daemon" in backup.evidence[0]
     assert not guest.machines, "nothing to prove, so nothing to boot"
 

@@ -124,4 +124,4 @@ def prove(session: Session) -> Iterator[str]:
     yield from _alive(session)
     yield from _panicked(session)
     yield from _hung(session)
-    yield "alive is ok, a panic is crashed with the guest's own text, a hang is no-contact"
+    yield "ok when alive; crashed with the panic text the guest sent; no-contact when hung"

@@ -30,7 +30,7 @@ def _list_in_guest(probe: Probe) -> tuple[tuple[Identity, ...], str]:
     devices = tuple(
         (device.interface_type, device.interface_instance) for device in read_devices(probe)
     )
-    return devices, "our probe's reading of /sys/bus/vmbus/devices (no Python or lsvmbus in it)"
+    return devices, "our probe in /sys/bus/vmbus/devices (no lsvmbus there)"
 
 
 def _names(identities: Iterable[Identity]) -> str:
@@ -72,4 +72,4 @@ def prove(session: Session) -> Iterator[str]:
     if surplus := in_guest - by_host:
         raise RowFailed(f"the guest lists what the host does not: {_names(surplus)}")
     yield from (_names([identity]) for identity in sorted(in_guest))
-    yield f"{len(in_guest)} devices, the same in the guest and on the host; read by {source}"
+    yield f"{len(in_guest)} devices, the same in the guest and on the host; listed by {source}"
