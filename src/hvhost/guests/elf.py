@@ -34,10 +34,7 @@ class _Layout:
 
 
 def _unpack(form: str, data: Buffer, offset: int) -> tuple[int, ...]:
-    try:
-        return struct.unpack_from(form, data, offset)
-    except struct.error as error:
-        raise ElfError("The ELF file is cut short; build or download it again.") from error
+    return struct.unpack(form, _slice(data, offset, struct.calcsize(form)))
 
 
 def _slice(data: Buffer, offset: int, size: int) -> bytes:
@@ -134,6 +131,7 @@ def linkage(data: Buffer) -> Linkage:
     needed = []
     for tag, value in entries:
         if tag == DT_NEEDED:
-            text = bytes(data[table + value : table + value + 256])
+            start = table + value
+            text = _slice(data, start, min(256, max(len(data) - start, 0)))
             needed.append(text.split(b"\0", 1)[0].decode("utf-8", "replace"))
     return Linkage(interpreter, tuple(needed))

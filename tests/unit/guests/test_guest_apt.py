@@ -159,8 +159,7 @@ def signers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Signer]:
     if shutil.which("gpg") is None:
         pytest.skip("needs gpg to sign test repositories")
     base = tmp_path_factory.mktemp("keys")
-    made = {name: Signer.make(base / name) for name in ("old", "new")}
-    return made
+    return {name: Signer.make(base / name) for name in ("old", "new")}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_elf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvhost.guests import elf
@@ -75,6 +76,17 @@ def test_strings_outside_every_segment_are_an_error() -> None:
         elf.linkage(data)
 
 
+def test_a_name_beyond_the_file_is_an_error() -> None:
+    data = tiny_elf.program(needed=("libc.so.6",))
+    for far in (1 << 20, 1 << 63, (1 << 64) - 1):
+        entry = (1).to_bytes(8, "little")
+        changed = data.replace(entry + (1).to_bytes(8, "little"), entry + far.to_bytes(8, "little"))
+        assert changed != data
+        with pytest.raises(ElfError, match="cut short"):
+            elf.linkage(changed)
+
+
+@settings(max_examples=400)
 @given(st.data())
 def test_changed_files_raise_nothing_else(data: st.DataObject) -> None:
     content = bytearray(tiny_elf.program("/lib/ld.so", ("liba.so", "libb.so")))
@@ -88,3 +100,13 @@ def test_changed_files_raise_nothing_else(data: st.DataObject) -> None:
 
 def test_this_interpreter_is_readable() -> None:
     assert elf.section(Path(sys.executable).resolve().read_bytes(), ".dynstr")
+
+
+def test_modules_of_32_bits_are_read(tmp_path: Path) -> None:
+    source = tmp_path / "m.c"
+    source.write_text('char m[] __attribute__((section(".modinfo"))) = "depends=a";\n')
+    subprocess.run(["gcc", "-m32", "-c", "-o", str(tmp_path / "m.o"), str(source)], check=True)
+    data = (tmp_path / "m.o").read_bytes()
+    assert data[4] == 1
+    assert elf.section(data, ".modinfo") == b"depends=a\0"
+    assert elf.linkage(data) == elf.Linkage(None, ())
