@@ -90,14 +90,18 @@ def run(
             memory=memory,
             name=name,
             transport=kvm,
-            progress=lambda message: print(f"hvhost: {message}…", file=sys.stderr),
+            progress=_say,
         )
     if detach:
         from hvhost.manager.launcher import launch
 
-        launch(config, detach=True)
+        launch(config, detach=True, progress=_say)
         print(config.name)
     else:
         from hvhost.manager import foreground
 
-        foreground.run(config)
+        foreground.run(config, progress=_say)
+
+
+def _say(message: str) -> None:
+    print(f"hvhost: {message}…", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 from hvhost.errors import HvHostError
@@ -15,8 +16,16 @@ from hvhost.manager.terminal import Ending, attach
 _END_SECONDS = 5.0
 
 
-def run(config: MachineConfig, *, source: int = 0, sink: int = 1) -> Ending:
+def run(
+    config: MachineConfig,
+    *,
+    source: int = 0,
+    sink: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Ending:
     """Run *config* with its console on two file descriptors until it stops or the person leaves.
+
+    *progress* gets what takes time before there is a console.
 
     Nothing of the machine is left when this returns or raises. Raises :class:`HvHostError` with
     the worker's words when the machine fails. Called in the main thread.
@@ -24,7 +33,7 @@ def run(config: MachineConfig, *, source: int = 0, sink: int = 1) -> Ending:
     # Ends the blocks below in order, which gives the terminal back its modes.
     before = signal.signal(signal.SIGTERM, _exit)
     try:
-        worker = launch(config, detach=False)
+        worker = launch(config, detach=False, progress=progress)
         try:
             ending = _attend(worker, source, sink)
         finally:

@@ -28,12 +28,15 @@ WORKER = (sys.executable, "-P", "-m", "hvhost.machine.worker")
 """The worker's command, to which the path of its ``config.json`` is added."""
 
 START_SECONDS = 120.0
-"""How long a worker may take to open its API; the rig's own start is part of it."""
+"""How long a worker may say nothing before its API is open; it may have to start the rig."""
 
 MINIMUM_MEMORY = 32 * MIB
 
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.005
+_SLOW_POLL_SECONDS = 0.05
+_QUICK_START_SECONDS = 1.0
+_PROGRESS = re.compile(r"^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$", re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -101,10 +104,13 @@ def launch(
     *,
     detach: bool,
     timeout: float = START_SECONDS,
+    progress: Callable[[str], None] = lambda _: None,
     program: Sequence[str] | None = None,
 ) -> Worker:
-    """Start the worker of *config* and wait, up to *timeout* seconds, until it can be spoken to.
+    """Start the worker of *config* and wait until it can be spoken to.
 
+    *progress* gets what the worker says meanwhile (it may have to download a kernel and start the
+    rig); *timeout* is how many seconds it may say nothing.
     A worker that is not detached gets SIGTERM when the calling thread's process dies, however it
     dies. Raises :class:`HvHostError` for a bad configuration, a name in use, and with the
     worker's own words when it fails to start.
@@ -115,7 +121,7 @@ def launch(
         directory.config_file.write_text(json.dumps(asdict(config), indent=1) + "\n")
         worker = Worker(directory, _spawn(directory, program or WORKER, detach=detach))
         try:
-            _wait_until_open(worker, timeout)
+            _wait_until_open(worker, timeout, progress)
         except BaseException:
             worker.stop()
             directory.pid_file.unlink(missing_ok=True)  # the name is free, not a dead machine's
@@ -151,19 +157,29 @@ def _die_with(parent: int) -> Callable[[], None]:
     return bind
 
 
-def _wait_until_open(worker: Worker, timeout: float) -> None:
+def _wait_until_open(worker: Worker, timeout: float, progress: Callable[[str], None]) -> None:
     """The worker gives its sockets their names once it accepts connections."""
-    deadline = time.monotonic() + timeout
-    while not worker.directory.api_socket.exists():
-        status = worker.process.poll()
-        if status is not None:
-            raise HvHostError(_last_words(worker.directory, status))
-        if time.monotonic() > deadline:
-            raise HvHostError(
-                f"the worker of machine {worker.directory.name!r} did not come up within"
-                f" {timeout:g} seconds; {worker.directory.log_file} says how far it got."
-            )
-        time.sleep(_POLL_SECONDS)
+    started = heard = time.monotonic()
+    partial = ""
+    with worker.directory.log_file.open(errors="replace") as log:
+        while not worker.directory.api_socket.exists():
+            status = worker.process.poll()
+            if status is not None:
+                raise HvHostError(_last_words(worker.directory, status))
+            now = time.monotonic()
+            if news := log.read():
+                heard = now
+                whole, _, partial = (partial + news).rpartition("\n")
+                for message in _PROGRESS.findall(whole):
+                    progress(message)
+            if now - heard > timeout:
+                raise HvHostError(
+                    f"the worker of machine {worker.directory.name!r} did not come up and has said"
+                    f" nothing for {timeout:g} seconds; {worker.directory.log_file} says how far"
+                    " it got."
+                )
+            quick = now - started < _QUICK_START_SECONDS
+            time.sleep(_POLL_SECONDS if quick else _SLOW_POLL_SECONDS)
 
 
 def _last_words(directory: MachineDirectory, status: int) -> str:

@@ -257,7 +257,7 @@ def test_run_of_a_known_guest(hvhost: Hvhost, monkeypatch: pytest.MonkeyPatch) -
         return MachineConfig(name="g", kernel="k")
 
     monkeypatch.setattr(definition, "define_guest", define_guest)
-    monkeypatch.setattr(foreground, "run", started.append)
+    monkeypatch.setattr(foreground, "run", lambda config, **_: started.append(config))
     result = hvhost("run", "--guest", "debian-12", "--append", "quiet", "--kvm", "rig")
     assert (result.status, result.err) == (0, "hvhost: downloading a kernel…\n")
     assert asked[0][0] == "debian-12"

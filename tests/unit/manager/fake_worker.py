@@ -1,8 +1,8 @@
 """A worker without a virtual machine: everything of its outside, and an echo for a guest.
 
 Words on the command line choose what goes wrong: ``fail``, ``fail-silently``, ``fail-late``,
-``never-open``, and those of :class:`fake_machine.FakeMachine`. Typing ``poweroff`` or ``die`` (at
-the console) ends it.
+``never-open``, ``slow``, and those of :class:`fake_machine.FakeMachine`. Typing
+``poweroff`` or ``die`` (at the console) ends it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def main() -> None:
             sys.exit(1)
         if "fail-silently" in words:
             sys.exit(3)
+        for number in range(15 if "slow" in words else 0):
+            print("noise\n2026-01-02 03:04:05,678 __main__: step", end="", file=sys.stderr)
+            sys.stderr.flush()
+            time.sleep(0.1)
+            print(f" {number}", file=sys.stderr, flush=True)
         if "never-open" in words:
             time.sleep(60)
         serve(config, directory, words)

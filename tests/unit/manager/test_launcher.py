@@ -106,9 +106,20 @@ def test_a_worker_killed_by_a_signal(runtime: Path, config: MachineConfig) -> No
 
 
 def test_a_worker_that_never_comes_up(runtime: Path, config: MachineConfig) -> None:
-    with pytest.raises(HvHostError, match=r"did not come up within 0\.5 seconds"):
+    with pytest.raises(HvHostError, match=r"has said nothing for 0\.5 seconds"):
         launch(replace(config, command_line="never-open"), detach=True, timeout=0.5)
     assert MachineDirectory.of("m1").state() is NameState.FREE
+
+
+def test_a_worker_that_tells_what_it_does_is_given_time(
+    runtime: Path, config: MachineConfig
+) -> None:
+    said: list[str] = []
+    worker = launch(
+        replace(config, command_line="slow"), detach=True, timeout=1.0, progress=said.append
+    )
+    assert said[:14] == [f"step {number}" for number in range(14)]  # 1.5 seconds of them
+    worker.stop()
 
 
 def test_a_worker_that_ignores_sigterm_is_killed(
