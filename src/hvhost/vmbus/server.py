@@ -380,7 +380,7 @@ class VmbusServer:
     def _channel(self, number: int) -> Channel:
         channel = self._channels.get(number)
         if channel is None or number not in self._offered:
-            raise RemoteProtocolError(f"channel {number} was not offered to the guest.")
+            raise RemoteProtocolError(f"the guest was offered no channel {number}.")
         return channel
 
     def _check_vp(self, vp: int) -> None:
@@ -447,8 +447,10 @@ class VmbusServer:
     def _blame(self, number: int, error: RemoteProtocolError | str) -> None:
         """One line for a violation: by the channel it faults, or by the bus."""
         channel = self._channels.get(number)
-        if channel is None or channel.state in (ChannelState.FAULTED, ChannelState.RESCINDED):
-            self._violation(f"channel {number}: {error}")
+        if channel is None:
+            self._violation(str(error))
+        elif channel.state in (ChannelState.FAULTED, ChannelState.RESCINDED):
+            self._violation(f"channel {number} ({channel.offer.name}): {error}")
         else:
             channel.fault(str(error))
 

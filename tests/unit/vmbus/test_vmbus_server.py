@@ -168,13 +168,13 @@ def test_a_message_is_not_longer_than_a_synic_message() -> None:
         (encode(OpenChannel(1, 1, 1, 0, 1))[:60], "OpenChannel needs 140 bytes"),
         (encode(UnloadResponse()), "UNLOAD_RESPONSE is for hosts to send"),
         (encode(RequestOffers()), "asked for offers twice"),
-        (encode(CloseChannel(9)), "channel 9 was not offered"),
-        (encode(GpadlHeader(9, 1, 16, 1, bytes(16))), "channel 9 was not offered"),
+        (encode(CloseChannel(9)), "offered no channel 9"),
+        (encode(GpadlHeader(9, 1, 16, 1, bytes(16))), "offered no channel 9"),
         (encode(GpadlBody(0, 77, bytes(8))), "GPADL 0x4d came without a header"),
         (encode(GpadlTeardown(1, 77)), "GPADL 0x4d, which channel 1 does not have"),
-        (encode(OpenChannel(9, 1, 1, 0, 1)), "channel 9 was not offered"),
-        (encode(RelidReleased(9)), "channel 9 was not offered"),
-        (encode(ModifyChannel(9, 0)), "channel 9 was not offered"),
+        (encode(OpenChannel(9, 1, 1, 0, 1)), "offered no channel 9"),
+        (encode(RelidReleased(9)), "offered no channel 9"),
+        (encode(ModifyChannel(9, 0)), "offered no channel 9"),
     ],
 )
 def test_a_wrong_message_is_one_log_line_and_harms_nobody(
@@ -476,7 +476,7 @@ def test_moving_where_it_cannot_is_refused() -> None:
     assert guest.move(1, 0) == 0xC0000001 and "not open" in guest.faults[-1]
     guest.open(2)
     assert guest.move(2, 2) == 0xC0000001 and "VP 2 does not exist" in guest.faults[-1]
-    assert guest.move(7, 0) == 0xC0000001 and "not offered" in guest.faults[-1]
+    assert guest.move(7, 0) == 0xC0000001 and "offered no channel" in guest.faults[-1]
     assert [channel.state for channel in channels] == [ChannelState.FAULTED] * 2
 
 
@@ -560,7 +560,7 @@ def test_violations_on_a_rescinded_channel_are_reported_and_change_nothing() -> 
     guest.server.remove_device(channel)
     guest.post(CloseChannel(1))
     assert channel.state is ChannelState.RESCINDED
-    assert guest.faults == ["channel 1: the guest closed it without having opened it."]
+    assert guest.faults == ["channel 1 (echo-1): the guest closed it without having opened it."]
 
 
 # The end.
