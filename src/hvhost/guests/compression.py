@@ -15,10 +15,12 @@ def decompress(data: bytes, suffix: str) -> bytes:
     try:
         if suffix == ".xz":
             return lzma.decompress(data)
-        if suffix == ".gz":
+        if suffix == ".gz" and data:  # to gzip, an empty file is a valid one without members
             return gzip.decompress(data)
     except (lzma.LZMAError, EOFError, OSError, zlib.error) as error:
         raise ValueError(str(error)) from error
+    if suffix == ".gz":
+        raise ValueError("the data is empty")
     if suffix == ".zst":
         import zstandard  # only here: most trees do not need it
 

@@ -128,6 +128,21 @@ def test_damaged_packages_leave_nothing_behind(tmp_path: Path, private_cache: Pa
     assert leftovers(private_cache) == []
 
 
+@pytest.mark.usefixtures("either_reader")
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(48, b"-68       "), (48, b"many      "), (58, b"xx")],
+    ids=["negative size", "no size", "wrong end"],
+)
+def test_member_headers_that_lie(tmp_path: Path, place: int, value: bytes) -> None:
+    path = tiny_deb.write(tmp_path / "a_1_amd64.deb", tiny_deb.files({"f": b"x"}))
+    content = bytearray(path.read_bytes())
+    content[8 + place : 8 + place + len(value)] = value
+    path.write_bytes(content)
+    with pytest.raises(HvHostError, match="damaged"):
+        deb.extract([path])
+
+
 def test_a_package_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HvHostError, match="cannot be read"):
         deb.extract([tmp_path / "none.deb"])

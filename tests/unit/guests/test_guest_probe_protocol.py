@@ -68,6 +68,7 @@ def test_a_changed_byte_loses_the_frame_and_no_other(message: Message, data: st.
         b"p\x01\x00\x00",  # shorter than a header
         b"?\x01\x00\x00\x00",  # a type nobody knows
         b"p\x01\x00\x00\x00" + b"x" * (protocol.FRAME_MAX - 4),  # a byte too long
+        b"p\x01\x00\x00\x00" + bytes(protocol.FRAME_MAX - 4),  # likewise, in fewer coded bytes
     ],
 )
 def test_a_well_formed_frame_of_a_bad_payload_is_dropped(payload: bytes) -> None:
