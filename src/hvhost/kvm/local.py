@@ -160,6 +160,8 @@ class LocalTransport:
         """KVM's own ring is the one everybody reads."""
 
     def close(self) -> None:
+        for loop, descriptor in self._in_events:
+            loop.remove(descriptor)
         for handle in sorted(self._handles, reverse=True):
             os.close(handle)
         self._handles.clear()

@@ -184,6 +184,7 @@ class RemoteTransport:
         self._free_handles = list(range(layout.MAXIMUM_HANDLES - 1, -1, -1))
         self._free_vectors = list(session.vectors)
         self._callbacks: dict[int, tuple[Handle, Callable[[], None]]] = {}
+        self._loop: EventLoop | None = None
         self._tail = 0
 
     # --- calls ---------------------------------------------------------------------------
@@ -238,7 +239,8 @@ class RemoteTransport:
         return RemoteOutEvent(handle, descriptor)
 
     def in_event(self, loop: EventLoop, callback: Callable[[], None]) -> Handle:
-        if not self._callbacks:
+        if self._loop is None:
+            self._loop = loop
             loop.add_reader(self._session.events[0], self._on_raised)
         index = next(i for i in range(layout.MAXIMUM_IN_EVENTS) if i not in self._callbacks)
         handle = self._free_handles.pop()
@@ -297,6 +299,8 @@ class RemoteTransport:
         self._mailbox.call(layout.OPERATION_DRAIN_COALESCED)
 
     def close(self) -> None:
+        if self._loop is not None:
+            self._loop.remove(self._session.events[0])
         for mailbox in (self._mailbox, *self._processors.values()):
             mailbox.close()
         close_session(self._session)

@@ -127,8 +127,8 @@ class Machine:
         self._event("reset", why)
         try:
             self.power_on()
-        except HvHostError as error:
-            self._stop(MachineState.FAILED, str(error))
+        except (HvHostError, OSError) as error:
+            self._stop(MachineState.FAILED, f"the machine could not be reset: {error}")
 
     def _stop(self, state: MachineState, why: str) -> None:
         if self._state in (MachineState.STOPPED, MachineState.FAILED):
