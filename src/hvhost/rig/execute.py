@@ -1,0 +1,166 @@
+"""``hvhost rig exec``: a command inside a software KVM host that sees this computer's files.
+
+Another QEMU than the shared rig: a full distribution kernel (it has 9p), this computer's root
+read-only below an overlay in memory, and a real ``/dev/kvm``. So the local transport, and other
+VMMs, run on computers without hardware virtualization.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hvhost.errors import HvHostError
+from hvhost.guests import apt, cpio, deb
+from hvhost.rig import image, qemu
+
+DEFAULT_MEMORY_MIB = 4096
+SCRIPT = Path(__file__).with_name("execute.sh")
+STREAMS = ("stdin", "stdout", "stderr", "status")
+_MODULES = dict.fromkeys(
+    ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "tun", "kvm_amd"), ""
+)
+_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "TERM", "XDG_CACHE_HOME")
+
+
+def command_script(command: Sequence[str], directory: str, environment: dict[str, str]) -> str:
+    """The shell script that runs *command* in *directory* with a clean *environment*."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name in _KEPT_VARIABLES or name.startswith("HVHOST_")
+    }
+    kept["HVHOST_RUNTIME_DIR"] = "/run/hvhost"
+    assignments = " ".join(shlex.quote(f"{name}={value}") for name, value in kept.items())
+    return (
+        f"cd {shlex.quote(directory)} || exit 125\n"
+        f"exec env -i {assignments} {shlex.join(command)}\n"
+    )
+
+
+def _base_image(progress: Callable[[str], None]) -> tuple[Path, Path]:
+    kernel = image.rig_kernel("linux-image-amd64", progress)
+    busybox = deb.extract(apt.download("bookworm", ["busybox-static"], progress=progress))
+    entries = [
+        cpio.directory("bin"),
+        cpio.directory("dev"),
+        cpio.character_device("dev/console", 5, 1),
+        cpio.file("bin/busybox", (busybox / "bin/busybox").read_bytes(), 0o755),
+        cpio.file("init", SCRIPT.read_bytes(), 0o755),
+        *image.module_entries(kernel.modules, _MODULES),
+    ]
+    return kernel.kernel, image.build_archive("execute", entries)
+
+
+def _arguments(kernel: Path, initrd: Path, directory: Path, memory_mib: int) -> list[str]:
+    arguments = [
+        *qemu.machine_arguments(kernel, initrd, memory_mib, "console=ttyS0 maxcpus=1"),
+        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+        *("-device", "virtio-serial-pci"),
+        *("-serial", "stdio"),
+    ]
+    for stream in STREAMS:
+        arguments += ["-chardev", f"socket,id={stream},path={directory / stream}"]
+        arguments += ["-device", f"virtserialport,chardev={stream},name=hvhost.{stream}"]
+    return arguments
+
+
+class _Streams:
+    """The command's streams, relayed between QEMU's sockets and ours until its status comes."""
+
+    def __init__(self, connections: dict[str, socket.socket]) -> None:
+        self._connections = connections
+        self._status = b""
+
+    def relay(self, process: subprocess.Popen[bytes], console: Path) -> int:
+        """Until the command ends; its exit status."""
+        selector = selectors.DefaultSelector()
+        for name in ("stdout", "stderr", "status"):
+            selector.register(self._connections[name], selectors.EVENT_READ, name)
+        with contextlib.suppress(PermissionError, ValueError, OSError):  # a file needs no waiting
+            selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "stdin")
+        deadline = None
+        while True:
+            wait = 1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+            events = selector.select(wait)
+            for key, _ in events:
+                self._move(str(key.data), selector)
+            if deadline is None and self._status.endswith(b"\n"):
+                deadline = time.monotonic() + 0.3  # what the command said last is still on its way
+            if deadline is not None and (not events or time.monotonic() > deadline):
+                return int(self._status)
+            if process.poll() is not None:
+                last = console.read_text(errors="replace").strip().splitlines()[-1:]
+                raise HvHostError(
+                    "the rig ended before the command did: " + (last[0] if last else "no output")
+                )
+
+    def _move(self, name: str, selector: selectors.DefaultSelector) -> None:
+        if name == "stdin":
+            data = os.read(sys.stdin.fileno(), 65536)
+            if data:
+                self._connections["stdin"].sendall(data)
+            else:
+                selector.unregister(sys.stdin.fileno())
+                self._connections["stdin"].close()
+            return
+        data = self._connections[name].recv(65536)
+        if not data:
+            selector.unregister(self._connections[name])
+        elif name == "status":
+            self._status += data
+        else:
+            target = sys.stdout if name == "stdout" else sys.stderr
+            target.buffer.write(data)
+            target.buffer.flush()
+
+
+def execute(
+    command: Sequence[str],
+    *,
+    memory_mib: int = DEFAULT_MEMORY_MIB,
+    progress: Callable[[str], None] = lambda text: None,
+) -> int:
+    """Run *command* in a software KVM host; its exit status.
+
+    It sees this computer's files and may change its own view of them; the changes are gone with
+    it. :class:`HvHostError` when the host does not come up or dies.
+    """
+    kernel, base = _base_image(progress)
+    with tempfile.TemporaryDirectory(prefix="hvhost-exec-") as name:
+        directory = Path(name)
+        script = command_script(command, str(Path.cwd()), dict(os.environ))
+        initrd = directory / "initrd"
+        initrd.write_bytes(
+            base.read_bytes() + cpio.archive([cpio.file("command", script.encode())])
+        )
+        listeners = {}
+        for stream in STREAMS:
+            listeners[stream] = socket.socket(socket.AF_UNIX)
+            listeners[stream].bind(str(directory / stream))
+            listeners[stream].listen(1)
+            listeners[stream].settimeout(30)
+        console = directory / "console"
+        with console.open("wb") as output:
+            process = qemu.start(_arguments(kernel, initrd, directory, memory_mib), stdout=output)
+        try:
+            try:
+                connections = {stream: listeners[stream].accept()[0] for stream in STREAMS}
+            except TimeoutError:
+                reason = console.read_text(errors="replace").strip()
+                raise HvHostError(f"QEMU did not start: {reason or 'it said nothing'}") from None
+            return _Streams(connections).relay(process, console)
+        finally:
+            process.kill()
+            process.wait()
+            for listener in listeners.values():
+                listener.close()
