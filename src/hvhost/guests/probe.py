@@ -168,8 +168,9 @@ class ProbeClient:
         )
 
     def _answer(
-        self, request: int, deadline: float, what: str
+        self, request: int, deadline: float, what: str, limit: int = 0
     ) -> tuple[protocol.Done, bytes, bytes]:
+        """The end of a request and its two streams, each of at most ``limit`` bytes."""
         stdout, stderr = bytearray(), bytearray()
         while message := self._receive(deadline):
             if message.type == MessageType.HELLO:
@@ -183,7 +184,12 @@ class ProbeClient:
                 stdout += message.body
             elif message.type == MessageType.ERRORS:
                 stderr += message.body
-            elif message.type == MessageType.DONE:
+            # The guest is told the limit, but is not trusted to keep it.
+            if max(len(stdout), len(stderr)) > limit:
+                raise ProbeError(
+                    f"The guest sent more than {limit} bytes for {what}; do not trust this guest."
+                )
+            if message.type == MessageType.DONE:
                 done = protocol.parse_done(message.body)
                 if done is not None:
                     return done, bytes(stdout), bytes(stderr)
@@ -214,7 +220,7 @@ class ProbeClient:
         encoded = [os.fsencode(argument) for argument in arguments]
         frame = protocol.execute(request, encoded, max(int(timeout * 1000), 1), output_limit)
         self._send(frame, deadline)
-        done, stdout, stderr = self._answer(request, deadline, what)
+        done, stdout, stderr = self._answer(request, deadline, what, output_limit)
         if done.ending == Ending.TIMED_OUT:
             raise ProbeTimeout(f"The command {what} took longer than {timeout:g} s in the guest.")
         if done.ending == Ending.CANCELLED:
@@ -229,7 +235,7 @@ class ProbeClient:
         deadline = time.monotonic() + timeout
         request = self._next_request()
         self._send(protocol.read(request, os.fsencode(path), 0, limit), deadline)
-        done, content, _ = self._answer(request, deadline, f"reading {path}")
+        done, content, _ = self._answer(request, deadline, f"reading {path}", limit)
         if done.ending != Ending.EXITED:
             raise ProbeError(f"The guest cannot read {path}: {_strerror(done.value)}.")
         if done.truncated:

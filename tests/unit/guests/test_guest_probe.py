@@ -411,6 +411,19 @@ def test_answers_to_others_are_not_taken_for_ours() -> None:
     thread.join()
 
 
+def test_a_guest_that_sends_more_than_asked_for_is_stopped() -> None:
+    guest = FakeGuest()
+
+    def answer() -> None:
+        request = guest.receive().request
+        guest.send(*[Message(MessageType.ERRORS, request, b"x" * 1000)] * 3)
+
+    thread = in_background(answer)
+    with pytest.raises(ProbeError, match="more than 2000 bytes"):
+        guest.client.run("true", timeout=5, output_limit=2000)
+    thread.join()
+
+
 def test_drivers_that_do_not_finish_loading_are_named() -> None:
     guest = FakeGuest()
 
