@@ -1,0 +1,54 @@
+# make verify and make test need nothing done before: scripts/setup sees to it.
+BIN := .venv/bin
+GUEST ?= debian-12
+
+export PYTHON
+
+.PHONY: help verify test check bench fuzz test-matrix setup setup-dev clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make verify       prove what works in a stock Debian 12 kernel (GUEST=debian-13: another)'
+	@echo 'make test         style, types and every test; guest tests on the Debian 12 cloud kernel'
+	@echo 'make check        the same without guest tests: needs no KVM and no rig'
+	@echo 'make test-matrix  guest tests on the kernels of Debian 11, 12, 13 and sid'
+	@echo 'make bench        measure; prints a table and writes bench-results.json'
+	@echo 'make fuzz         fuzz every protocol module for a minute each'
+	@echo 'make clean        remove what the others made in this directory'
+
+verify: setup
+	$(BIN)/hvhost verify --guest $(GUEST)
+
+test: setup-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+check: setup-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not guest'
+
+test-matrix: setup-dev
+	HVHOST_TEST_GUESTS=debian-11,debian-12,debian-13,sid $(BIN)/pytest -m guest
+
+bench: setup-dev
+	$(BIN)/python -m bench
+
+FUZZ_SECONDS ?= 60
+fuzz: setup-dev
+	$(BIN)/python -m pip --quiet install -e '.[fuzz]'
+	for target in fuzz/fuzz_*.py; do \
+		$(BIN)/python $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
+
+setup:
+	@scripts/setup
+
+setup-dev:
+	@scripts/setup dev
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
