@@ -331,7 +331,8 @@ class VmbusServer:
             self._blame(channel.channel_id, "the guest closed it without having opened it.")
 
     def _modify_channel(self, message: ModifyChannel) -> None:
-        if self._version is None or self._version < Version.WIN10_V4_1:
+        version = self._version or 0
+        if version < Version.WIN10_V4_1:
             raise RemoteProtocolError("MODIFYCHANNEL exists from VMBus 4.1 on only.")
         error, status = None, STATUS_SUCCESS
         try:
@@ -342,7 +343,7 @@ class VmbusServer:
             channel.target_vp = message.target_vp
         except RemoteProtocolError as refused:
             error, status = refused, STATUS_UNSUCCESSFUL
-        if self._version >= Version.WIN10_V5_3:  # earlier ones send no answer
+        if version >= Version.WIN10_V5_3:  # earlier ones send no answer
             self._post(ModifyChannelResponse(message.child_relid, status))
         if error is not None:
             self._blame(message.child_relid, error)
@@ -359,7 +360,7 @@ class VmbusServer:
 
     def _tl_connect_request(self, message: TlConnectRequest) -> None:
         """Nobody listens for sockets yet; guests up to 4.0 are left to their own time-out."""
-        if self._version is not None and self._version >= Version.WIN10_V4_1:
+        if (self._version or 0) >= Version.WIN10_V4_1:
             self._post(
                 TlConnectResult(
                     message.guest_endpoint_id, message.host_service_id, STATUS_CONNECTION_REFUSED
@@ -378,10 +379,9 @@ class VmbusServer:
         )
 
     def _channel(self, number: int) -> Channel:
-        channel = self._channels.get(number)
-        if channel is None or number not in self._offered:
+        if number not in self._offered:
             raise RemoteProtocolError(f"the guest was offered no channel {number}.")
-        return channel
+        return self._channels[number]
 
     def _check_vp(self, vp: int) -> None:
         if vp >= self._processors:
@@ -446,10 +446,11 @@ class VmbusServer:
 
     def _blame(self, number: int, error: RemoteProtocolError | str) -> None:
         """One line for a violation: by the channel it faults, or by the bus."""
-        channel = self._channels.get(number)
-        if channel is None:
+        if number not in self._offered:
             self._violation(str(error))
-        elif channel.state in (ChannelState.FAULTED, ChannelState.RESCINDED):
+            return
+        channel = self._channels[number]
+        if channel.state in (ChannelState.FAULTED, ChannelState.RESCINDED):
             self._violation(f"channel {number} ({channel.offer.name}): {error}")
         else:
             channel.fault(str(error))

@@ -304,6 +304,22 @@ def test_the_bus_has_room_for_2047_devices() -> None:
     assert [channel.channel_id for channel in guest.server.channels] == list(range(1, 2048))
 
 
+def test_a_device_of_another_bus_is_not_removed() -> None:
+    _, (channel,) = with_echo()
+    with pytest.raises(LocalProtocolError, match="not on the bus"):
+        with_echo()[0].server.remove_device(channel)
+    assert channel.state is ChannelState.OFFERED
+
+
+def test_a_channel_is_unknown_to_the_guest_until_it_is_offered() -> None:
+    guest, (channel,) = with_echo(connected=False)
+    guest.negotiate()
+    assert guest.make_gpadl(1, [(PAGE_SIZE, 0, guest.allocate(1))])[1]
+    guest.post(CloseChannel(1))
+    assert guest.faults == ["the guest was offered no channel 1."] * 2
+    assert channel.state is ChannelState.OFFERED
+
+
 # Opening and closing.
 
 
