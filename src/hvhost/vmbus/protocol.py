@@ -14,6 +14,7 @@ from enum import IntEnum, IntFlag
 from typing import Annotated, ClassVar, Final
 
 from hvhost.errors import RemoteProtocolError
+from hvhost.partition.synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT
 from hvhost.wire import U8, U16, U32, U64, Buffer, Bytes120, Guid, Record
 
 #: The SINT on which VMBus messages and channel interrupts arrive.
@@ -22,16 +23,11 @@ VMBUS_MESSAGE_SINT: Final = 2
 VMBUS_MESSAGE_CONNECTION_ID: Final = 1
 #: Message connection of guests from protocol 5.0 on.
 VMBUS_MESSAGE_CONNECTION_ID_4: Final = 4
-#: Bytes of one posted message, ``HV_MESSAGE_PAYLOAD_BYTE_COUNT``.
-MAX_SIZE_CHANNEL_MESSAGE: Final = 240
+#: Bytes of one posted message.
+MAX_SIZE_CHANNEL_MESSAGE: Final = HV_MESSAGE_PAYLOAD_BYTE_COUNT
 #: Channel ids are flags of a SynIC event page: 1 to 2047 (``HV_EVENT_FLAGS_COUNT``).
 MAX_CHANNEL_RELIDS: Final = 2048
 MAX_USER_DEFINED_BYTES: Final = 120
-
-#: Results of the hypercalls that reach the bus ([TLFS] appendix B).
-HV_STATUS_SUCCESS: Final = 0
-HV_STATUS_INVALID_PARAMETER: Final = 0x05
-HV_STATUS_INVALID_CONNECTION_ID: Final = 0x12
 
 #: ``status`` of results: zero or an NTSTATUS.
 STATUS_SUCCESS: Final = 0

@@ -19,13 +19,11 @@ from collections.abc import Callable
 from typing import Final
 
 from hvhost.errors import LocalProtocolError, RemoteProtocolError
+from hvhost.partition.hypercall import HypercallStatus
 from hvhost.partition.memory import GuestMemory
 from hvhost.vmbus.channel import Channel, ChannelDevice, ChannelState, HostPort
 from hvhost.vmbus.gpadl import Gpadl, GpadlTable
 from hvhost.vmbus.protocol import (
-    HV_STATUS_INVALID_CONNECTION_ID,
-    HV_STATUS_INVALID_PARAMETER,
-    HV_STATUS_SUCCESS,
     MAX_CHANNEL_RELIDS,
     MAX_SIZE_CHANNEL_MESSAGE,
     MAX_USER_DEFINED_BYTES,
@@ -184,9 +182,9 @@ class VmbusServer:
             VMBUS_MESSAGE_CONNECTION_ID,
             VMBUS_MESSAGE_CONNECTION_ID_4,
         ):
-            return HV_STATUS_INVALID_CONNECTION_ID
+            return HypercallStatus.INVALID_CONNECTION_ID
         if len(payload) > MAX_SIZE_CHANNEL_MESSAGE:
-            return HV_STATUS_INVALID_PARAMETER
+            return HypercallStatus.INVALID_PARAMETER
         try:
             message = decode(payload)
             handler = self._handlers.get(type(message))
@@ -200,7 +198,7 @@ class VmbusServer:
             handler(message)
         except RemoteProtocolError as error:
             self._violation(str(error))
-        return HV_STATUS_SUCCESS
+        return HypercallStatus.SUCCESS
 
     def signal(self, connection_id: int) -> int:
         """The guest's HvSignalEvent ([TLFS] 11.11), where the hypervisor hands it to us."""
@@ -209,13 +207,13 @@ class VmbusServer:
             if channel.connection_id == number and channel.is_open:
                 break
         else:
-            return HV_STATUS_INVALID_CONNECTION_ID
+            return HypercallStatus.INVALID_CONNECTION_ID
         for _ in range(SIGNAL_ROUNDS):
             if not channel.process():
                 break
         else:
             channel.fault("the guest fills the ring faster than it can be read, without a pause.")
-        return HV_STATUS_SUCCESS
+        return HypercallStatus.SUCCESS
 
     # Messages of the guest.
 
