@@ -9,9 +9,13 @@ from __future__ import annotations
 import struct
 from contextlib import suppress
 
-from hvhost.errors import RemoteProtocolError
+from hvhost.errors import HvHostError, RemoteProtocolError
 from hvhost.services.heartbeat import Heartbeat
+from hvhost.services.kvp import Kvp
+from hvhost.services.kvp_protocol import KvpItem, KvpPool, enumerate_message, parse_enumerate
 from hvhost.services.shutdown import Shutdown
+from hvhost.services.timesync import TimeSync
+from hvhost.services.timesync_protocol import TimeSample
 from hvhost.vmbus.gpadl import parse_ranges
 from hvhost.vmbus.protocol import InitiateContact, RequestOffers, decode, encode
 from hvhost.wire import Buffer
@@ -72,20 +76,42 @@ def fuzz_ring(data: Buffer) -> None:
 
 
 def fuzz_services(data: Buffer) -> None:
-    """Pieces of *data* as packets to both services, before and after negotiation."""
-    guest = SimulatedGuest(pages=64)
+    """Pieces of *data* as packets to all services, before and after negotiation.
+
+    Half of the time a piece is given the type that the service wants and a transaction that is
+    under way: little would get past the first checks otherwise.
+    """
+    guest = SimulatedGuest(pages=96)
     heartbeat, shutdown = Heartbeat(), Shutdown()
-    for device in (heartbeat, shutdown):
+    timesync = TimeSync(lambda: TimeSample(1, 2))
+    kvp = Kvp([(KvpPool.AUTO_EXTERNAL, KvpItem("a", "b"))])
+    devices: list[Heartbeat | Shutdown | TimeSync | Kvp] = [heartbeat, shutdown, timesync, kvp]
+    for device in devices:
         guest.server.add_device(device)
     guest.connect()
-    channels = [guest.open(relid) for relid in (1, 2)]
-    if data and data[0] & 1:
+    channels = [guest.open(relid) for relid in range(1, len(devices) + 1)]
+    first = data[0] if data else 0
+    if first & 1:
         for channel in channels:
-            GuestService(channel, [(3, 0)]).run()
-        assert heartbeat.ready and shutdown.ready
-    for piece in _pieces(bytes(data[1:])):
-        for channel in channels:
+            GuestService(channel, [(4, 0), (3, 0)]).run()
+        assert all(device.ready for device in devices)
+    for number, piece in enumerate(_pieces(bytes(data[1:]))):
+        for device, channel, kind in zip(devices, channels, (1, 3, 4, 2), strict=True):
             channel.read()
-            channel.write(piece)
+            unanswered = device.state.conversation.unanswered
+            if first & 2 and len(piece) >= 26 and unanswered:
+                message = bytearray(piece)
+                struct.pack_into("<H", message, 12, kind)
+                struct.pack_into("<BB", message, 24, min(unanswered), 5)
+                if kind == 2 and first & 4:  # long enough to be an item
+                    message = message.ljust(28 + 2580, b"\xa5")
+                    struct.pack_into("<H", message, 18, 2580)
+                channel.write(bytes(message))
+            else:
+                channel.write(piece)
         heartbeat.tick(1.0)
-    assert len(guest.faults) <= 2
+        timesync.tick(6.0 * number)
+        kvp.tick(40.0 * number)
+        with suppress(HvHostError):
+            kvp.request(enumerate_message(KvpPool.GUEST, 0), lambda answer: None, parse_enumerate)
+    assert len(guest.faults) <= len(devices)

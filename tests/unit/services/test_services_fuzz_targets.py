@@ -27,7 +27,7 @@ MESSAGE = st.builds(
         lambda negotiated, pieces: (
             bytes([negotiated]) + b"".join(bytes([len(piece)]) + piece for piece in pieces)
         ),
-        st.integers(0, 1),
+        st.integers(0, 7),
         st.lists(MESSAGE | st.binary(max_size=100), max_size=6),
     )
 )
