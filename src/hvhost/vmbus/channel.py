@@ -150,6 +150,10 @@ class Channel:
         self.held_open = False
         #: The GPADL its rings lie in, while it is held open.
         self.ring_gpadl: int | None = None
+        #: No packets are taken from the guest; whoever ends that calls :meth:`process`.
+        self.paused = False
+        #: Called whenever what came was handed over and what waited was sent, as far as it goes.
+        self.settle: Callable[[], None] | None = None
         self.packets_received = 0
         self.packets_sent = 0
         self.interrupts = 0
@@ -172,6 +176,13 @@ class Channel:
     def queued(self) -> int:
         """Packets that wait for room in the guest's ring."""
         return len(self._queue)
+
+    @property
+    def outgoing_size(self) -> int:
+        """Bytes of the ring towards the guest; open channels only."""
+        if self._outgoing is None:
+            raise LocalProtocolError(f"{self!r} has no ring.")
+        return self._outgoing.size
 
     # For devices.
 
@@ -241,6 +252,8 @@ class Channel:
             self._processing = True
             try:
                 more = self._drain()
+                if self.settle is not None and self.is_open:
+                    self.settle()
             finally:
                 self._processing = False
             self._interrupt()
@@ -265,6 +278,7 @@ class Channel:
         outgoing = OutgoingRing(RingBuffer(self._memory, pfns[downstream:]))
         self._enter(ChannelState.OPEN)
         self._incoming, self._outgoing = incoming, outgoing
+        self.paused, self.settle = False, None
         self.target_vp, self.held_open, self.ring_gpadl = target_vp, True, gpadl.handle
         self._port.connect_signal(self.connection_id, self)
 
@@ -358,7 +372,7 @@ class Channel:
         budget = PROCESS_PACKETS
         incoming.mask()
         while True:
-            while len(self._queue) <= QUEUE_THROTTLE:
+            while not self.paused and len(self._queue) <= QUEUE_THROTTLE:
                 packets = incoming.read_batch()
                 if not packets:
                     break
@@ -370,7 +384,7 @@ class Channel:
                 budget -= len(packets)
                 if budget <= 0:
                     return True
-            else:  # too much waits for room: the guest's signal of new room brings us back
+            else:  # paused, or too much waits: the guest signals new room
                 incoming.unmask()
                 return False
             if not incoming.unmask():

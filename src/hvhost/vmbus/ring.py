@@ -355,6 +355,11 @@ class OutgoingRing:
         ring.header[PENDING_SEND_SIZE] = 0
         ring.header[FEATURE_BITS] |= FEAT_PENDING_SEND_SZ
 
+    @property
+    def size(self) -> int:
+        """Bytes of data pages."""
+        return self._ring.size
+
     def can_ever_hold(self, packet: bytes) -> bool:
         """Whether *packet* fits in the ring when that is empty."""
         return len(packet) + _TRAILER_SIZE < self._ring.size

@@ -15,6 +15,7 @@ else goes on. The caller holds one lock around every call into the bus.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Final
 
@@ -93,6 +94,9 @@ class VmbusServer:
     ) -> None:
         self._memory, self._port = memory, port
         self._on_event, self._processors = on_event, processors
+        #: Asked when the guest's endpoint (first) connects to a service of the host (second): true
+        #: if a device was added for it, false to refuse.
+        self.on_connect: Callable[[uuid.UUID, uuid.UUID], bool] = lambda endpoint, service: False
         self._channels: dict[int, Channel] = {}
         self._violations = 0
         self._version: Version | None = None
@@ -357,7 +361,9 @@ class VmbusServer:
             self._gpadls.remove_channel(channel.channel_id)
 
     def _tl_connect_request(self, message: TlConnectRequest) -> None:
-        """Nobody listens for sockets yet; guests up to 4.0 are left to their own time-out."""
+        """Guests up to 4.0 are not told of a refusal and left to their own time-out."""
+        if self.on_connect(message.guest_endpoint_id, message.host_service_id):
+            return
         if (self._version or 0) >= Version.WIN10_V4_1:
             self._post(
                 TlConnectResult(
