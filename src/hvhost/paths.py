@@ -7,38 +7,46 @@ from pathlib import Path
 
 from hvhost.errors import HvHostError
 
+_CACHE, _RUNTIME = "HVHOST_CACHE_DIR", "HVHOST_RUNTIME_DIR"
 
-def _private(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid != os.geteuid():
+
+def _private(path: Path, variable: str) -> Path:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = path.stat().st_uid
+    except OSError as error:
         raise HvHostError(
-            f"{path} belongs to another user; set HVHOST_RUNTIME_DIR to a directory of yours."
+            f"{path} cannot be made ({error.strerror}); set {variable} to a directory of yours."
+        ) from error
+    if owner != os.geteuid():
+        raise HvHostError(
+            f"{path} belongs to another user; set {variable} to a directory of yours."
         )
     return path
 
 
 def cache_dir(name: str = "") -> Path:
     """Things that can be made again: packages, extracted kernels, initramfs, the rig's image."""
-    base = os.environ.get("HVHOST_CACHE_DIR")
+    base = os.environ.get(_CACHE)
     root = (
         Path(base)
         if base
         else (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvhost")
     )
-    return _private(root / name)
+    return _private(root / name, _CACHE)
 
 
 def runtime_dir(name: str = "") -> Path:
     """Sockets and locks of what runs now; gone after a restart of the computer."""
-    base = os.environ.get("HVHOST_RUNTIME_DIR")
+    base = os.environ.get(_RUNTIME)
     if base:
         root = Path(base)
     elif xdg := os.environ.get("XDG_RUNTIME_DIR"):
         root = Path(xdg) / "hvhost"
     else:
         root = Path("/run/hvhost" if os.geteuid() == 0 else f"/tmp/hvhost-{os.geteuid()}")
-    _private(root)
-    return _private(root / name)
+    _private(root, _RUNTIME)
+    return _private(root / name, _RUNTIME)
 
 
 def python_environment() -> dict[str, str]:

@@ -16,9 +16,19 @@ from hvhost.errors import HvHostError
 from hvhost.kvm.constants import KVM_GET_VCPU_MMAP_SIZE, KVM_RUN
 from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
 from hvhost.partition.memory import PAGE_SIZE
+from hvhost.units import format_size
 
 _IMMEDIATE_EXIT = 1  # offset in struct kvm_run
 _COALESCED_PAGE = 2
+
+
+def _memory(size: int) -> mmap.mmap:
+    descriptor = os.memfd_create("hvhost-guest", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size)
+        return mmap.mmap(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 class LocalOutEvent:
@@ -44,11 +54,15 @@ class LocalTransport:
                 f"{device} cannot be opened ({error.strerror}); "
                 "run `hvhost doctor` to see what this computer can do, or use --kvm rig."
             ) from error
-        self._run_size = fcntl.ioctl(self._kvm, KVM_GET_VCPU_MMAP_SIZE, 0)
-        descriptor = os.memfd_create("hvhost-guest", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, memory_size)
-        self._map = mmap.mmap(descriptor, memory_size)
-        os.close(descriptor)
+        try:
+            self._run_size = fcntl.ioctl(self._kvm, KVM_GET_VCPU_MMAP_SIZE, 0)
+            self._map = _memory(memory_size)
+        except OSError as error:
+            os.close(self._kvm)
+            raise HvHostError(
+                f"{device} cannot run a machine with {format_size(memory_size)} of memory "
+                f"({error.strerror}); run `hvhost doctor` to see what this computer can do."
+            ) from error
         self.memory = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._handles: set[Handle] = {self._kvm}
@@ -162,6 +176,9 @@ class LocalTransport:
     def close(self) -> None:
         for loop, descriptor in self._in_events:
             loop.remove(descriptor)
+        self._in_events.clear()
         for handle in sorted(self._handles, reverse=True):
             os.close(handle)
         self._handles.clear()
+        # Views of it may live on for a while; its pages must not, the next boot wants them.
+        self._map.madvise(mmap.MADV_REMOVE)

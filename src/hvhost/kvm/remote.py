@@ -56,7 +56,9 @@ class _Mailbox:
         self._epoll = select.epoll()
         # The agent's raises need not be read away: each one is an edge.
         self._epoll.register(event, select.EPOLLIN | select.EPOLLET)
-        self._epoll.register(session.connection.fileno(), select.EPOLLIN)
+        self._connection = session.connection.fileno()
+        self._epoll.register(self._connection, select.EPOLLIN)
+        self._failure: str | None = None
         self._barrier = threading.Lock()
         self.lock = threading.Lock()
 
@@ -77,12 +79,14 @@ class _Mailbox:
             if words[state] == done:
                 return
             if not ready:
-                raise HvHostError(
+                # The mailbox stays the agent's: an answer that comes later is to no other call.
+                self._failure = (
                     f"the rig has not answered a call for {seconds:.0f} s; start the machine again."
                 )
-            for descriptor, _ in ready:
-                if descriptor == self._session.connection.fileno():
-                    raise HvHostError(reason_of_end(self._session))
+            elif any(descriptor == self._connection for descriptor, _ in ready):
+                self._failure = reason_of_end(self._session)
+            if self._failure is not None:
+                raise HvHostError(self._failure)
 
     def run(self) -> int:
         """One ``KVM_RUN``: zero or a positive errno."""
@@ -103,6 +107,8 @@ class _Mailbox:
     ) -> int:
         """One call; a ``bytearray`` comes back updated. Raises :class:`OSError`."""
         with self.lock:
+            if self._failure is not None:
+                raise HvHostError(self._failure)
             head = self._head
             uses_buffer = isinstance(argument, bytearray)
             if isinstance(argument, bytearray):
@@ -132,6 +138,7 @@ class _Mailbox:
         return result
 
     def close(self) -> None:
+        self._failure = "the machine has given its place in the rig back; start it again."
         self._epoll.close()
 
 
@@ -186,16 +193,31 @@ class RemoteTransport:
         self._callbacks: dict[int, tuple[Handle, Callable[[], None]]] = {}
         self._loop: EventLoop | None = None
         self._tail = 0
+        self._closed = False
 
     # --- calls ---------------------------------------------------------------------------
 
-    def open_kvm(self) -> Handle:
+    def _keep(
+        self, operation: int, target: Handle = 0, request: int = 0, argument: int = 0
+    ) -> Handle:
+        """A call whose result the agent keeps under a new handle."""
+        if not self._free_handles:
+            raise HvHostError("the machine needs more descriptors than the rig keeps for it.")
         handle = self._free_handles.pop()
         try:
-            self._mailbox.call(layout.OPERATION_OPEN_KVM, keep_as=handle)
-        except OSError as error:
-            raise HvHostError(f"the rig's kernel has no KVM ({error.strerror}).") from error
+            self._mailbox.call(operation, target, request, argument, keep_as=handle)
+        except OSError:
+            self._free_handles.append(handle)
+            raise
         return handle
+
+    def open_kvm(self) -> Handle:
+        try:
+            return self._keep(layout.OPERATION_OPEN_KVM)
+        except OSError as error:
+            raise HvHostError(
+                f"the rig's kernel has no KVM ({error.strerror}); run `hvhost doctor`."
+            ) from error
 
     def ioctl(
         self,
@@ -217,9 +239,7 @@ class RemoteTransport:
         return mailbox.call(layout.OPERATION_IOCTL, target, request, argument, wire)
 
     def ioctl_handle(self, target: Handle, request: int, argument: int = 0) -> Handle:
-        handle = self._free_handles.pop()
-        self._mailbox.call(layout.OPERATION_IOCTL, target, request, argument, keep_as=handle)
-        return handle
+        return self._keep(layout.OPERATION_IOCTL, target, request, argument)
 
     def release(self, handle: Handle) -> None:
         for index, (kept, _) in list(self._callbacks.items()):
@@ -233,18 +253,20 @@ class RemoteTransport:
     def out_event(self) -> RemoteOutEvent:
         if not self._free_vectors:
             raise HvHostError("the machine needs more interrupts than the rig lent it.")
-        number, descriptor = self._free_vectors.pop(0)
-        handle = self._free_handles.pop()
-        self._mailbox.call(layout.OPERATION_VECTOR_EVENT, argument=number, keep_as=handle)
+        number, descriptor = self._free_vectors[0]
+        handle = self._keep(layout.OPERATION_VECTOR_EVENT, argument=number)
+        del self._free_vectors[0]
         return RemoteOutEvent(handle, descriptor)
 
     def in_event(self, loop: EventLoop, callback: Callable[[], None]) -> Handle:
         if self._loop is None:
             self._loop = loop
             loop.add_reader(self._session.events[0], self._on_raised)
-        index = next(i for i in range(layout.MAXIMUM_IN_EVENTS) if i not in self._callbacks)
-        handle = self._free_handles.pop()
-        self._mailbox.call(layout.OPERATION_IN_EVENT, argument=index, keep_as=handle)
+        free = (i for i in range(layout.MAXIMUM_IN_EVENTS) if i not in self._callbacks)
+        index = next(free, None)
+        if index is None:
+            raise HvHostError("the machine needs more events than the rig sends it.")
+        handle = self._keep(layout.OPERATION_IN_EVENT, argument=index)
         self._callbacks[index] = (handle, callback)
         return handle
 
@@ -262,7 +284,11 @@ class RemoteTransport:
             self._control[layout.CONTROL_QUEUED + index] = 0
             entry = self._callbacks.get(index)
             if entry is not None:
-                entry[1]()
+                try:
+                    entry[1]()
+                except BaseException:
+                    os.eventfd_write(self._session.events[0], 1)  # the others in another round
+                    raise
 
     # --- virtual processors --------------------------------------------------------------
 
@@ -299,6 +325,9 @@ class RemoteTransport:
         self._mailbox.call(layout.OPERATION_DRAIN_COALESCED)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         if self._loop is not None:
             self._loop.remove(self._session.events[0])
         for mailbox in (self._mailbox, *self._processors.values()):

@@ -147,9 +147,7 @@ class Vcpu:
         control = _CONTROL.unpack_from(buffer, offset)
         bitmap = bytes(buffer[offset + _CONTROL.size :])
         cr0, cr2, cr3, cr4, cr8, efer, base = control
-        return SpecialRegisters(
-            segments, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, base, bitmap
-        )
+        return SpecialRegisters(segments, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, base, bitmap)
 
     def set_special_registers(self, s: SpecialRegisters) -> None:
         buffer = bytearray()

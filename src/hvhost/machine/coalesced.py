@@ -32,7 +32,7 @@ class CoalescedPorts:
             self._transport.drain_coalesced()
 
     def drain(self, write: Callable[[int, int, int], None]) -> None:
-        """Give every write (port, size, value) to *write*, in order."""
+        """Give every write (port, size in bytes, value) to *write*, in order, each once."""
         if not self._active:
             return
         indices = self._indices
@@ -41,7 +41,7 @@ class CoalescedPorts:
             port, length, _, data = _ENTRY.unpack_from(
                 self._ring, _HEADER_SIZE + first * _ENTRY.size
             )
-            write(port, length, data & ((1 << 8 * length) - 1))
             first = (first + 1) % self._capacity
             indices[0] = first
+            write(port, length, data & ((1 << 8 * length) - 1))
             last = indices[1] % self._capacity

@@ -227,11 +227,12 @@ class Computer:
             processor.start()
 
     def close(self) -> None:
-        """Stop for good and give everything back."""
+        """Stop for good and give everything back; what the guest wrote last still comes out."""
         self._over = True
         for processor in self.processors:
             processor.stop()
         with self.lock:
+            self.drain_ports()
             for uart in self.uarts:
                 uart.flush()
             with contextlib.suppress(OSError, HvHostError):
@@ -268,7 +269,7 @@ class Computer:
         """Exits of all processors by reason."""
         total: Counter[str] = Counter()
         for processor in self.processors:
-            total.update(processor.exits)
+            total.update(dict(processor.exits))  # a copy: its thread goes on counting
         return dict(total.most_common())
 
     # --- what the guest does -------------------------------------------------------------------
@@ -285,13 +286,14 @@ class Computer:
             self._notices.reset(why)
 
     def _processor_stopped(self, reason: str) -> None:
-        if self._over:
-            return
-        if reason == "reset":
-            self._reset("triple fault")
-        else:
-            self._over = True
-            self._notices.failed(reason)
+        with self.lock:  # several processors may stop at once: the first one tells
+            if self._over:
+                return
+            if reason == "reset":
+                self._reset("triple fault")
+            else:
+                self._over = True
+                self._notices.failed(reason)
 
 
 def _set_boot_state(vcpu: Vcpu, boot: BootState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 MAXIMUM_EVENTS = 10_000
 _MEASURE_SECONDS = 120.0
+_LOOK_SECONDS = 0.5
 
 
 class Machine:
@@ -68,21 +70,29 @@ class Machine:
     # --- life; on the loop's thread --------------------------------------------------------------
 
     def power_on(self) -> None:
-        """Build a computer and run it."""
+        """Build a computer and run it; :class:`HvHostError` when that is not possible."""
+        try:
+            self._power_on()
+        except OSError as error:
+            raise HvHostError(
+                f"machine {self._config.name!r} could not be built ({error}); "
+                "run `hvhost doctor` to see what this computer can do."
+            ) from error
+
+    def _power_on(self) -> None:
         transport = self._connect()
         self._transport_name = transport.name
         self._heartbeat = Heartbeat(on_status=self._heartbeat_changed)
         self._shutdown = Shutdown()
+        boot = self._boots + 1
         notices = Notices(
             event=self._event,
             crashed=self._crashed,
-            power_off=lambda: self._loop.call_soon_threadsafe(
-                lambda: self._stop(MachineState.STOPPED, "the guest powered off")
+            power_off=lambda: self._soon(
+                boot, lambda: self._stop(MachineState.STOPPED, "the guest powered off")
             ),
-            reset=lambda why: self._loop.call_soon_threadsafe(lambda: self._restart(why)),
-            failed=lambda why: self._loop.call_soon_threadsafe(
-                lambda: self._stop(MachineState.FAILED, why)
-            ),
+            reset=lambda why: self._soon(boot, lambda: self._restart(why)),
+            failed=lambda why: self._soon(boot, lambda: self._stop(MachineState.FAILED, why)),
         )
         try:
             self._computer = Computer(
@@ -97,7 +107,7 @@ class Machine:
         except BaseException:
             transport.close()
             raise
-        self._boots += 1
+        self._boots = boot
         self._crash = None
         self._os_id = 0
         self._state = MachineState.RUNNING
@@ -106,14 +116,18 @@ class Machine:
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         self._computer.start()
 
+    def _soon(self, boot: int, callback: Callable[[], None]) -> None:
+        """On the loop's thread, unless the machine has been reset since: that was another life."""
+        self._loop.call_soon_threadsafe(lambda: callback() if self._boots == boot else None)
+
     def _tick(self, computer: Computer) -> None:
         """Every heartbeat interval, for as long as *computer* is ours."""
         if self._computer is not computer:
             return
+        self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         with computer.lock:
             self._heartbeat.tick(time.monotonic())
         computer.tick()
-        self._loop.call_later(INTERVAL, lambda: self._tick(computer))
 
     def _power_down(self) -> None:
         computer, self._computer = self._computer, None
@@ -127,20 +141,26 @@ class Machine:
         self._event("reset", why)
         try:
             self.power_on()
-        except (HvHostError, OSError) as error:
+        except HvHostError as error:
             self._stop(MachineState.FAILED, f"the machine could not be reset: {error}")
 
     def _stop(self, state: MachineState, why: str) -> None:
         if self._state in (MachineState.STOPPED, MachineState.FAILED):
             return
+        try:
+            self._power_down()
+        finally:
+            self._state = state
+            self._last_stop = why
+            if state is MachineState.FAILED:
+                self.error = why
+                log.error("%s", why)
+            self._event("stopped", why)
+            self._loop.stop()
+
+    def close(self) -> None:
+        """Whatever happened, leave nothing behind; after the loop has ended."""
         self._power_down()
-        self._state = state
-        self._last_stop = why
-        if state is MachineState.FAILED:
-            self.error = why
-            log.error("%s", why)
-        self._event("stopped", why)
-        self._loop.stop()
 
     # --- what happens ----------------------------------------------------------------------------
 
@@ -213,9 +233,13 @@ class Machine:
                 ),
                 exits=computer.exits(),
             )
-        if self._state is MachineState.RUNNING and not self._os_id:
-            self._os_id = computer.guest_os_id()
-        return replace(info, guest_os_id=self._os_id)
+        os_id = self._os_id
+        if self._state is MachineState.RUNNING and not os_id:
+            with contextlib.suppress(HvHostError):  # just being reset or stopped
+                os_id = computer.guest_os_id()
+            if self._computer is computer:
+                self._os_id = os_id
+        return replace(info, guest_os_id=os_id)
 
     def events(self, after: int, timeout: float) -> list[MachineEvent]:
         with self._changed:
@@ -234,7 +258,7 @@ class Machine:
 
     def reset(self) -> None:
         self._running()
-        self._loop.call_soon_threadsafe(lambda: self._restart("asked by the user"))
+        self._soon(self._boots, lambda: self._restart("asked by the user"))
 
     def nmi(self) -> None:
         self._running().nmi()
@@ -253,8 +277,10 @@ class Machine:
 
         with computer.lock:
             self._heartbeat.measure(count, finished)
-        if not done.wait(_MEASURE_SECONDS):
-            raise HvHostError("the guest stopped answering heartbeats; see `hvhost info`.")
+        deadline = time.monotonic() + _MEASURE_SECONDS
+        while not done.wait(_LOOK_SECONDS):
+            if time.monotonic() > deadline or self._computer is not computer:
+                raise HvHostError("the guest stopped answering heartbeats; see `hvhost info`.")
         return result
 
     def serial_input(self, index: int, data: bytes) -> None:

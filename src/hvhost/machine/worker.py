@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from hvhost.errors import HvHostError
 from hvhost.firmware.extract import open_for_boot
@@ -30,8 +32,21 @@ def _read_config(path: Path) -> MachineConfig:
     return MachineConfig(**values)
 
 
+def _stopped_early(number: int, frame: object) -> None:
+    # No HvHostError: whoever handles those by trying something else must not handle this.
+    raise SystemExit("error: the machine was told to stop while it started; start it again.")
+
+
+def _on_stop_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def run(config_file: Path) -> None:
-    """Run the machine of *config_file* until it stops; :class:`HvHostError` on failure."""
+    """Run the machine of *config_file* until it stops; :class:`HvHostError` on failure.
+
+    Once the machine runs, SIGTERM and SIGINT power it off.
+    """
     config = _read_config(config_file)
     directory = config_file.parent
     kernel = open_for_boot(Path(config.kernel))
@@ -53,14 +68,15 @@ def run(config_file: Path) -> None:
 
     machine = Machine(config, kernel, connect_kvm, loop, [serial.write for serial in serials])
     machines.append(machine)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: machine.force_stop())
     api = ApiServer(machine, directory / "api.sock")
     try:
         machine.power_on()
+        _on_stop_signals(lambda *_: machine.force_stop())
         api.start()
         loop.run()
     finally:
+        _on_stop_signals(lambda *_: None)  # we are leaving already
+        machine.close()
         api.close()
         for serial in serials:
             serial.close()
@@ -69,6 +85,8 @@ def run(config_file: Path) -> None:
 
 
 def main() -> int:
+    """The process's life; its exit status is 0 only after a machine that ran and stopped."""
+    _on_stop_signals(_stopped_early)
     config_file = Path(sys.argv[1])
     directory = config_file.parent
     logging.basicConfig(
@@ -80,7 +98,7 @@ def main() -> int:
         pid_file.write_text(f"{os.getpid()}\n")
         try:
             run(config_file)
-        except HvHostError as error:
+        except (HvHostError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
         finally:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 _IO = struct.Struct("<BBHIQ").unpack_from  # direction, size, port, count, data offset
 _UNION = 32  # offset of the exit's details in struct kvm_run
 _CALL_SECONDS = 20.0
+_STOP_SECONDS = 5.0
+_MAXIMUM_REASONS = 1024
 
 
 class Ports(Protocol):
@@ -58,7 +60,11 @@ class Handlers:
 
 
 class Processor:
-    """A virtual processor and its thread."""
+    """A virtual processor and its thread.
+
+    ``exits`` counts exits by reason, such as ``out 0x3f8`` or ``hypercall 0x5c``; a guest that
+    makes up ever more reasons finds the rest under ``other``.
+    """
 
     def __init__(self, vcpu: Vcpu, handlers: Handlers) -> None:
         self.vcpu = vcpu
@@ -68,23 +74,49 @@ class Processor:
         self._words = vcpu.run_state[:4096].cast("I")
         self._quads = vcpu.run_state[:4096].cast("Q")
         self._requests: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._requests_lock = threading.Lock()
+        self._accepting = False
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name=f"vp-{vcpu.index}", daemon=True)
 
     def start(self) -> None:
+        """Run the guest, on a thread of the processor's own; called once."""
+        self._accepting = True
         self._thread.start()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run *function* on the processor's thread, out of the guest; its result."""
+        """Run *function* on the processor's thread, out of the guest; its result or exception.
+
+        Any thread, but without the machine's lock, which the processor may be waiting for.
+        :class:`HvHostError` when the processor does not run (any more), or does not leave the
+        guest for 20 seconds.
+        """
+        if self._thread is threading.current_thread():
+            return function()
         future: Future[object] = Future()
-        self._requests.append((function, future))
-        if not self._thread.is_alive():
-            raise HvHostError(f"virtual processor {self.vcpu.index} has stopped.")
+        with self._requests_lock:
+            if not self._accepting:
+                raise self._stopped()
+            self._requests.append((function, future))
         self.vcpu.kick()
-        return future.result(_CALL_SECONDS)  # type: ignore[return-value] # what function returned
+        try:
+            return future.result(_CALL_SECONDS)  # type: ignore[return-value] # function's result
+        except TimeoutError:
+            if future.done():
+                raise  # function's own
+            future.cancel()
+            raise HvHostError(
+                f"virtual processor {self.vcpu.index} did not answer for {_CALL_SECONDS:.0f} s; "
+                "the computer may be overloaded, try again."
+            ) from None
+
+    def _stopped(self) -> HvHostError:
+        return HvHostError(
+            f"virtual processor {self.vcpu.index} does not run (any more); start the machine again."
+        )
 
     def stop(self) -> None:
-        """End the thread; the guest is not run again."""
+        """End the thread; the guest is not run again. Any thread, without the machine's lock."""
         self._stopping = True
         if self._thread.ident is None or self._thread is threading.current_thread():
             return
@@ -92,7 +124,9 @@ class Processor:
             try:
                 self.vcpu.kick()
             except (OSError, HvHostError):
-                return  # the rig is gone; its thread ends by itself
+                # Nobody can be kicked in a rig that is gone, but the thread learns of it as well.
+                self._thread.join(_STOP_SECONDS)
+                return
             self._thread.join(0.2)
 
     # --- the thread --------------------------------------------------------------------------
@@ -104,7 +138,18 @@ class Processor:
             self._handlers.stopped(str(error))
         except Exception as error:
             log.exception("virtual processor %d", self.vcpu.index)
-            self._handlers.stopped(f"virtual processor {self.vcpu.index}: {error!r}")
+            self._handlers.stopped(
+                f"virtual processor {self.vcpu.index} met a bug of hvhost ({error!r}); "
+                "the machine's log has the details."
+            )
+        finally:
+            with self._requests_lock:
+                self._accepting = False
+                left = list(self._requests)
+                self._requests.clear()
+            for _, future in left:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(self._stopped())
 
     def _loop(self) -> None:
         run, words, exits = self.vcpu.run, self._words, self.exits
@@ -137,14 +182,22 @@ class Processor:
     def _serve_requests(self) -> None:
         while self._requests:
             function, future = self._requests.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # the caller has given up
             try:
                 future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
+    def _count(self, reason: str) -> None:
+        exits = self.exits
+        if reason not in exits and len(exits) >= _MAXIMUM_REASONS:
+            reason = "other"  # addresses are the guest's choice
+        exits[reason] += 1
+
     def _io(self) -> None:
         is_write, size, port, count, offset = _IO(self._run_state, _UNION)
-        self.exits[f"{'out' if is_write else 'in'} {port:#x}"] += 1
+        self._count(f"{'out' if is_write else 'in'} {port:#x}")
         handlers, run_state = self._handlers, self._run_state
         with handlers.lock:
             handlers.before_port()
@@ -158,14 +211,14 @@ class Processor:
 
     def _mmio(self) -> None:
         # Nobody lives there: reads see an empty bus, writes go nowhere.
-        self.exits[f"mmio {self._quads[_UNION // 8] & ~0xFFF:#x}"] += 1
+        self._count(f"mmio {self._quads[_UNION // 8] & ~0xFFF:#x}")
         if not self._run_state[_UNION + 20]:
             self._run_state[_UNION + 8 : _UNION + 16] = b"\xff" * 8
 
     def _hyperv(self) -> None:
         quads, kind = self._quads, self._words[_UNION // 4]
         if kind == k.KVM_EXIT_HYPERV_HCALL:
-            self.exits[f"hypercall {quads[5] & 0xFFFF:#x}"] += 1
+            self._count(f"hypercall {quads[5] & 0xFFFF:#x}")
             with self._handlers.lock:
                 quads[6] = self._handlers.hypercall(quads[5], quads[7])
         elif kind == k.KVM_EXIT_HYPERV_SYNIC:
@@ -175,7 +228,7 @@ class Processor:
 
     def _rdmsr(self) -> None:
         words = self._words
-        self.exits[f"rdmsr {words[11]:#x}"] += 1
+        self._count(f"rdmsr {words[11]:#x}")
         with self._handlers.lock:
             value = self._handlers.msrs.read(words[11])
         if value is None:
@@ -186,7 +239,7 @@ class Processor:
 
     def _wrmsr(self) -> None:
         words = self._words
-        self.exits[f"wrmsr {words[11]:#x}"] += 1
+        self._count(f"wrmsr {words[11]:#x}")
         with self._handlers.lock:
             known = self._handlers.msrs.write(words[11], self._quads[6])
         self._run_state[_UNION] = 0 if known else 1
@@ -196,7 +249,7 @@ class Processor:
         words = self._words
         name = Exit(reason).name if reason in Exit.__members__.values() else str(reason)
         self.exits[name.lower()] += 1
-        if reason in (Exit.INTR, Exit.IRQ_WINDOW_OPEN, Exit.HLT, Exit.UNKNOWN):
+        if reason in (Exit.INTR, Exit.IRQ_WINDOW_OPEN, Exit.HLT):
             return True
         kind = words[_UNION // 4]
         if reason == Exit.SYSTEM_EVENT and kind == k.KVM_SYSTEM_EVENT_CRASH:

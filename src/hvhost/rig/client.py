@@ -9,9 +9,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hvhost.errors import HvHostError
 from hvhost.paths import python_environment, runtime_dir
@@ -19,6 +20,14 @@ from hvhost.rig import image, layout, qemu
 
 ANSWER_SECONDS = 180.0
 _MAXIMUM_DESCRIPTORS = 250
+
+
+class _LastWords:
+    """Why the keeper ended the session: said once, asked for by every processor's thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +43,7 @@ class RigSession:
     """Pairs of MSI-X vector number and the eventfd that raises it."""
     events: tuple[int, ...]
     """Raised by the agent, indexed as ``layout.h`` says (``PEER_VECTORS`` of them)."""
+    last_words: _LastWords = field(default_factory=lambda: _LastWords())
 
 
 def _start_keeper() -> subprocess.Popen[bytes]:
@@ -78,11 +88,18 @@ def _connect(progress: Callable[[str], None]) -> socket.socket:
 def open_session(
     memory_size: int, vectors: int, progress: Callable[[str], None] = lambda text: None
 ) -> RigSession:
-    """Borrow *memory_size* bytes and *vectors* interrupt vectors; waits for the rig to be up."""
+    """Borrow *memory_size* bytes and *vectors* interrupt vectors; waits for the rig to be up.
+
+    :class:`HvHostError` when it is full, does not start, or says nothing for three minutes.
+    """
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         connection = _connect(progress)
-        session = _negotiate(connection, memory_size, vectors, progress)
+        try:
+            session = _negotiate(connection, memory_size, vectors, progress)
+        except BaseException:
+            connection.close()
+            raise
         if session is not None:
             return session
         connection.close()  # the keeper was just leaving: start another
@@ -114,7 +131,9 @@ def _negotiate(
                 elif "error" in answer:
                     raise HvHostError(answer["error"])
                 else:
-                    return _session(connection, answer, descriptors)
+                    session = _session(connection, answer, descriptors)
+                    descriptors = []
+                    return session
     except TimeoutError:
         raise HvHostError(
             f"the rig did not answer within {ANSWER_SECONDS:.0f} s; its log is "
@@ -122,6 +141,9 @@ def _negotiate(
         ) from None
     except (ConnectionResetError, BrokenPipeError):
         return None
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _session(
@@ -152,12 +174,17 @@ def _session(
 
 
 def reason_of_end(session: RigSession) -> str:
-    """The keeper's last words after the connection ended."""
-    with contextlib.suppress(OSError, ValueError):
-        data = session.connection.recv(65536)
-        if data:
-            return str(json.loads(data.splitlines()[-1]).get("error"))
-    return "the rig is gone: its keeper or its QEMU was killed; start the machine again."
+    """The keeper's last words after the connection ended; the same for everybody who asks."""
+    words = session.last_words
+    with words.lock:
+        if words.reason is None:
+            words.reason = (
+                "the rig is gone: its keeper or its QEMU was killed; start the machine again."
+            )
+            with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+                data = session.connection.recv(65536)
+                words.reason = str(json.loads(data.splitlines()[-1])["error"])
+        return words.reason
 
 
 def close_session(session: RigSession) -> None:

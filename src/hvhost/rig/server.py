@@ -19,6 +19,7 @@ import json
 import logging
 import mmap
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 SHARED_SIZE = 64 * GIB
 START_SECONDS = 45.0
+CONNECT_SECONDS = 15.0
+CLIENT_SECONDS = 2.0
 START_ATTEMPTS = 3
 PING_SECONDS = 5.0
 HANG_SECONDS = 20.0
@@ -74,17 +77,25 @@ class Memory:
         self.descriptor = os.memfd_create("hvhost-rig", os.MFD_CLOEXEC)
         os.ftruncate(self.descriptor, size)
         self.control = mmap.mmap(self.descriptor, layout.CONTROL_AREA)
+        self._words = memoryview(self.control).cast("I")  # each access one load or store
         self._used: list[tuple[int, int]] = [(0, layout.CONTROL_AREA)]
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 
     def load(self, offset: int) -> int:
-        return int(struct.unpack_from("<I", self.control, offset)[0])
+        """One 32-bit word of the control area."""
+        return self._words[offset >> 2]
 
     def store(self, offset: int, value: int) -> None:
-        struct.pack_into("<I", self.control, offset, value)
+        """Set one 32-bit word of the control area."""
+        self._words[offset >> 2] = value
 
     def allocate(self, size: int) -> int:
-        """First fit, aligned to 2 MiB; :class:`HvHostError` when the rig is full."""
+        """Offset of *size* bytes, first fit, aligned to 2 MiB.
+
+        :class:`HvHostError` when the rig is full or *size* is no size.
+        """
+        if size <= 0:
+            raise HvHostError(f"the rig cannot lend {size} bytes of memory; ask for more.")
         size = -(-size // ALIGNMENT) * ALIGNMENT
         place = 0
         for start, end in sorted(self._used):
@@ -100,6 +111,7 @@ class Memory:
         return place
 
     def free(self, offset: int) -> None:
+        """Take back what :meth:`allocate` gave; its pages too."""
         for entry in self._used:
             if entry[0] == offset:
                 self._used.remove(entry)
@@ -108,12 +120,21 @@ class Memory:
 
     def punch(self, offset: int, size: int) -> None:
         """Give the pages back to the computer; they read as zero again."""
-        self._libc.fallocate(
+        result = self._fallocate(
             self.descriptor,
             _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE,
             ctypes.c_long(offset),
             ctypes.c_long(size),
         )
+        if result < 0:
+            reason = os.strerror(ctypes.get_errno())
+            raise HvHostError(f"the rig could not give memory back to this computer: {reason}.")
+
+    def close(self) -> None:
+        """Let go of it all."""
+        self._words.release()
+        self.control.close()
+        os.close(self.descriptor)
 
 
 class Keeper:
@@ -128,10 +149,11 @@ class Keeper:
         self.waiting: list[Session] = []
         self.free_vectors = list(range(layout.FIRST_FREE_VECTOR, layout.VECTORS))
         self.ready = False
+        self.served = False
         self.idle_since = time.monotonic()
-        self.next_peer = FIRST_SESSION_PEER
         self.console = b""
         self.console_line = b""
+        self.image = (Path(), Path())
         self.process: subprocess.Popen[bytes] | None = None
         self.device: socket.socket | None = None
         self.wake: list[int] = []
@@ -140,30 +162,32 @@ class Keeper:
     # --- QEMU ------------------------------------------------------------------------------
 
     def start_qemu(self) -> None:
-        """Start QEMU and become its ivshmem server; :meth:`on_agent` notices when it is up."""
-        kernel, initrd = image.rig_image(lambda text: self.tell_waiting({"progress": text}))
+        """Start QEMU and become its ivshmem server; :meth:`on_agent` notices when it is up.
+
+        :class:`HvHostError` when it does not connect.
+        """
         path = self.directory / "shared.sock"
         path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             listener.listen(1)
-            listener.settimeout(15)
+            listener.settimeout(0.1)
             self.memory.punch(0, layout.CONTROL_AREA)
             self.memory.store(layout.HEADER_MAGIC, layout.RIG_MAGIC)
             self.memory.store(layout.HEADER_VERSION, layout.RIG_VERSION)
             self.console = b""
-            self.process = qemu.start(
-                qemu.rig_arguments(kernel, initrd, path), stdout=subprocess.PIPE
-            )
+            self.process = qemu.start(qemu.rig_arguments(*self.image, path), stdout=subprocess.PIPE)
             assert self.process.stdout is not None
             os.set_blocking(self.process.stdout.fileno(), False)
-            try:
-                self.device, _ = listener.accept()
-            except TimeoutError:
-                detail = self.read_console()
-                self.stop_qemu()
-                raise HvHostError(f"the rig's QEMU did not start: {detail}") from None
+            self.started = time.monotonic()
+            while self.device is None:
+                with contextlib.suppress(TimeoutError):
+                    self.device, _ = listener.accept()
+                silent = time.monotonic() - self.started > CONNECT_SECONDS
+                if self.device is None and (silent or self.process.poll() is not None):
+                    raise HvHostError(f"its QEMU did not connect; {self.read_console()}")
         path.unlink(missing_ok=True)
+        self.device.settimeout(CONNECT_SECONDS)
         self.wake = _events(layout.VECTORS)
         self.own = _events(1)
         self.send_device(0)
@@ -172,8 +196,7 @@ class Keeper:
         self.send_device(KEEPER_PEER, self.own[0])
         for descriptor in self.wake:
             self.send_device(0, descriptor)
-        self.started = time.monotonic()
-        self.last_pong = self.started
+        self.last_pong = time.monotonic()
         self.pings = 0
         self.selector.register(self.own[0], selectors.EVENT_READ, self.on_agent)
         self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_console)
@@ -181,7 +204,13 @@ class Keeper:
     def send_device(self, value: int, descriptor: int | None = None) -> None:
         assert self.device is not None
         descriptors = [] if descriptor is None else [descriptor]
-        socket.send_fds(self.device, [struct.pack("<q", value)], descriptors)
+        try:
+            socket.send_fds(self.device, [struct.pack("<q", value)], descriptors)
+        except OSError as error:
+            raise HvHostError(
+                f"the rig's QEMU takes no messages ({error.strerror or error}): "
+                f"{self.read_console()}"
+            ) from error
 
     def read_console(self) -> str:
         """Take in what QEMU and the rig's kernel printed; its last line."""
@@ -225,11 +254,23 @@ class Keeper:
         if self.memory.load(layout.HEADER_PONG) == self.pings:
             self.last_pong = time.monotonic()
         for index, session in list(self.sessions.items()):
-            state = self.memory.load(self.entry(index) + layout.SESSION_STATE)
-            if session.closing and state == layout.SESSION_FREE:
-                self.forget(index, session)
-            elif not session.closing and state == layout.SESSION_OPEN and session.events:
-                self.send_session(session)
+            self.advance(index, session)
+
+    def advance(self, index: int, session: Session) -> None:
+        """Take a session one step further, by what the agent made of the last one.
+
+        The agent owns the state while it is OPENING or CLOSING: a worker that leaves meanwhile is
+        heeded once the agent is done.
+        """
+        place = self.entry(index) + layout.SESSION_STATE
+        state = self.memory.load(place)
+        if session.closing and state == layout.SESSION_OPEN:
+            self.memory.store(place, layout.SESSION_CLOSING)
+            self.wake_agent()
+        elif session.closing and state == layout.SESSION_FREE:
+            self.forget(index, session)
+        elif not session.closing and state == layout.SESSION_OPEN and session.events:
+            self.send_session(session)
 
     def wake_agent(self) -> None:
         os.eventfd_write(self.wake[0], 1)
@@ -259,6 +300,7 @@ class Keeper:
         if b"\n" not in session.received or session in self.waiting or session.index is not None:
             return
         self.waiting.append(session)
+        self.served = True
         if self.ready:
             self.open_session(session)
         else:
@@ -273,11 +315,14 @@ class Keeper:
             if not free or vectors > len(self.free_vectors):
                 raise HvHostError("the rig serves no more machines; stop one first.")
             session.memory_offset = self.memory.allocate(size)
-        except (ValueError, KeyError, TypeError, HvHostError) as error:
+        except HvHostError as error:
             self.tell(session, {"error": str(error)})
             return
+        except (ValueError, KeyError, TypeError) as error:
+            self.tell(session, {"error": f"the rig did not understand its client ({error!r})."})
+            return
         session.index, session.memory_size = free[0], size
-        session.peer, self.next_peer = self.next_peer, self.next_peer + 1
+        session.peer = FIRST_SESSION_PEER + session.index
         session.vectors = [self.free_vectors.pop(0) for _ in range(vectors)]
         session.events = _events(layout.PEER_VECTORS)
         self.sessions[session.index] = session
@@ -321,8 +366,7 @@ class Keeper:
             self.idle_since = time.monotonic()
             return
         session.closing = True
-        self.memory.store(self.entry(session.index) + layout.SESSION_STATE, layout.SESSION_CLOSING)
-        self.wake_agent()
+        self.advance(session.index, session)
 
     def forget(self, index: int, session: Session) -> None:
         self.memory.free(session.memory_offset)
@@ -339,12 +383,17 @@ class Keeper:
         """Run until nobody needs the rig any more; :class:`HvHostError` when it cannot go on."""
         listener.setblocking(False)
         self.selector.register(listener, selectors.EVENT_READ, lambda: self.accept(listener))
+        self.image = image.rig_image(lambda text: self.tell_waiting({"progress": text}))
         attempts = 0
         next_ping = 0.0
         while True:
             if self.process is None:
                 attempts += 1
-                self.start_qemu()
+                try:
+                    self.start_qemu()
+                except HvHostError as error:
+                    self.give_up_attempt(attempts, str(error))
+                    continue
             now = time.monotonic()
             if self.ready and now >= next_ping:
                 self.pings = (self.pings + 1) & 0xFFFFFFFF
@@ -355,23 +404,31 @@ class Keeper:
                 key.data()
             now = time.monotonic()
             assert self.process is not None
+            idle = not self.sessions and not self.waiting and now - self.idle_since > self.linger
             if not self.ready:
-                if self.process.poll() is None and now - self.started < START_SECONDS:
-                    continue
-                reason = self.read_console()
-                self.stop_qemu()
-                if attempts >= START_ATTEMPTS:
-                    raise HvHostError(f"the rig did not start in {attempts} attempts: {reason}")
-                log.warning("rig attempt %d failed: %s", attempts, reason)
-                self.tell_waiting({"progress": "the rig did not come up, trying again"})
+                if self.process.poll() is not None or now - self.started > START_SECONDS:
+                    self.give_up_attempt(attempts, self.read_console())
+                elif idle and self.served:
+                    return  # whom it was started for has left
             elif self.process.poll() is not None:
                 raise HvHostError(f"the rig's QEMU died: {self.read_console()}")
             elif now - self.last_pong > HANG_SECONDS:
                 raise HvHostError(
                     f"the rig's QEMU hangs: it has not answered for {HANG_SECONDS:.0f} s."
                 )
-            elif not self.sessions and not self.waiting and now - self.idle_since > self.linger:
+            elif idle:
                 return
+
+    def give_up_attempt(self, attempts: int, reason: str) -> None:
+        """End a QEMU that does not come up; :class:`HvHostError` if it was the last attempt."""
+        self.stop_qemu()
+        if attempts >= START_ATTEMPTS:
+            raise HvHostError(
+                f"the rig did not start in {attempts} attempts ({reason}); its log is "
+                f"{self.directory / 'rig.log'}."
+            )
+        log.warning("rig attempt %d failed: %s", attempts, reason)
+        self.tell_waiting({"progress": "the rig did not come up, trying again"})
 
     def next_time_out(self, now: float, next_ping: float) -> float:
         if not self.ready:
@@ -384,6 +441,7 @@ class Keeper:
     def accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
             connection, _ = listener.accept()
+            connection.settimeout(CLIENT_SECONDS)
             session = Session(connection)
             self.selector.register(
                 connection, selectors.EVENT_READ, lambda: self.on_request(session)
@@ -411,12 +469,18 @@ def main() -> int:
     listener.bind(str(path))
     path.chmod(0o600)
     listener.listen(16)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # 66 eventfds a machine, QEMU's too
     keeper = Keeper(directory, float(os.environ.get("HVHOST_RIG_LINGER", "2")))
     try:
         keeper.serve(listener)
     except HvHostError as error:
         log.error("%s", error)
         keeper.fail(str(error))
+        return 1
+    except Exception as error:
+        log.exception("the keeper ends")
+        keeper.fail(f"the rig's keeper failed ({error!r}); its log is {directory / 'rig.log'}.")
         return 1
     finally:
         path.unlink(missing_ok=True)
