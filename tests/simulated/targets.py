@@ -10,9 +10,10 @@ import struct
 from contextlib import suppress
 
 from hvhost.errors import HvHostError, RemoteProtocolError
+from hvhost.machine.model import KvpPool
 from hvhost.services.heartbeat import Heartbeat
 from hvhost.services.kvp import Kvp
-from hvhost.services.kvp_protocol import KvpItem, KvpPool, enumerate_message, parse_enumerate
+from hvhost.services.kvp_protocol import KvpItem, enumerate_message, parse_enumerate
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync
 from hvhost.services.timesync_protocol import TimeSample

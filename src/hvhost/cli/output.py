@@ -43,6 +43,11 @@ def state(word: str) -> Text:
     return Text(word, _STYLES.get(word, ""))
 
 
+def plain(text: str) -> Text:
+    """Text of a guest, whose markup is not ours, without what would move the cursor."""
+    return Text("".join(each if each.isprintable() else "\ufffd" for each in text))
+
+
 def print_json(value: object) -> None:
     """Any dataclass, or list of them, as indented JSON."""
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
@@ -104,6 +109,8 @@ def print_info(info: MachineInfo) -> None:
         ("bus", f"VMBus {info.vmbus_version}" if info.vmbus_version else "not connected"),
         ("heartbeat", heartbeat),
         ("shutdown service", "ready" if info.shutdown_ready else "not there"),
+        ("time service", "ready" if info.timesync_ready else "not there"),
+        ("key-value service", "ready" if info.kvp_ready else "not there"),
     ]
     if info.crash is not None:
         parameters = " ".join(f"{value:#x}" for value in info.crash.parameters)

@@ -22,7 +22,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import LiveMachine, MachineEvent, MachineInfo, ShutdownAction
+from hvhost.machine.model import (
+    IpSettings,
+    KvpPool,
+    KvpRecord,
+    LiveMachine,
+    MachineEvent,
+    MachineInfo,
+    ShutdownAction,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +62,47 @@ class MeasureRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many heartbeats to send back to back."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+
+
+class KvpQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which pool; all of them without ``pool``."""
+
+    pool: KvpPool | None = None
+
+
+class KvpKeyQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which item; the first pool that has it without ``pool``."""
+
+    key: str
+    pool: KvpPool | None = None
+
+
+class KvpSetRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An item to add or change."""
+
+    key: str
+    value: str
+    pool: KvpPool = KvpPool.EXTERNAL
+
+
+class KvpDeleteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An item to remove."""
+
+    key: str
+    pool: KvpPool = KvpPool.EXTERNAL
+
+
+class AdapterQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter of the guest, by its MAC address (``00:15:5D:01:02:03``)."""
+
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Seconds until the guest answered."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +145,14 @@ def _events(machine: LiveMachine, query: EventsQuery) -> list[MachineEvent]:
 
 def _measure(machine: LiveMachine, request: MeasureRequest) -> Measurement:
     return Measurement(machine.heartbeat_round_trips(request.count))
+
+
+def _kvp_set(machine: LiveMachine, request: KvpSetRequest) -> None:
+    machine.kvp_set(request.pool, request.key, request.value)
+
+
+def _kvp_delete(machine: LiveMachine, request: KvpDeleteRequest) -> None:
+    machine.kvp_delete(request.pool, request.key)
 
 
 ENDPOINTS = (
@@ -160,6 +217,65 @@ ENDPOINTS = (
         _measure,
         MeasureRequest,
         Measurement,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/time/sync",
+        "time_sync",
+        "Have the guest set its clock to the host's now",
+        lambda machine, _: Answered(machine.time_sync()),
+        result=Answered,
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/kvp",
+        "kvp_list",
+        "The guest's key-value pairs",
+        lambda machine, query: machine.kvp_list(query.pool),
+        KvpQuery,
+        list[KvpRecord],
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/kvp/item",
+        "kvp_get",
+        "One key-value pair of the guest",
+        lambda machine, query: machine.kvp_get(query.pool, query.key),
+        KvpKeyQuery,
+        KvpRecord,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/kvp/set",
+        "kvp_set",
+        "Give the guest a key-value pair, or change it",
+        _kvp_set,
+        KvpSetRequest,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/kvp/delete",
+        "kvp_delete",
+        "Take a key-value pair from the guest",
+        _kvp_delete,
+        KvpDeleteRequest,
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/ip",
+        "ip_settings",
+        "The addresses of one of the guest's adapters, as its key-value daemon tells them",
+        lambda machine, query: machine.ip_settings(query.adapter),
+        AdapterQuery,
+        IpSettings,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/ip/set",
+        "set_ip",
+        "Have the guest's key-value daemon configure an adapter, named by its instance GUID",
+        lambda machine, settings: machine.set_ip(settings),
+        IpSettings,
     ),
 )
 
@@ -257,13 +373,17 @@ def openapi() -> dict[str, Any]:
         }
         if endpoint.parameters is not Nothing:
             if endpoint.method == "GET":
-                properties = components[endpoint.parameters.__name__]["properties"]
+                query = components[endpoint.parameters.__name__]
+                required = query.get("required", ())
                 operation["parameters"] = [
-                    {"name": name, "in": "query", "required": False, "schema": schema}
-                    for name, schema in properties.items()
+                    {"name": name, "in": "query", "required": name in required, "schema": schema}
+                    for name, schema in query["properties"].items()
                 ]
             else:
-                operation["requestBody"] = {"required": False, **content(endpoint.parameters)}
+                operation["requestBody"] = {
+                    "required": bool(components[endpoint.parameters.__name__].get("required")),
+                    **content(endpoint.parameters),
+                }
         operations.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     components.pop(Nothing.__name__, None)
     return {

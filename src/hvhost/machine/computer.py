@@ -260,6 +260,10 @@ class Computer:
         """See :mod:`hvhost.partition.hang`."""
         return hang(self.processors, self.memory)
 
+    def reference_nanoseconds(self) -> int:
+        """The clock from which the partition's reference counter is made ([TLFS] 12.4)."""
+        return self._vm.clock_nanoseconds()
+
     def guest_os_id(self) -> int:
         """``HV_X64_MSR_GUEST_OS_ID`` as the guest wrote it."""
         processor = self.processors[0]

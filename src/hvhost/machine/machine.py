@@ -15,11 +15,16 @@ from hvhost.errors import HvHostError
 from hvhost.firmware.image import KernelImage
 from hvhost.kvm.transport import Transport
 from hvhost.machine.computer import Computer, Notices
+from hvhost.machine.exchange import KvpExchange
+from hvhost.machine.host_items import host_items
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import (
     ChannelInfo,
     CrashReport,
     HeartbeatStatus,
+    IpSettings,
+    KvpPool,
+    KvpRecord,
     MachineConfig,
     MachineEvent,
     MachineInfo,
@@ -27,12 +32,16 @@ from hvhost.machine.model import (
     ShutdownAction,
 )
 from hvhost.services.heartbeat import INTERVAL, Heartbeat
+from hvhost.services.kvp import Kvp
 from hvhost.services.shutdown import Shutdown
+from hvhost.services.timesync import TimeSync, read_clocks
+from hvhost.services.timesync_protocol import TimeSample
 
 log = logging.getLogger(__name__)
 
 MAXIMUM_EVENTS = 10_000
 _MEASURE_SECONDS = 120.0
+_TIME_SYNC_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 
 
@@ -65,6 +74,8 @@ class Machine:
         self._transport_name = ""
         self._heartbeat = Heartbeat()
         self._shutdown = Shutdown()
+        self._timesync = TimeSync(self._read_clocks)
+        self._kvp = Kvp(host_items(config.name))
         self._os_id = 0
 
     # --- life; on the loop's thread --------------------------------------------------------------
@@ -100,7 +111,7 @@ class Machine:
                 self._kernel,
                 transport,
                 self._loop,
-                [self._heartbeat, self._shutdown],
+                [self._heartbeat, self._shutdown, self._timesync, self._kvp],
                 self._serial_sinks,
                 notices,
             )
@@ -125,8 +136,11 @@ class Machine:
         if self._computer is not computer:
             return
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
+        now = time.monotonic()
         with computer.lock:
-            self._heartbeat.tick(time.monotonic())
+            self._heartbeat.tick(now)
+            self._timesync.tick(now)
+            self._kvp.tick(now)
         computer.tick()
 
     def _power_down(self) -> None:
@@ -220,6 +234,8 @@ class Machine:
                 heartbeat=self._heartbeat.status(time.monotonic()),
                 heartbeat_round_trip_microseconds=round_trip and round_trip * 1e6,
                 shutdown_ready=self._shutdown.ready,
+                timesync_ready=self._timesync.ready,
+                kvp_ready=self._kvp.ready,
                 channels=tuple(
                     ChannelInfo(
                         channel.channel_id,
@@ -282,6 +298,51 @@ class Machine:
             if time.monotonic() > deadline or self._computer is not computer:
                 raise HvHostError("the guest stopped answering heartbeats; see `hvhost info`.")
         return result
+
+    def _read_clocks(self) -> TimeSample:
+        return read_clocks(self._running().reference_nanoseconds)
+
+    def time_sync(self) -> float:
+        computer = self._running()
+        answered = threading.Event()
+        result: list[bool] = []
+
+        def done(taken: bool) -> None:
+            result.append(taken)
+            answered.set()
+
+        started = time.perf_counter()
+        with computer.lock:
+            self._timesync.sync(done)
+        if not answered.wait(_TIME_SYNC_SECONDS):
+            raise HvHostError(
+                f"the guest did not take the time within {_TIME_SYNC_SECONDS:g} seconds; "
+                "see whether it hangs."
+            )
+        if not result[0]:
+            raise HvHostError("the guest refused the time or closed its channel; try again.")
+        return time.perf_counter() - started
+
+    def _exchange(self) -> KvpExchange:
+        return KvpExchange(self._kvp, self._running().lock)
+
+    def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:
+        return self._exchange().items(pool)
+
+    def kvp_get(self, pool: KvpPool | None, key: str) -> KvpRecord:
+        return self._exchange().get(pool, key)
+
+    def kvp_set(self, pool: KvpPool, key: str, value: str) -> None:
+        self._exchange().set(pool, key, value)
+
+    def kvp_delete(self, pool: KvpPool, key: str) -> None:
+        self._exchange().delete(pool, key)
+
+    def ip_settings(self, adapter: str) -> IpSettings:
+        return self._exchange().ip_settings(adapter)
+
+    def set_ip(self, settings: IpSettings) -> None:
+        self._exchange().set_ip(settings)
 
     def serial_input(self, index: int, data: bytes) -> None:
         """Bytes typed at a serial port; what the guest has no room for is lost, as on a wire."""

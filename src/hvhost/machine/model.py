@@ -34,6 +34,56 @@ class ShutdownAction(StrEnum):
     REBOOT = "reboot"
 
 
+class KvpPool(StrEnum):
+    """``enum hv_kvp_exchg_pool``, by names for people.
+
+    ``external``: what the host's administrator gives the guest. ``guest``: what the guest tells the
+    host. ``auto``: what the guest's daemon says of its system. ``auto-external``: what the host
+    says of itself. ``auto-internal``: kept by the guest for itself.
+    """
+
+    EXTERNAL = "external"
+    GUEST = "guest"
+    AUTO = "auto"
+    AUTO_EXTERNAL = "auto-external"
+    AUTO_INTERNAL = "auto-internal"
+
+    @property
+    def number(self) -> int:
+        """The pool's number in messages and in the name of the guest's file."""
+        return _KVP_POOLS.index(self)
+
+
+_KVP_POOLS = tuple(KvpPool)
+
+
+@dataclass(frozen=True, slots=True)
+class KvpRecord:
+    """One key-value pair and where it is; numbers are given as their decimal digits."""
+
+    pool: KvpPool
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class IpSettings:
+    """Addresses of one adapter.
+
+    ``adapter`` is what names it: its MAC address (``00:15:5D:…``) when asking, its instance GUID
+    with braces when setting. ``family`` has bit 0 set for IPv4, bit 1 for IPv6. Lists are separated
+    by semicolons.
+    """
+
+    adapter: str
+    family: int = 0
+    dhcp: bool = False
+    addresses: str = ""
+    subnets: str = ""
+    gateways: str = ""
+    dns_servers: str = ""
+
+
 class Transport(StrEnum):
     """Which KVM runs the virtual processors."""
 
@@ -100,6 +150,8 @@ class MachineInfo:
     heartbeat: HeartbeatStatus = HeartbeatStatus.NO_DRIVER
     heartbeat_round_trip_microseconds: float | None = None
     shutdown_ready: bool = False
+    timesync_ready: bool = False
+    kvp_ready: bool = False
     crash: CrashReport | None = None
     channels: tuple[ChannelInfo, ...] = ()
     exits: dict[str, int] = field(default_factory=dict)
@@ -159,4 +211,32 @@ class LiveMachine(Protocol):
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         """Seconds of *count* heartbeats sent back to back."""
+        ...
+
+    def time_sync(self) -> float:
+        """Have the guest set its clock to the host's now; seconds until its driver took it."""
+        ...
+
+    def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:
+        """All items of *pool*, or of all pools, in the guest's order."""
+        ...
+
+    def kvp_get(self, pool: KvpPool | None, key: str) -> KvpRecord:
+        """The item of *key* in *pool*, or in the first pool that has it."""
+        ...
+
+    def kvp_set(self, pool: KvpPool, key: str, value: str) -> None:
+        """Add an item or change it; one of a host's pool is given again at every boot."""
+        ...
+
+    def kvp_delete(self, pool: KvpPool, key: str) -> None:
+        """Remove an item."""
+        ...
+
+    def ip_settings(self, adapter: str) -> IpSettings:
+        """The addresses of the guest's adapter with this MAC address."""
+        ...
+
+    def set_ip(self, settings: IpSettings) -> None:
+        """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
         ...

@@ -8,12 +8,21 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from dataclasses import asdict
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import msgspec
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import MachineEvent, MachineInfo, ShutdownAction
+from hvhost.machine.model import (
+    IpSettings,
+    KvpPool,
+    KvpRecord,
+    MachineEvent,
+    MachineInfo,
+    ShutdownAction,
+)
 from hvhost.manager.directory import MachineDirectory, running_directory
 
 Result = TypeVar("Result")
@@ -21,6 +30,8 @@ Result = TypeVar("Result")
 ANSWER_SECONDS = 30.0
 """How long a worker may take for an answer that waits for nothing."""
 
+KVP_SECONDS = 120.0
+"""How much longer it may take when it waits for the guest's key-value daemon."""
 
 ENDING_SECONDS = 3.0
 """How long a worker may live on after its API."""
@@ -88,11 +99,42 @@ class MachineClient:
         answer = self._request("POST", "/v1/machine/heartbeat/measure", {"count": count}, 60.0)
         return msgspec.json.decode(answer, type=dict[str, list[float]])["seconds"]
 
+    def time_sync(self) -> float:
+        """Have the guest set its clock to the host's now; seconds until its driver took it."""
+        answer = self._request("POST", "/v1/machine/time/sync", None, 0.0)
+        return msgspec.json.decode(answer, type=dict[str, float])["seconds"]
+
+    def kvp_list(self, pool: KvpPool | None = None) -> list[KvpRecord]:
+        """All key-value pairs of *pool*, or of all pools."""
+        return self._get(f"/v1/machine/kvp{_query(pool=pool)}", list[KvpRecord], KVP_SECONDS)
+
+    def kvp_get(self, key: str, pool: KvpPool | None = None) -> KvpRecord:
+        """The item of *key* in *pool*, or in the first pool that has it."""
+        return self._get(
+            f"/v1/machine/kvp/item{_query(pool=pool, key=key)}", KvpRecord, KVP_SECONDS
+        )
+
+    def kvp_set(self, key: str, value: str, pool: KvpPool = KvpPool.EXTERNAL) -> None:
+        """Add an item or change it."""
+        self._post("kvp/set", {"key": key, "value": value, "pool": pool}, KVP_SECONDS)
+
+    def kvp_delete(self, key: str, pool: KvpPool = KvpPool.EXTERNAL) -> None:
+        """Remove an item."""
+        self._post("kvp/delete", {"key": key, "pool": pool}, KVP_SECONDS)
+
+    def ip_settings(self, adapter: str) -> IpSettings:
+        """The addresses of the guest's adapter with this MAC address."""
+        return self._get(f"/v1/machine/ip{_query(adapter=adapter)}", IpSettings, KVP_SECONDS)
+
+    def set_ip(self, settings: IpSettings) -> None:
+        """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
+        self._post("ip/set", asdict(settings), KVP_SECONDS)
+
     def _get(self, path: str, kind: type[Result], wait: float = 0.0) -> Result:
         return msgspec.json.decode(self._request("GET", path, None, wait), type=kind)
 
-    def _post(self, verb: str, body: dict[str, Any] | None = None) -> None:
-        self._request("POST", f"/v1/machine/{verb}", body, 0.0)
+    def _post(self, verb: str, body: dict[str, Any] | None = None, wait: float = 0.0) -> None:
+        self._request("POST", f"/v1/machine/{verb}", body, wait)
 
     def _request(self, method: str, path: str, body: object, wait: float) -> bytes:
         connection = _UnixConnection(str(self.directory.api_socket), ANSWER_SECONDS + wait)
@@ -119,6 +161,12 @@ class MachineClient:
         if response.status >= 400:
             raise HvHostError(_refusal(answer, response.status))
         return answer
+
+
+def _query(**parameters: str | None) -> str:
+    """A query of those parameters that are given."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return f"?{urlencode(given)}" if given else ""
 
 
 def _refusal(answer: bytes, status: int) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,6 +20,9 @@ import msgspec
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     HeartbeatStatus,
+    IpSettings,
+    KvpPool,
+    KvpRecord,
     MachineConfig,
     MachineEvent,
     MachineInfo,
@@ -38,6 +42,7 @@ KEPT_EVENTS = 10_000
 """Events a machine remembers."""
 
 _ANSWER_SECONDS = 30.0
+_KVP_SECONDS = 120.0
 _POLL_SECONDS = 0.02
 _EVENT_WAIT = 60.0
 _RECHECK_SECONDS = 1.0
@@ -210,6 +215,35 @@ class Machine:
         )
         return answer["seconds"]
 
+    async def time_sync(self) -> float:
+        """Have the guest set its clock to the host's now; seconds until its driver took it."""
+        return (await self._ask("POST", "/time/sync", dict[str, float]))["seconds"]
+
+    async def kvp_list(self, pool: KvpPool | str | None = None) -> list[KvpRecord]:
+        """All key-value pairs of *pool* (``"guest"``…), or of all pools."""
+        return await self._ask("GET", "/kvp", list[KvpRecord], _given(pool=pool), _KVP_SECONDS)
+
+    async def kvp_get(self, key: str, pool: KvpPool | str | None = None) -> str:
+        """The value of *key* in *pool*, or in the first pool that has it."""
+        query = _given(key=key, pool=pool)
+        return (await self._ask("GET", "/kvp/item", KvpRecord, query, _KVP_SECONDS)).value
+
+    async def kvp_set(self, key: str, value: str, pool: KvpPool | str = KvpPool.EXTERNAL) -> None:
+        """Add an item or change it; one of a host's pool is given again at every boot."""
+        await self._do("kvp/set", {"key": key, "value": value, "pool": pool}, _KVP_SECONDS)
+
+    async def kvp_delete(self, key: str, pool: KvpPool | str = KvpPool.EXTERNAL) -> None:
+        """Remove an item."""
+        await self._do("kvp/delete", {"key": key, "pool": pool}, _KVP_SECONDS)
+
+    async def ip_settings(self, adapter: str) -> IpSettings:
+        """The addresses of the guest's adapter with this MAC address."""
+        return await self._ask("GET", "/ip", IpSettings, _given(adapter=adapter), _KVP_SECONDS)
+
+    async def set_ip(self, settings: IpSettings) -> None:
+        """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
+        await self._do("ip/set", asdict(settings), _KVP_SECONDS)
+
     async def events(self, after: int = 0) -> AsyncIterator[MachineEvent]:
         """Events with a sequence above *after*, past ones first; ends when the machine stops.
 
@@ -328,28 +362,32 @@ class Machine:
         self._news = asyncio.Event()
 
     async def _events(self, after: int, wait: float) -> list[MachineEvent]:
-        path = f"/events?after={after}&timeout={wait}"
-        return await self._ask("GET", path, list[MachineEvent], wait=wait)
+        query = {"after": after, "timeout": wait}
+        return await self._ask("GET", "/events", list[MachineEvent], query, wait)
 
-    async def _do(self, verb: str, body: dict[str, Any] | None = None) -> None:
-        await self._send("POST", f"/{verb}", body, 0.0)
+    async def _do(self, verb: str, body: dict[str, Any] | None = None, wait: float = 0.0) -> None:
+        await self._send("POST", f"/{verb}", body, wait)
 
     async def _ask(
         self,
         method: str,
         path: str,
         kind: type[Result],
-        body: dict[str, Any] | None = None,
+        parameters: dict[str, Any] | None = None,
         wait: float = 0.0,
     ) -> Result:
-        return msgspec.json.decode(await self._send(method, path, body, wait), type=kind)
+        return msgspec.json.decode(await self._send(method, path, parameters, wait), type=kind)
 
     async def _send(
-        self, method: str, path: str, body: dict[str, Any] | None, wait: float
+        self, method: str, path: str, parameters: dict[str, Any] | None, wait: float
     ) -> bytes:
         try:
             response = await self._http.request(
-                method, f"/v1/machine{path}", json=body, timeout=_ANSWER_SECONDS + wait
+                method,
+                f"/v1/machine{path}",
+                params=parameters if method == "GET" else None,
+                json=None if method == "GET" else parameters,
+                timeout=_ANSWER_SECONDS + wait,
             )
         except httpx.TransportError as error:
             # A worker closes its API a moment before it ends.
@@ -371,6 +409,11 @@ class Machine:
                 )
             raise HvHostError(sentence)
         return response.content
+
+
+def _given(**parameters: str | None) -> dict[str, str]:
+    """The parameters that are not ``None``."""
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 async def _launch(config: MachineConfig) -> Worker:

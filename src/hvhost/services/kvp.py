@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from hvhost.errors import HvHostError
+from hvhost.machine.model import IpSettings, KvpPool
 from hvhost.services.integration import Conversation, ConversationState
 from hvhost.services.kvp_protocol import (
     HV_GUID_NOTFOUND,
@@ -26,9 +27,7 @@ from hvhost.services.kvp_protocol import (
     HV_S_CONT,
     KVP_OFFER,
     KVP_VERSIONS,
-    IpSettings,
     KvpItem,
-    KvpPool,
     set_message,
 )
 from hvhost.services.protocol import HV_E_FAIL, HV_S_OK, IcMessageType

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from typing import Annotated, Final
 
 from hvhost.errors import HvHostError, RemoteProtocolError
+from hvhost.machine.model import IpSettings, KvpPool
 from hvhost.services.protocol import IcVersion, integration_offer
 from hvhost.wire import U8, Record
 
@@ -46,29 +47,6 @@ class KvpOperation(IntEnum):
     SET_IP_INFO = 5
 
 
-class KvpPool(StrEnum):
-    """``enum hv_kvp_exchg_pool``, by names for people.
-
-    ``external``: what the host's administrator gives the guest. ``guest``: what the guest tells the
-    host. ``auto``: what the guest's daemon says of its system. ``auto-external``: what the host
-    says of itself. ``auto-internal``: kept by the guest for itself.
-    """
-
-    EXTERNAL = "external"
-    GUEST = "guest"
-    AUTO = "auto"
-    AUTO_EXTERNAL = "auto-external"
-    AUTO_INTERNAL = "auto-internal"
-
-    @property
-    def number(self) -> int:
-        """The pool's number, which is also in the name of the guest's file."""
-        return _POOLS.index(self)
-
-
-_POOLS = tuple(KvpPool)
-
-
 class RegistryType(IntEnum):
     """``value_type`` of an item."""
 
@@ -83,24 +61,6 @@ class KvpItem:
 
     key: str
     value: str
-
-
-@dataclass(frozen=True, slots=True)
-class IpSettings:
-    """Addresses of one adapter.
-
-    ``adapter`` is what names it: its MAC address (``00:15:5D:…``) when asking, its instance GUID
-    with braces when setting. ``family`` has bit 0 set for IPv4, bit 1 for IPv6. Lists are separated
-    by semicolons.
-    """
-
-    adapter: str
-    family: int = 0
-    dhcp: bool = False
-    addresses: str = ""
-    subnets: str = ""
-    gateways: str = ""
-    dns_servers: str = ""
 
 
 # hv_kvp_hdr, then the body: hv_kvp_msg_enumerate is the longest but for IP settings.

@@ -13,6 +13,9 @@ from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     ChannelInfo,
     HeartbeatStatus,
+    IpSettings,
+    KvpPool,
+    KvpRecord,
     MachineConfig,
     MachineEvent,
     MachineInfo,
@@ -34,6 +37,7 @@ class FakeMachine:
         self.boots = 1
         self.heartbeat = HeartbeatStatus.OK
         self.calls: list[str] = []
+        self.items: dict[tuple[KvpPool, str], str] = {}
         self.stopped = threading.Event()
         self.post("started")
 
@@ -117,6 +121,35 @@ class FakeMachine:
         if "no-heartbeat" in self._words:
             raise HvHostError("the guest has no heartbeat service; load hv_utils in it.")
         return [0.001] * count
+
+    def time_sync(self) -> float:
+        self.calls.append("time_sync")
+        return 0.0005
+
+    def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:
+        return [
+            KvpRecord(where, key, value)
+            for (where, key), value in self.items.items()
+            if pool in (None, where)
+        ]
+
+    def kvp_get(self, pool: KvpPool | None, key: str) -> KvpRecord:
+        for record in self.kvp_list(pool):
+            if record.key == key:
+                return record
+        raise HvHostError(f"The guest has no item {key!r}; list what it has.")
+
+    def kvp_set(self, pool: KvpPool, key: str, value: str) -> None:
+        self.items[pool, key] = value
+
+    def kvp_delete(self, pool: KvpPool, key: str) -> None:
+        del self.items[pool, key]
+
+    def ip_settings(self, adapter: str) -> IpSettings:
+        return IpSettings(adapter, 1, False, "192.0.2.7")
+
+    def set_ip(self, settings: IpSettings) -> None:
+        raise HvHostError(f"The guest did not configure adapter {settings.adapter}.")
 
 
 class SmallLoop:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hvhost.errors import HvHostError
+from hvhost.machine.model import IpSettings, KvpPool
 from hvhost.services import kvp_protocol as protocol
 from hvhost.services.kvp import (
     HOST_ITEMS_LIMIT,
@@ -17,7 +18,7 @@ from hvhost.services.kvp import (
     Kvp,
     KvpAnswer,
 )
-from hvhost.services.kvp_protocol import IpSettings, KvpItem, KvpOperation, KvpPool
+from hvhost.services.kvp_protocol import KvpItem, KvpOperation
 from hvhost.vmbus.channel import ChannelState
 from simulated.driver import GuestService, SimulatedGuest
 

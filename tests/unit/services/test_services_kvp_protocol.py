@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvhost.errors import HvHostError, RemoteProtocolError
+from hvhost.machine.model import IpSettings, KvpPool
 from hvhost.services import kvp_protocol as protocol
-from hvhost.services.kvp_protocol import IpSettings, KvpItem, KvpOperation, KvpPool
+from hvhost.services.kvp_protocol import KvpItem, KvpOperation
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 KEYS = TEXT.filter(lambda key: 0 < len(key.encode()) <= 500)
