@@ -388,15 +388,13 @@ class Connection:
         assert device is not None
         if self._program_finished and not self._program_gone and self._hung_up():
             self._forget_program()
-        if self._program_finished and not self._to_program:
+        if not self._to_program and (self._program_gone or self._told_finished):
             # Linux reads what is in the ring after the rescind, too.
-            if device.flushed and (self._program_gone or self._told_finished):
+            if self._program_finished and device.flushed:
                 self.end()
                 return
-            if self._guest_finished and not self._lingers:
-                self._lingers = True
-                later, linger = self._bridge.loop.call_later, self._bridge.linger_seconds
-                self._bridge.loop.call_soon_threadsafe(lambda: later(linger, self._give_up))
+            if self._guest_finished and (self._program_gone or self._program_finished):
+                self._linger()
         if self._program_gone:
             return  # the guest's signal of new room brings us back
         interest = (not self._program_finished and device.writable, bool(self._to_program))
@@ -405,6 +403,13 @@ class Connection:
             self._bridge.loop.watch(
                 self._stream.fileno(), self._ready, read=interest[0], write=interest[1]
             )
+
+    def _linger(self) -> None:
+        """Nobody but the guest could still want something, and it may never read again."""
+        if not self._lingers:
+            self._lingers = True
+            later, seconds = self._bridge.loop.call_later, self._bridge.linger_seconds
+            self._bridge.loop.call_soon_threadsafe(lambda: later(seconds, self._give_up))
 
     def _forget_program(self) -> None:
         """It closed its socket; not to be told of that again and again."""
