@@ -46,6 +46,7 @@ PING_SECONDS = 5.0
 HANG_SECONDS = 20.0
 KEEPER_PEER = 1
 FIRST_SESSION_PEER = 2
+MAXIMUM_PEER = 0xFFFE
 ALIGNMENT = 2 * MIB
 _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
@@ -150,6 +151,9 @@ class Keeper:
         self.free_vectors = list(range(layout.FIRST_FREE_VECTOR, layout.VECTORS))
         self.ready = False
         self.served = False
+        # No number is used twice: QEMU 7.2 to 10.0 frees what it keeps of a peer that left, and
+        # writes there again if one with the same number comes.
+        self.next_peer = FIRST_SESSION_PEER
         self.idle_since = time.monotonic()
         self.console = b""
         self.console_line = b""
@@ -314,6 +318,8 @@ class Keeper:
             free = [i for i in range(layout.MAXIMUM_SESSIONS) if i not in self.sessions]
             if not free or vectors > len(self.free_vectors):
                 raise HvHostError("the rig serves no more machines; stop one first.")
+            if self.next_peer > MAXIMUM_PEER:
+                raise HvHostError("the rig is worn out; stop all machines, then it starts anew.")
             session.memory_offset = self.memory.allocate(size)
         except HvHostError as error:
             self.tell(session, {"error": str(error)})
@@ -322,7 +328,7 @@ class Keeper:
             self.tell(session, {"error": f"the rig did not understand its client ({error!r})."})
             return
         session.index, session.memory_size = free[0], size
-        session.peer = FIRST_SESSION_PEER + session.index
+        session.peer, self.next_peer = self.next_peer, self.next_peer + 1
         session.vectors = [self.free_vectors.pop(0) for _ in range(vectors)]
         session.events = _events(layout.PEER_VECTORS)
         self.sessions[session.index] = session
