@@ -52,7 +52,7 @@ app.command()(version.version)
 def main() -> None:
     """Entry point; ends the process with 0, 1 (an error, in one sentence), 2 (usage) or 130."""
     try:
-        app()
+        app(prog_name="hvhost")
     except HvHostError as error:
         print(f"hvhost: {error}", file=sys.stderr)
         sys.exit(1)
