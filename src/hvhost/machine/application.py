@@ -23,12 +23,14 @@ from starlette.routing import Route
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
+    CopyProgress,
     IpSettings,
     KvpPool,
     KvpRecord,
     LiveMachine,
     MachineEvent,
     MachineInfo,
+    ServiceInfo,
     ShutdownAction,
 )
 
@@ -98,6 +100,31 @@ class AdapterQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str
 
 
+class CopyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the host, by its absolute path, and where it goes in the guest.
+
+    ``destination`` is a file, or a directory if it ends in a slash.
+    """
+
+    source: str
+    destination: str
+    create_path: bool = False
+    overwrite: bool = False
+
+
+class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Waits up to ``timeout`` seconds."""
+
+    timeout: Annotated[float, msgspec.Meta(ge=0, le=300, description="seconds to wait")] = 0.0
+
+
+class ServiceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A service and whether it is to be on."""
+
+    name: str
+    enabled: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """Seconds until the guest answered."""
@@ -153,6 +180,19 @@ def _kvp_set(machine: LiveMachine, request: KvpSetRequest) -> None:
 
 def _kvp_delete(machine: LiveMachine, request: KvpDeleteRequest) -> None:
     machine.kvp_delete(request.pool, request.key)
+
+
+def _copy_start(machine: LiveMachine, request: CopyRequest) -> CopyProgress:
+    return machine.copy_start(
+        request.source,
+        request.destination,
+        create_path=request.create_path,
+        overwrite=request.overwrite,
+    )
+
+
+def _set_service(machine: LiveMachine, request: ServiceRequest) -> None:
+    machine.set_service(request.name, request.enabled)
 
 
 ENDPOINTS = (
@@ -276,6 +316,47 @@ ENDPOINTS = (
         "Have the guest's key-value daemon configure an adapter, named by its instance GUID",
         lambda machine, settings: machine.set_ip(settings),
         IpSettings,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/copy",
+        "copy_start",
+        "Begin to copy a file of the host into the guest",
+        _copy_start,
+        CopyRequest,
+        CopyProgress,
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/copy",
+        "copy_progress",
+        "How far the last copy is, or wait for its end",
+        lambda machine, query: machine.copy_progress(query.timeout),
+        WaitQuery,
+        CopyProgress,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/copy/cancel",
+        "copy_cancel",
+        "Give up the copy under way",
+        lambda machine, _: machine.copy_cancel(),
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/services",
+        "services",
+        "The integration services, switched on or off",
+        lambda machine, _: machine.services(),
+        result=list[ServiceInfo],
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/services",
+        "set_service",
+        "Switch an integration service on or off",
+        _set_service,
+        ServiceRequest,
     ),
 )
 

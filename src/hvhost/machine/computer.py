@@ -42,6 +42,8 @@ from hvhost.vmbus.server import VmbusServer
 
 log = logging.getLogger(__name__)
 
+#: Channels whose signals KVM takes itself; a guest with hundreds of sockets has more channels.
+MAXIMUM_SIGNALS = 256
 RTC_PORTS = range(0x70, 0x72)
 SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 FIRST_SYNIC_GSI = 32
@@ -78,6 +80,9 @@ class BusPort:
         self.synics[vp].signal(sint, flag)
 
     def connect_signal(self, connection_id: int, channel: Channel) -> None:
+        if len(self._signals) >= MAXIMUM_SIGNALS:
+            return  # the signal arrives as a hypercall, which costs an exit
+
         def signalled() -> None:
             with self._lock:
                 if channel.process():

@@ -15,11 +15,13 @@ from hvhost.errors import HvHostError
 from hvhost.firmware.image import KernelImage
 from hvhost.kvm.transport import Transport
 from hvhost.machine.computer import Computer, Notices
+from hvhost.machine.copier import Copier
 from hvhost.machine.exchange import KvpExchange
 from hvhost.machine.host_items import host_items
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import (
     ChannelInfo,
+    CopyProgress,
     CrashReport,
     HeartbeatStatus,
     IpSettings,
@@ -29,13 +31,17 @@ from hvhost.machine.model import (
     MachineEvent,
     MachineInfo,
     MachineState,
+    ServiceInfo,
     ShutdownAction,
 )
+from hvhost.services.filecopy import FileCopy
 from hvhost.services.heartbeat import INTERVAL, Heartbeat
 from hvhost.services.kvp import Kvp
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync, read_clocks
 from hvhost.services.timesync_protocol import TimeSample
+from hvhost.sockets.bridge import SocketBridge
+from hvhost.vmbus.channel import Channel, ChannelState
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,9 @@ MAXIMUM_EVENTS = 10_000
 _MEASURE_SECONDS = 120.0
 _TIME_SYNC_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
+_GONE = (ChannelState.RESCINDED, ChannelState.RELEASED)
+_SOCKETS = "sockets"
+_Service = Heartbeat | Shutdown | TimeSync | Kvp | FileCopy
 
 
 class Machine:
@@ -55,12 +64,14 @@ class Machine:
         connect: Callable[[], Transport],
         loop: Loop,
         serial_sinks: list[Callable[[bytes], None]],
+        sockets: SocketBridge | None = None,
     ) -> None:
         self._config = config
         self._kernel = kernel
         self._connect = connect
         self._loop = loop
         self._serial_sinks = serial_sinks
+        self._sockets = sockets
         self._born = time.monotonic()
         self._state = MachineState.STARTING
         self._events: deque[MachineEvent] = deque(maxlen=MAXIMUM_EVENTS)
@@ -76,6 +87,9 @@ class Machine:
         self._shutdown = Shutdown()
         self._timesync = TimeSync(self._read_clocks)
         self._kvp = Kvp(host_items(config.name))
+        self._file_copy = FileCopy()
+        self._copier = Copier(self._file_copy)
+        self._switched_off: set[str] = set()
         self._os_id = 0
 
     # --- life; on the loop's thread --------------------------------------------------------------
@@ -111,7 +125,7 @@ class Machine:
                 self._kernel,
                 transport,
                 self._loop,
-                [self._heartbeat, self._shutdown, self._timesync, self._kvp],
+                [each for each in self._services if each.offer.name not in self._switched_off],
                 self._serial_sinks,
                 notices,
             )
@@ -124,6 +138,8 @@ class Machine:
         self._state = MachineState.RUNNING
         self._event("started", f"boot {self._boots}")
         computer = self._computer
+        if self._sockets is not None:
+            self._sockets.attach(computer.bus, computer.lock)
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         self._computer.start()
 
@@ -141,10 +157,13 @@ class Machine:
             self._heartbeat.tick(now)
             self._timesync.tick(now)
             self._kvp.tick(now)
+            self._file_copy.tick(now)
         computer.tick()
 
     def _power_down(self) -> None:
         computer, self._computer = self._computer, None
+        if self._sockets is not None:
+            self._sockets.detach()
         if computer is not None:
             computer.close()
 
@@ -236,6 +255,7 @@ class Machine:
                 shutdown_ready=self._shutdown.ready,
                 timesync_ready=self._timesync.ready,
                 kvp_ready=self._kvp.ready,
+                file_copy_ready=self._file_copy.ready,
                 channels=tuple(
                     ChannelInfo(
                         channel.channel_id,
@@ -344,9 +364,78 @@ class Machine:
     def set_ip(self, settings: IpSettings) -> None:
         self._exchange().set_ip(settings)
 
+    def copy_start(
+        self, source: str, destination: str, *, create_path: bool, overwrite: bool
+    ) -> CopyProgress:
+        return self._copier.start(
+            self._running().lock,
+            source,
+            destination,
+            create_path=create_path,
+            overwrite=overwrite,
+        )
+
+    def copy_progress(self, timeout: float) -> CopyProgress:
+        return self._copier.progress(timeout)
+
+    def copy_cancel(self) -> None:
+        self._copier.cancel(self._running().lock)
+
+    @property
+    def _services(self) -> tuple[_Service, ...]:
+        return (self._heartbeat, self._shutdown, self._timesync, self._kvp, self._file_copy)
+
+    def services(self) -> list[ServiceInfo]:
+        computer = self._running()
+        with computer.lock:
+            found = []
+            for service in self._services:
+                channel = _channel_of(computer, service)
+                found.append(
+                    ServiceInfo(
+                        service.offer.name,
+                        channel is not None,
+                        None if channel is None else channel.state.value,
+                        service.ready,
+                    )
+                )
+            if self._sockets is not None:
+                connections = len(self._sockets.connections)
+                found.append(ServiceInfo(_SOCKETS, self._sockets.enabled, None, connections > 0))
+            return found
+
+    def set_service(self, name: str, enabled: bool) -> None:
+        computer = self._running()
+        with computer.lock:
+            if name == _SOCKETS and self._sockets is not None:
+                self._sockets.enabled = enabled
+                return
+            for service in self._services:
+                if service.offer.name == name:
+                    break
+            else:
+                names = ", ".join(each.name for each in self.services())
+                raise HvHostError(f"There is no service {name!r}; there are {names}.")
+            channel = _channel_of(computer, service)
+            if enabled:
+                self._switched_off.discard(name)
+                if channel is None:
+                    computer.bus.add_device(service)
+            else:
+                self._switched_off.add(name)
+                if channel is not None:
+                    computer.bus.remove_device(channel)
+
     def serial_input(self, index: int, data: bytes) -> None:
         """Bytes typed at a serial port; what the guest has no room for is lost, as on a wire."""
         computer = self._computer
         if computer is not None and index < len(computer.uarts):
             with computer.lock:
                 computer.uarts[index].feed(data)
+
+
+def _channel_of(computer: Computer, service: _Service) -> Channel | None:
+    for channel in computer.bus.channels:
+        if channel.device is service and channel.state not in _GONE:
+            return channel
+    return None

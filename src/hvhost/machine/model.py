@@ -84,6 +84,40 @@ class IpSettings:
     dns_servers: str = ""
 
 
+class CopyState(StrEnum):
+    """A file copy is under way, or ended."""
+
+    COPYING = "copying"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyProgress:
+    """A file copied into the guest: sizes in bytes, ``error`` says why it failed."""
+
+    source: str
+    destination: str
+    size: int
+    copied: int = 0
+    seconds: float = 0.0
+    state: CopyState = CopyState.COPYING
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """An integration service; ``state`` is its channel's, ``ready``: the guest's driver is there.
+
+    Sockets have channels only while somebody is connected.
+    """
+
+    name: str
+    enabled: bool
+    state: str | None
+    ready: bool
+
+
 class Transport(StrEnum):
     """Which KVM runs the virtual processors."""
 
@@ -152,6 +186,7 @@ class MachineInfo:
     shutdown_ready: bool = False
     timesync_ready: bool = False
     kvp_ready: bool = False
+    file_copy_ready: bool = False
     crash: CrashReport | None = None
     channels: tuple[ChannelInfo, ...] = ()
     exits: dict[str, int] = field(default_factory=dict)
@@ -239,4 +274,26 @@ class LiveMachine(Protocol):
 
     def set_ip(self, settings: IpSettings) -> None:
         """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
+        ...
+
+    def copy_start(
+        self, source: str, destination: str, *, create_path: bool, overwrite: bool
+    ) -> CopyProgress:
+        """Begin to copy the host's file *source* into the guest; one copy at a time."""
+        ...
+
+    def copy_progress(self, timeout: float) -> CopyProgress:
+        """How far the last copy is; waits up to *timeout* seconds for its end."""
+        ...
+
+    def copy_cancel(self) -> None:
+        """Give the copy under way up, if there is one."""
+        ...
+
+    def services(self) -> list[ServiceInfo]:
+        """The integration services, switched on or off."""
+        ...
+
+    def set_service(self, name: str, enabled: bool) -> None:
+        """Switch a service on or off; the guest's driver binds or unbinds."""
         ...

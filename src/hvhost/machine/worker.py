@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from hvhost.machine.loop import Loop
 from hvhost.machine.machine import Machine
 from hvhost.machine.model import MachineConfig, Transport
 from hvhost.machine.serial import CONSOLE_SCROLLBACK, SerialSocket
+from hvhost.sockets.bridge import SocketBridge
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,13 @@ def _stopped_early(number: int, frame: object) -> None:
 def _on_stop_signals(handler: Callable[[int, FrameType | None], object]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handler)
+
+
+def _allow_many_descriptors() -> None:
+    """Every socket connection of the guest is one, and one more for its signals."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run(config_file: Path) -> None:
@@ -66,11 +75,16 @@ def run(config_file: Path) -> None:
     def connect_kvm() -> KvmTransport:
         return connect(config, lambda text: log.info("%s", text))
 
-    machine = Machine(config, kernel, connect_kvm, loop, [serial.write for serial in serials])
+    _allow_many_descriptors()
+    sockets = SocketBridge(directory, loop)
+    machine = Machine(
+        config, kernel, connect_kvm, loop, [serial.write for serial in serials], sockets
+    )
     machines.append(machine)
     api = ApiServer(machine, directory / "api.sock")
     try:
         machine.power_on()
+        sockets.open()
         _on_stop_signals(lambda *_: machine.force_stop())
         api.start()
         loop.run()
@@ -78,6 +92,7 @@ def run(config_file: Path) -> None:
         _on_stop_signals(lambda *_: None)  # we are leaving already
         machine.close()
         api.close()
+        sockets.close()
         for serial in serials:
             serial.close()
     if machine.error is not None:

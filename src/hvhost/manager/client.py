@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -16,14 +19,21 @@ import msgspec
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
+    CopyProgress,
+    CopyState,
     IpSettings,
     KvpPool,
     KvpRecord,
     MachineEvent,
     MachineInfo,
+    ServiceInfo,
     ShutdownAction,
 )
 from hvhost.manager.directory import MachineDirectory, running_directory
+from hvhost.sockets.client import connect
+from hvhost.sockets.protocol import Service
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -32,6 +42,12 @@ ANSWER_SECONDS = 30.0
 
 KVP_SECONDS = 120.0
 """How much longer it may take when it waits for the guest's key-value daemon."""
+
+COPY_LOOK_SECONDS = 0.2
+"""How often a copy's progress is looked at."""
+
+COPY_CANCEL_SECONDS = 50.0
+"""How long the guest may take to give a copy up."""
 
 ENDING_SECONDS = 3.0
 """How long a worker may live on after its API."""
@@ -129,6 +145,65 @@ class MachineClient:
     def set_ip(self, settings: IpSettings) -> None:
         """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
         self._post("ip/set", asdict(settings), KVP_SECONDS)
+
+    def connect(self, service: Service, timeout: float = 30.0) -> socket.socket:
+        """A socket connected to *service* of the guest: a port number or a GUID."""
+        return connect(self.directory.path, service, timeout)
+
+    def copy_start(
+        self, source: Path, destination: str, *, create_path: bool = False, overwrite: bool = False
+    ) -> CopyProgress:
+        """Begin to copy *source* to *destination* in the guest, a directory if it ends in ``/``."""
+        body = {
+            "source": str(source.absolute()),
+            "destination": destination,
+            "create_path": create_path,
+            "overwrite": overwrite,
+        }
+        answer = self._request("POST", "/v1/machine/copy", body, 0.0)
+        return msgspec.json.decode(answer, type=CopyProgress)
+
+    def copy_progress(self, timeout: float = 0.0) -> CopyProgress:
+        """How far the last copy is; waits up to *timeout* seconds for its end."""
+        return self._get(f"/v1/machine/copy?timeout={timeout}", CopyProgress, timeout)
+
+    def copy_cancel(self) -> None:
+        """Give the copy under way up; :meth:`copy_progress` tells when that is done."""
+        self._post("copy/cancel")
+
+    def copy(
+        self,
+        source: Path,
+        destination: str,
+        *,
+        create_path: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[CopyProgress], None] = lambda progress: None,
+    ) -> CopyProgress:
+        """Copy *source* into the guest; cancelled if this is interrupted, also by *watch*."""
+        progress = self.copy_start(
+            source, destination, create_path=create_path, overwrite=overwrite
+        )
+        try:
+            while progress.state is CopyState.COPYING:
+                watch(progress)
+                progress = self.copy_progress(COPY_LOOK_SECONDS)
+        except BaseException:
+            self.copy_cancel()
+            progress = self.copy_progress(COPY_CANCEL_SECONDS)
+            logger.info("%s", progress.error)
+            raise
+        if progress.error is not None:
+            raise HvHostError(progress.error)
+        return progress
+
+    def services(self) -> list[ServiceInfo]:
+        """The integration services, switched on or off."""
+        return self._get("/v1/machine/services", list[ServiceInfo])
+
+    def set_service(self, name: str, enabled: bool) -> None:
+        """Switch a service on or off; the guest's driver binds or unbinds."""
+        self._post("services", {"name": name, "enabled": enabled})
 
     def _get(self, path: str, kind: type[Result], wait: float = 0.0) -> Result:
         return msgspec.json.decode(self._request("GET", path, None, wait), type=kind)

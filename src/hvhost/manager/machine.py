@@ -8,7 +8,7 @@ import logging
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,8 @@ import msgspec
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
+    CopyProgress,
+    CopyState,
     HeartbeatStatus,
     IpSettings,
     KvpPool,
@@ -26,6 +28,7 @@ from hvhost.machine.model import (
     MachineConfig,
     MachineEvent,
     MachineInfo,
+    ServiceInfo,
     ShutdownAction,
     Transport,
 )
@@ -33,6 +36,8 @@ from hvhost.manager.console import Console
 from hvhost.manager.definition import define, define_guest
 from hvhost.manager.directory import MachineDirectory, NameState, running_directory
 from hvhost.manager.launcher import Worker, launch
+from hvhost.sockets.protocol import Service
+from hvhost.sockets.streams import Listener, Serve, open_connection
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ KEPT_EVENTS = 10_000
 
 _ANSWER_SECONDS = 30.0
 _KVP_SECONDS = 120.0
+_COPY_LOOK_SECONDS = 0.2
 _POLL_SECONDS = 0.02
 _EVENT_WAIT = 60.0
 _RECHECK_SECONDS = 1.0
@@ -243,6 +249,60 @@ class Machine:
     async def set_ip(self, settings: IpSettings) -> None:
         """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
         await self._do("ip/set", asdict(settings), _KVP_SECONDS)
+
+    async def open_connection(
+        self, service: Service, timeout: float = 30.0
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to *service* of the guest: a port number (AF_VSOCK) or a GUID."""
+        return await open_connection(self._directory.path, service, timeout)
+
+    async def listen(self, service: Service, serve: Serve) -> Listener:
+        """Have *serve* called with reader and writer for each connection the guest makes.
+
+        *service* is a port number or a GUID; ends with the ``async with`` block of the result.
+        """
+        return await Listener.start(self._directory.path, service, serve)
+
+    async def copy(
+        self,
+        source: str | Path,
+        destination: str,
+        *,
+        create_path: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[CopyProgress], None] = lambda progress: None,
+    ) -> CopyProgress:
+        """Copy the file *source* to *destination* in the guest, a directory if it ends in ``/``.
+
+        *watch* sees the progress now and then. Given up if this is cancelled.
+        """
+        body = {
+            "source": str(Path(source).absolute()),
+            "destination": destination,
+            "create_path": create_path,
+            "overwrite": overwrite,
+        }
+        progress = await self._ask("POST", "/copy", CopyProgress, body)
+        try:
+            while progress.state is CopyState.COPYING:
+                watch(progress)
+                progress = await self._ask(
+                    "GET", "/copy", CopyProgress, {"timeout": _COPY_LOOK_SECONDS}
+                )
+        except BaseException:
+            await asyncio.shield(self._do("copy/cancel"))
+            raise
+        if progress.error is not None:
+            raise HvHostError(progress.error)
+        return progress
+
+    async def services(self) -> list[ServiceInfo]:
+        """The integration services, switched on or off."""
+        return await self._ask("GET", "/services", list[ServiceInfo])
+
+    async def set_service(self, name: str, enabled: bool) -> None:
+        """Switch a service on or off; the guest's driver binds or unbinds."""
+        await self._do("services", {"name": name, "enabled": enabled})
 
     async def events(self, after: int = 0) -> AsyncIterator[MachineEvent]:
         """Events with a sequence above *after*, past ones first; ends when the machine stops.

@@ -96,6 +96,15 @@ def connect_line(service: uuid.UUID) -> bytes:
     return f"CONNECT {service if port is None else port}\n".encode()
 
 
+def parse_answer(line: bytes) -> None:
+    """:class:`HvHostError` with the reason unless *line* answers a connect line with ``OK``."""
+    if not line.startswith(b"OK "):
+        word, _, reason = line.decode("utf-8", "replace").strip().partition(" ")
+        if word != "REFUSED":
+            reason = "the machine went away."
+        raise HvHostError(f"The connection to the guest was refused: {reason}")
+
+
 def parse_connect_line(line: bytes) -> uuid.UUID:
     """The service a connect line (without its end) asks for; :class:`HvHostError` for others."""
     word, _, rest = line.partition(b" ")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     ChannelInfo,
+    CopyProgress,
+    CopyState,
     HeartbeatStatus,
     IpSettings,
     KvpPool,
@@ -20,6 +22,7 @@ from hvhost.machine.model import (
     MachineEvent,
     MachineInfo,
     MachineState,
+    ServiceInfo,
     ShutdownAction,
 )
 
@@ -38,6 +41,8 @@ class FakeMachine:
         self.heartbeat = HeartbeatStatus.OK
         self.calls: list[str] = []
         self.items: dict[tuple[KvpPool, str], str] = {}
+        self.copied: CopyProgress | None = None
+        self.switched_off: set[str] = set()
         self.stopped = threading.Event()
         self.post("started")
 
@@ -150,6 +155,56 @@ class FakeMachine:
 
     def set_ip(self, settings: IpSettings) -> None:
         raise HvHostError(f"The guest did not configure adapter {settings.adapter}.")
+
+    def copy_start(
+        self, source: str, destination: str, *, create_path: bool, overwrite: bool
+    ) -> CopyProgress:
+        self.calls.append(f"copy {source} {destination} {create_path} {overwrite}")
+        if "no-copy" in self._words:
+            raise HvHostError("The guest takes no files; install hyperv-daemons in it.")
+        state = CopyState.COPYING if "slow-copy" in self._words else CopyState.DONE
+        error = "The guest's disk became full." if "full" in self._words else None
+        self.copied = CopyProgress(source, destination, 1000, 600, 2.0, state)
+        if state is CopyState.DONE:
+            self.copied = CopyProgress(
+                source, destination, 1000, 1000, 2.0, CopyState.FAILED if error else state, error
+            )
+        return self.copied
+
+    def copy_progress(self, timeout: float) -> CopyProgress:
+        if self.copied is None:
+            raise HvHostError("Nothing has been copied into this guest yet; copy a file first.")
+        return self.copied
+
+    def copy_cancel(self) -> None:
+        self.calls.append("copy_cancel")
+        assert self.copied is not None
+        self.copied = CopyProgress(
+            self.copied.source,
+            self.copied.destination,
+            1000,
+            600,
+            2.0,
+            CopyState.FAILED,
+            "The copy was cancelled after 600 of 1000 bytes.",
+        )
+
+    def services(self) -> list[ServiceInfo]:
+        names = ("heartbeat", "file-copy", "sockets")
+        return [
+            ServiceInfo(
+                name,
+                name not in self.switched_off,
+                None if name == "sockets" or name in self.switched_off else "open",
+                name not in self.switched_off,
+            )
+            for name in names
+        ]
+
+    def set_service(self, name: str, enabled: bool) -> None:
+        if name not in ("heartbeat", "file-copy", "sockets"):
+            raise HvHostError(f"There is no service {name!r}; there are heartbeat, file-copy.")
+        (self.switched_off.discard if enabled else self.switched_off.add)(name)
 
 
 class SmallLoop:
