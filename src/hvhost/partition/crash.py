@@ -20,16 +20,22 @@ HV_X64_MSR_CRASH_CTL = 0x40000105
 CRASH_MSR_COUNT = 6
 HV_CRASH_CTL_CRASH_NOTIFY_MSG = 1 << 62
 HV_CRASH_CTL_CRASH_NOTIFY = 1 << 63
+MAXIMUM_REPORTS = 16
 _MAXIMUM_TEXT = 4096
 
 
 class CrashRegisters:
-    """P0..P4 and the control register; *report* is called when the guest says it crashed."""
+    """P0..P4 and the control register; *report* is called when the guest says it crashed.
+
+    A report's ``seconds`` count from here. A guest that crashes ever again is not listened to
+    after :data:`MAXIMUM_REPORTS` times: each report is kept, with up to 4096 bytes of text.
+    """
 
     def __init__(self, memory: GuestMemory, report: Callable[[CrashReport], None]) -> None:
         self._memory = memory
         self._report = report
         self._parameters = [0] * 5
+        self._reports = 0
         self._born = time.monotonic()
 
     def read(self, msr: int) -> int | None:
@@ -47,7 +53,8 @@ class CrashRegisters:
             return True
         if msr != HV_X64_MSR_CRASH_CTL:
             return False
-        if value & HV_CRASH_CTL_CRASH_NOTIFY:
+        if value & HV_CRASH_CTL_CRASH_NOTIFY and self._reports < MAXIMUM_REPORTS:
+            self._reports += 1
             self._report(
                 CrashReport(
                     tuple(self._parameters),

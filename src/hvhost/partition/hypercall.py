@@ -46,7 +46,11 @@ class PostMessageInput(Record):
 
 
 class Hypercalls:
-    """Decodes what ``KVM_EXIT_HYPERV_HCALL`` brings and calls the bus."""
+    """Decodes what ``KVM_EXIT_HYPERV_HCALL`` brings and calls the bus.
+
+    *post_message* takes a connection id and a payload of up to 240 bytes, *signal_event* a
+    connection id; both return an ``HV_STATUS``.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,8 @@ class Hypercalls:
                 return self._post(value, parameter)
             if code == HypercallCode.SIGNAL_EVENT:
                 if not value & FAST:
+                    if parameter & 7:
+                        return HypercallStatus.INVALID_ALIGNMENT
                     parameter = self._memory.load32(parameter)
                 return self._signal_event(parameter & _CONNECTION_ID_MASK)
         except GuestMemoryError:

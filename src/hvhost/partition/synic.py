@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hvhost.errors import GuestMemoryError
+from hvhost.errors import GuestMemoryError, LocalProtocolError
 from hvhost.partition.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 HV_MESSAGE_SIZE = 256
 HV_MESSAGE_PAYLOAD_BYTE_COUNT = 240
 HV_EVENT_FLAGS_BYTE_COUNT = 256
+HV_SYNIC_SINT_COUNT = 16
 HV_MESSAGE_FLAG_PENDING = 0x01
 VMBUS_MESSAGE_SINT = 2
+MAXIMUM_WARNINGS = 100  # of one VP and boot: a guest must not fill the log
 _ENABLED = 1
 _PAGE = ~0xFFF
 _MAXIMUM_QUEUED = 4096
@@ -47,11 +49,15 @@ class SynicState:
 
 
 class Synic:
-    """One VP's message and event-flag pages for :data:`VMBUS_MESSAGE_SINT`."""
+    """One VP's message and event-flag pages for :data:`VMBUS_MESSAGE_SINT`.
+
+    The caller holds the machine's lock. A page that is not in RAM is a log line, never an error.
+    """
 
     def __init__(self, memory: GuestMemory, vp: int, message_line: Line, event_line: Line) -> None:
         self.state = SynicState()
         self.vp = vp
+        self._warnings = 0
         self._memory = memory
         self._message_line = message_line
         self._event_line = event_line
@@ -64,11 +70,16 @@ class Synic:
         self.deliver()
 
     def post(self, message_type: int, payload: bytes) -> None:
-        """Queue a message ([TLFS] 11.8.2) and deliver it when its slot is free."""
-        if len(self.state.queue) >= _MAXIMUM_QUEUED:
-            log.warning(
-                "VP %d takes no messages: message of type %d dropped", self.vp, message_type
+        """Queue a message ([TLFS] 11.8.2) and deliver it when its slot is free.
+
+        :class:`LocalProtocolError` for a payload above 240 bytes.
+        """
+        if len(payload) > HV_MESSAGE_PAYLOAD_BYTE_COUNT:
+            raise LocalProtocolError(
+                f"a SynIC message cannot carry {len(payload)} bytes; split it."
             )
+        if len(self.state.queue) >= _MAXIMUM_QUEUED:
+            self._warn(f"takes no messages: message of type {message_type} dropped")
             return
         self.state.queue.append((message_type, payload))
         self.deliver()
@@ -93,12 +104,14 @@ class Synic:
             memory.store32(slot, message_type)  # last: this is what the guest polls
         except GuestMemoryError as error:
             queue.clear()
-            log.warning("VP %d: message page: %s", self.vp, error)
+            self._warn(f"message page: {error}")
             return
         self._message_line.trigger()
 
     def signal(self, sint: int, flag: int) -> None:
-        """Set an event flag ([TLFS] 11.8.3) and raise the interrupt."""
+        """Set event flag *flag* (0..2047) of *sint* ([TLFS] 11.8.3) and raise the interrupt."""
+        if not 0 <= sint < HV_SYNIC_SINT_COUNT or not 0 <= flag < 8 * HV_EVENT_FLAGS_BYTE_COUNT:
+            raise LocalProtocolError(f"SINT {sint} has no event flag {flag}; use 0 to 2047.")
         page = self.state.event_flags_page
         if not page & _ENABLED:
             return
@@ -108,9 +121,14 @@ class Synic:
             # flag, it never loses one.
             self._memory.view(address, 1)[0] |= 1 << (flag & 7)
         except GuestMemoryError as error:
-            log.warning("VP %d: event flags page: %s", self.vp, error)
+            self._warn(f"event flags page: {error}")
             return
         self._event_line.trigger()
+
+    def _warn(self, what: str) -> None:
+        self._warnings += 1
+        if self._warnings <= MAXIMUM_WARNINGS:
+            log.warning("VP %d: %s", self.vp, what)
 
     def reset(self) -> None:
         """As after power-on."""
