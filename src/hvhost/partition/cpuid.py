@@ -194,6 +194,7 @@ _LEAF1_EDX_HTT = 1 << 28
 _EXTENDED1_ECX_CMP_LEGACY = 1 << 1
 _EXTENDED1_ECX_SVM = 1 << 2
 _EXTENDED1_ECX_TOPOLOGY_EXTENSIONS = 1 << 22
+_LEAF_POWER, _POWER_EDX_INVARIANT_TSC = 0x80000007, 1 << 8
 _LEAF_SVM, _LEAF_XSAVE, _LEAF_SGX = 0x8000000A, 0xD, 0x12
 _LEAF_TOPOLOGY, _LEAF_TOPOLOGY_V2, _LEAF_AMD_TOPOLOGY_V2 = 0xB, 0x1F, 0x80000026
 
@@ -246,7 +247,11 @@ def build_cpuid(
             entries.append(adapted)
     if max_leaf >= _LEAF_TOPOLOGY:
         entries += _topology(vp_index, processors)
-    entries += _hypervisor_leaves(hyperv, processors, extended_hypercalls)
+    invariant_tsc = any(
+        entry.function == _LEAF_POWER and entry.edx & _POWER_EDX_INVARIANT_TSC
+        for entry in supported
+    )
+    entries += _hypervisor_leaves(hyperv, processors, extended_hypercalls, invariant_tsc)
     return entries
 
 
@@ -346,7 +351,10 @@ def _topology(vp_index: int, processors: int) -> list[CpuidEntry]:
 
 
 def _hypervisor_leaves(
-    hyperv: Sequence[CpuidEntry], processors: int, extended_hypercalls: bool
+    hyperv: Sequence[CpuidEntry],
+    processors: int,
+    extended_hypercalls: bool,
+    invariant_tsc: bool,
 ) -> list[CpuidEntry]:
     given = {entry.function: entry for entry in hyperv}
     none = CpuidEntry(0)
@@ -361,6 +369,10 @@ def _hypervisor_leaves(
     allowed = GUEST_PRIVILEGES
     if extended_hypercalls:
         allowed |= HvPartitionPrivilege.ENABLE_EXTENDED_HYPERCALLS
+    if not invariant_tsc:
+        # KVM offers the control everywhere; with it Linux would trust a TSC that may change its
+        # rate, and keep time by it instead of by the reference TSC page.
+        allowed &= ~HvPartitionPrivilege.ACCESS_TSC_INVARIANT_CONTROLS
     privileges = int(offered & allowed)
     recommendations = given.get(HypervisorLeaf.ENLIGHTENMENT_INFORMATION, none)
     limits = given.get(HypervisorLeaf.IMPLEMENTATION_LIMITS, none)

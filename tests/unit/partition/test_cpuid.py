@@ -24,6 +24,7 @@ def vendor(name: bytes, max_leaf: int = 0x1F) -> CpuidEntry:
     return CpuidEntry(0, eax=max_leaf, ebx=ebx, ecx=ecx, edx=edx)
 
 
+INVARIANT_TSC = CpuidEntry(0x80000007, edx=1 << 8)
 INTEL, AMD = vendor(b"GenuineIntel"), vendor(b"AuthenticAMD", 0xD)
 # What KVM of Linux 6.1 offers, debugging and nested virtualization included.
 KVM_HYPERV = [
@@ -66,7 +67,7 @@ def everything(function: int, index: int = 0, flags: int = 0) -> CpuidEntry:
 
 
 def features(given: CpuidEntry) -> dict[tuple[int, int], CpuidEntry]:
-    return build([INTEL], [given])
+    return build([INTEL, INVARIANT_TSC], [given])
 
 
 def test_the_hypervisor_is_hyper_v() -> None:
@@ -106,6 +107,18 @@ def test_a_guest_is_neither_root_nor_confidential_nor_debuggable() -> None:
     assert not leaf.edx & (HvFeature.MWAIT_AVAILABLE | HvFeature.GUEST_IDLE_AVAILABLE)
     assert privileges & HvPartitionPrivilege.ACCESS_TSC_INVARIANT_CONTROLS
     assert leaf.edx & HvFeature.USE_DIRECT_SYNTHETIC_TIMERS
+
+
+def test_only_an_invariant_tsc_is_called_one() -> None:
+    given = [everything(0x40000003)]
+    for leaves, called in (
+        ([INTEL], False),
+        ([INTEL, CpuidEntry(0x80000007, edx=ONES & ~(1 << 8))], False),
+        ([INTEL, INVARIANT_TSC], True),
+    ):
+        privileges = build(leaves, given)[0x40000003, 0].eax
+        offered = privileges & HvPartitionPrivilege.ACCESS_TSC_INVARIANT_CONTROLS
+        assert bool(offered) is called
 
 
 def test_extended_hypercalls_need_kvm_and_somebody_to_answer() -> None:
