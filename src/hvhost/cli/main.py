@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hvhost.cli import doctor, kvp, machines, rig, run, time, verify, version
+from hvhost.cli import doctor, kvp, machines, rig, run, services, time, verify, version
 from hvhost.errors import HvHostError
 
 HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
@@ -42,6 +42,9 @@ app.command()(machines.console)
 app.command()(machines.stop)
 app.command()(machines.restart)
 app.command()(machines.nmi)
+app.command("exec")(services.execute)
+app.command()(services.copy)
+app.command()(services.services)
 app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
 app.command()(doctor.doctor)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 from rich import box
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hvhost.machine.model import MachineInfo
+from hvhost.machine.model import CopyProgress, MachineInfo, ServiceInfo
 from hvhost.manager.control import Listing
 from hvhost.manager.doctor import Diagnosis
 from hvhost.units import format_size
@@ -20,6 +21,8 @@ _PIPE_WIDTH = 200
 
 _STYLES = {
     "running": "green",
+    "on": "green",
+    "off": "yellow",
     "ok": "green",
     "starting": "yellow",
     "paused": "yellow",
@@ -177,3 +180,52 @@ def print_fields(value: object) -> None:
     for label, field in msgspec.to_builtins(value).items():
         grid.add_row(Text(label.replace("_", " "), "dim"), Text(str(field)))
     print_renderable(grid)
+
+
+@contextmanager
+def copy_progress(label: str) -> Iterator[Callable[[CopyProgress], None]]:
+    """A bar on standard error, where that is a terminal, fed with what is yielded."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(Text(label).plain, total=None)
+        yield lambda progress: bar.update(task, completed=progress.copied, total=progress.size)
+
+
+def print_copied(progress: CopyProgress) -> None:
+    """The line under a finished ``hvhost copy``."""
+    rate = format_size(round(progress.size / progress.seconds)) if progress.seconds else "many"
+    print(
+        f"Copied {format_size(progress.size)} to {progress.destination}"
+        f" in {_duration(progress.seconds)} ({rate}/s)."
+    )
+
+
+def print_services(services: Iterable[ServiceInfo]) -> None:
+    """The table of ``hvhost services``."""
+    rows = table("SERVICE", "SWITCHED", "CHANNEL", "GUEST")
+    for each in services:
+        rows.add_row(
+            each.name,
+            state("on" if each.enabled else "off"),
+            Text(each.state or ""),
+            "ready" if each.ready else "",
+        )
+    print_renderable(rows)

@@ -65,6 +65,7 @@ _INITTAB = """\
 ::sysinit:/etc/rcS
 ::once:/etc/load-drivers
 ::respawn:/sbin/hvhost-probe /dev/ttyS1
+::respawn:/sbin/hvhost-probe sockets
 {shell}::ctrlaltdel:/sbin/reboot
 ::shutdown:/etc/rcK
 """

@@ -2,6 +2,9 @@
  * The probe: a small static program that runs inside a guest and does what the host asks.
  *
  *   hvhost-probe TTY       serve requests on a serial port, or on a pair of descriptors ("-")
+ *   hvhost-probe sockets   serve requests on Hyper-V sockets, each connection by itself
+ *   hvhost-probe listen PORT    send back what comes over Hyper-V sockets, for tests
+ *   hvhost-probe connect PORT   connect standard input and output to the host, for tests
  *   hvhost-probe hotplug   load drivers for devices that are there or come later, and start the
  *                          distribution's Hyper-V daemons when their device nodes appear
  *
@@ -28,11 +31,13 @@
 #include <time.h>
 #include <unistd.h>
 #include <linux/netlink.h>
+#include <linux/vm_sockets.h>
 
 enum {
 	FRAME_MAX = 4096,   /* payload bytes of one frame, either direction */
 	CHUNK = 3072,       /* output bytes sent in one frame */
 	HEADER = 5,         /* type, request id */
+	SOCKET_PORT = 26742,  /* "hv"; PROBE_PORT in probe.py */
 };
 
 enum { PING = 'P', EXEC = 'X', READ = 'R', WRITE = 'W' };
@@ -46,6 +51,7 @@ static uint8_t pending[FRAME_MAX + 1];  /* a request that ended the running comm
 static size_t pending_size;
 static uint8_t input[4096];
 static size_t input_size, input_next;
+static pid_t running;  /* the command, while there is one */
 
 static uint32_t get32(const uint8_t *p)
 {
@@ -175,8 +181,11 @@ static int receive(void)
 		ssize_t n = read(in_fd, input, sizeof input);
 		if (n < 0 && (errno == EINTR || errno == EAGAIN))
 			return 0;
-		if (n <= 0)
+		if (n <= 0) {
+			if (running > 0)  /* nobody waits for it any more */
+				kill(-running, SIGKILL);
 			exit(0);  /* hung up; init starts us again */
+		}
 		input_size = n, input_next = 0;
 	}
 	while (input_next < input_size) {
@@ -291,6 +300,7 @@ static void do_exec(uint32_t id, uint8_t *body, size_t size)
 		return;
 	}
 	fcntl(out.fd, F_SETFL, O_NONBLOCK), fcntl(err.fd, F_SETFL, O_NONBLOCK);
+	running = child;
 
 	while (waitpid(child, &status, WNOHANG) == 0) {
 		struct pollfd fds[3] = {
@@ -319,6 +329,7 @@ static void do_exec(uint32_t id, uint8_t *body, size_t size)
 		if (fds[1].revents)
 			drain(&err, id, &flags);
 	}
+	running = 0;
 	/* What is in the pipes now belongs to the command; a process it left behind may keep them
 	   open (and full) for ever. */
 	for (int64_t end = now_ms() + 200; out.fd >= 0 && drain(&out, id, &flags) && now_ms() < end;)
@@ -465,6 +476,106 @@ static void open_port(const char *name)
 	}
 }
 
+/* Hyper-V sockets. */
+
+static void run_and_wait(char **argv);
+
+static int listen_socket(unsigned port)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port
+	};
+	int fd;
+
+	run_and_wait((char *[]){ "/sbin/modprobe", "-q", "hv_sock", NULL });
+	fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd >= 0 && !bind(fd, (struct sockaddr *)&address, sizeof address) && !listen(fd, 1024))
+		return fd;
+	fprintf(stderr, "hvhost-probe: port %u: %s\n", port, strerror(errno));
+	return -1;
+}
+
+static void serve_sockets(void)
+{
+	int fd = listen_socket(SOCKET_PORT);
+
+	signal(SIGCHLD, SIG_IGN);
+	while (fd >= 0) {
+		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+		if (connection < 0) {
+			usleep(10000);  /* out of something; a program that ends gives it back */
+			continue;
+		}
+		if (fork() == 0) {
+			signal(SIGCHLD, SIG_DFL);
+			close(fd);
+			in_fd = out_fd = connection;
+			serve();
+		}
+		close(connection);
+	}
+	for (;;)  /* this kernel has no such sockets; init need not try again */
+		pause();
+}
+
+/* Copy until the end of `from`; then `to` gets no more either. */
+static int relay(int from, int to)
+{
+	static uint8_t buffer[1 << 16];
+	ssize_t n;
+
+	while ((n = read(from, buffer, sizeof buffer)) > 0)
+		for (uint8_t *p = buffer; n > 0;) {
+			ssize_t sent = write(to, p, n);
+			if (sent < 0)
+				return errno;
+			p += sent, n -= sent;
+		}
+	if (n < 0)
+		return errno;
+	shutdown(to, SHUT_WR);  /* fails where it is no socket */
+	return 0;
+}
+
+static void echo_sockets(unsigned port)
+{
+	int fd = listen_socket(port);
+
+	if (fd < 0)
+		exit(1);
+	signal(SIGCHLD, SIG_IGN);
+	for (;;) {
+		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
+		if (connection >= 0 && fork() == 0)
+			exit(relay(connection, connection));
+		close(connection);
+	}
+}
+
+static int connect_socket(unsigned port)
+{
+	struct sockaddr_vm address = {
+		.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port
+	};
+	int fd, error;
+	pid_t child;
+
+	run_and_wait((char *[]){ "/sbin/modprobe", "-q", "hv_sock", NULL });
+	fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address)) {
+		fprintf(stderr, "hvhost-probe: port %u: %s\n", port, strerror(errno));
+		return 1;
+	}
+	child = fork();
+	if (child == 0)
+		_exit(relay(0, fd));
+	error = relay(fd, 1);
+	if (error)
+		fprintf(stderr, "hvhost-probe: port %u: %s\n", port, strerror(error));
+	kill(child, SIGKILL);
+	return error ? 1 : 0;
+}
+
 /* Hotplug: what udev would do, for the few buses a Hyper-V guest has. */
 
 static char *aliases[256];
@@ -590,13 +701,20 @@ static void hotplug(void)
 
 int main(int argc, char **argv)
 {
+	if (argc == 3 && !strcmp(argv[1], "listen"))
+		echo_sockets(strtoul(argv[2], NULL, 10));
+	if (argc == 3 && !strcmp(argv[1], "connect"))
+		return connect_socket(strtoul(argv[2], NULL, 10));
 	if (argc != 2) {
-		fprintf(stderr, "usage: hvhost-probe TTY | - | hotplug\n");
+		fprintf(stderr,
+			"usage: hvhost-probe TTY | - | sockets | hotplug | listen PORT | connect PORT\n");
 		return 2;
 	}
 	if (!strcmp(argv[1], "hotplug"))
 		hotplug();
 	signal(SIGPIPE, SIG_IGN);
+	if (!strcmp(argv[1], "sockets"))
+		serve_sockets();
 	open_port(argv[1]);
 	serve();
 }

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +25,12 @@ from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
+# The AF_VSOCK port on which the probe serves requests, each connection by itself.
+PROBE_PORT = 26742
 SOURCE = Path(__file__).with_name("probe.c")
 PING_INTERVAL = 1.0  # seconds
 ANSWER_MARGIN = 10.0  # seconds beyond a command's own time limit, for a slow guest
+FOLLOW_INTERVAL = 3600.0  # seconds between two looks at a command that says nothing
 OUTPUT_LIMIT = 1 << 20  # bytes per stream
 SCRIPT_PATH = "/tmp/.hvhost-script"
 # Written once our initramfs has asked for the driver of every device (see initramfs.py).
@@ -61,7 +65,10 @@ class ExecResult:
 
 
 class ProbeClient:
-    """Runs commands in a guest; ``sock`` carries the bytes of the guest's second serial port.
+    """Runs commands in a guest; ``sock`` is connected to the probe, whatever carries the bytes.
+
+    That is a Hyper-V socket (:data:`PROBE_PORT`) or the guest's second serial port, which all
+    clients share.
 
     One thread at a time. A restart of the guest ends the request that runs (ProbeGone does not
     follow: call :meth:`wait_ready` and go on). Every method raises ProbeTimeout when the guest does
@@ -229,6 +236,33 @@ class ProbeClient:
             raise ProbeError(f"The guest cannot run {what}: {_strerror(done.value)}.")
         status = -done.value if done.ending == Ending.SIGNALLED else done.value
         return ExecResult(status, stdout, stderr, done.truncated)
+
+    def follow(self, arguments: Sequence[str], output: Callable[[bool, bytes], None]) -> int:
+        """Run a program to its end, however long that takes; its status as in ExecResult.
+
+        ``output`` gets what the program writes while it runs; true means standard error.
+        """
+        request = self._next_request()
+        encoded = [os.fsencode(argument) for argument in arguments]
+        frame = protocol.execute(request, encoded, 0, 0xFFFFFFFF)
+        self._send(frame, time.monotonic() + ANSWER_MARGIN)
+        while True:
+            message = self._receive(time.monotonic() + FOLLOW_INTERVAL)
+            if message is None or message.request != request:
+                if message is not None and message.type == MessageType.HELLO:
+                    raise ProbeGone("The guest's probe was started again while the command ran.")
+                continue
+            if message.type in (MessageType.OUTPUT, MessageType.ERRORS):
+                output(message.type == MessageType.ERRORS, message.body)
+            elif message.type == MessageType.DONE:
+                done = protocol.parse_done(message.body)
+                if done is None:
+                    continue
+                if done.ending == Ending.CANCELLED:
+                    raise ProbeError("The command was ended by another request to the guest.")
+                if done.ending == Ending.FAILED:
+                    raise ProbeError(f"The guest cannot run it: {_strerror(done.value)}.")
+                return -done.value if done.ending == Ending.SIGNALLED else done.value
 
     def read_file(self, path: str, *, limit: int = 1 << 26, timeout: float = 60.0) -> bytes:
         """A file's content. Raises ProbeError if it cannot be read or is longer than ``limit``."""
