@@ -39,6 +39,9 @@ def verify(
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.")
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the table there, as a picture.")
+    ] = None,
     keep_logs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep consoles and logs there.")
     ] = None,
@@ -90,6 +93,7 @@ def verify(
             cpus=cpus,
             memory=parse_size(memory, what="memory"),
             json_path=json,
+            svg_path=svg,
             keep_logs=keep_logs,
             allow_lacks=_split(allow_lacks),
             baseline=baseline,

@@ -19,7 +19,7 @@ from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped
 from hvhost.verify.contract import find_rows, requested_rows
 from hvhost.verify.guest import PreparedGuest
 from hvhost.verify.options import VerifyOptions
-from hvhost.verify.report import Reporter, render_report
+from hvhost.verify.report import Reporter, render_report, render_svg
 from hvhost.verify.results import VerifyReport
 from hvhost.verify.runner import run_rows
 from hvhost.verify.session import Session, Timing
@@ -113,6 +113,8 @@ def verify_guest(
     (out or Console()).print(render_report(report, failed))
     if options.json_path is not None:
         _write(options.json_path, report.to_json())
+    if options.svg_path is not None:
+        _write(options.svg_path, render_svg(report))
     if options.keep_logs is not None:
         _write(options.keep_logs / "report.json", report.to_json())
     status = exit_status(

@@ -25,6 +25,7 @@ class VerifyOptions:
     cpus: int = 2
     memory: int = 512 << 20
     json_path: Path | None = None
+    svg_path: Path | None = None
     keep_logs: Path | None = None
     allow_lacks: list[str] = field(default_factory=list)
     baseline: Path | None = None

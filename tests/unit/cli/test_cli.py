@@ -276,8 +276,8 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(verify_command, "verify", verify)
     assert hvhost("verify").status == 7
     assert asked.pop() == VerifyOptions()
-    words = "--kernel k --modules d --rows smp,nmi --cpus 3 --memory 1G --json j --keep-logs l"
-    more = "--allow-lacks pae, --baseline b --kvm local"
+    words = "--kernel k --modules d --rows smp,nmi --cpus 3 --memory 1G --json j --svg p"
+    more = "--keep-logs l --allow-lacks pae, --baseline b --kvm local"
     assert hvhost("verify", *words.split(), *more.split()).status == 7
     assert asked.pop() == VerifyOptions(
         kernel=Path("k"),
@@ -286,6 +286,7 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
         cpus=3,
         memory=1 << 30,
         json_path=Path("j"),
+        svg_path=Path("p"),
         keep_logs=Path("l"),
         allow_lacks=["pae"],
         baseline=Path("b"),

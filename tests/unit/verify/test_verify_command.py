@@ -16,7 +16,6 @@ from hvhost.verify import command
 from hvhost.verify.command import verify_guest
 from hvhost.verify.contract import GROUPS, ROWS
 from hvhost.verify.options import VerifyOptions
-from hvhost.verify.report import export_svg
 from hvhost.verify.results import VerifyReport
 from hvhost.verify.rows import PROOFS, heartbeat
 
@@ -41,8 +40,12 @@ def run(
 
 
 def test_everything_once(tmp_path: Path) -> None:
-    options = VerifyOptions(json_path=tmp_path / "r.json", keep_logs=tmp_path / "logs")
-    status, report, table, progress = run(options)
+    options = VerifyOptions(
+        json_path=tmp_path / "r.json",
+        svg_path=tmp_path / "table.svg",
+        keep_logs=tmp_path / "logs",
+    )
+    status, _, table, progress = run(options)
     assert status == 0
     document = json.loads((tmp_path / "r.json").read_text())
     assert list(document) == ["schema", "host", "guest", "rows"]
@@ -65,9 +68,9 @@ def test_everything_once(tmp_path: Path) -> None:
     assert "Linux version" in (tmp_path / "logs" / "console.log").read_text()
     kinds = [event["kind"] for event in json.loads((tmp_path / "logs/events.json").read_text())]
     assert kinds[0] == "started" and "crash" in kinds and kinds[-1] == "stopped"
-    export_svg(report, tmp_path / "table.svg")
     picture = (tmp_path / "table.svg").read_text()
     assert picture.startswith("<svg") and "heartbeat" in picture
+    assert "url(http" not in picture and "@font-face" not in picture
 
 
 def test_a_failure_is_shown_with_all_its_evidence() -> None:
