@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
+    ClockSample,
     CopyProgress,
     IpSettings,
     KvpPool,
@@ -123,6 +124,17 @@ class ServiceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     enabled: bool
+
+
+class WatchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where in guest physical memory a clock is written, how often to look, and in what distance.
+
+    ``interval`` is in seconds.
+    """
+
+    address: Annotated[int, msgspec.Meta(ge=0)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
+    interval: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +277,15 @@ ENDPOINTS = (
         "Have the guest set its clock to the host's now",
         lambda machine, _: Answered(machine.time_sync()),
         result=Answered,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/debug/clock",
+        "watch_clock",
+        "Debug: compare a clock that the guest writes into its memory with the host's",
+        lambda machine, what: machine.watch_clock(what.address, what.count, what.interval),
+        WatchRequest,
+        list[ClockSample],
     ),
     Endpoint(
         "GET",

@@ -14,6 +14,7 @@ from dataclasses import replace
 from hvhost.errors import HvHostError
 from hvhost.firmware.image import KernelImage
 from hvhost.kvm.transport import Transport
+from hvhost.machine.clock_watch import watch_clock
 from hvhost.machine.computer import Computer, Notices
 from hvhost.machine.copier import Copier
 from hvhost.machine.exchange import KvpExchange
@@ -21,6 +22,7 @@ from hvhost.machine.host_items import host_items
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import (
     ChannelInfo,
+    ClockSample,
     CopyProgress,
     CrashReport,
     HeartbeatStatus,
@@ -342,6 +344,9 @@ class Machine:
         if not result[0]:
             raise HvHostError("the guest refused the time or closed its channel; try again.")
         return time.perf_counter() - started
+
+    def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        return watch_clock(self._running().memory, address, count, interval)
 
     def _exchange(self) -> KvpExchange:
         return KvpExchange(self._kvp, self._running().lock)

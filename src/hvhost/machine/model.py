@@ -195,6 +195,18 @@ class MachineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockSample:
+    """A clock of the guest and the host's at one moment, in nanoseconds since 1970.
+
+    Their true difference is within ``error`` of that of these two numbers.
+    """
+
+    host: int
+    guest: int
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
 class MachineEvent:
     """Something that happened; ``sequence`` grows by one, so that a client can ask for the rest.
 
@@ -250,6 +262,10 @@ class LiveMachine(Protocol):
 
     def time_sync(self) -> float:
         """Have the guest set its clock to the host's now; seconds until its driver took it."""
+        ...
+
+    def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        """Debug: see :mod:`hvhost.machine.clock_watch`."""
         ...
 
     def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:

@@ -19,6 +19,7 @@ import msgspec
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
+    ClockSample,
     CopyProgress,
     CopyState,
     IpSettings,
@@ -119,6 +120,13 @@ class MachineClient:
         """Have the guest set its clock to the host's now; seconds until its driver took it."""
         answer = self._request("POST", "/v1/machine/time/sync", None, 0.0)
         return msgspec.json.decode(answer, type=dict[str, float])["seconds"]
+
+    def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        """Debug: compare a clock that the guest writes into its memory with the host's."""
+        body = {"address": address, "count": count, "interval": interval}
+        # A sample may take a second to come.
+        answer = self._request("POST", "/v1/machine/debug/clock", body, count * (interval + 1.0))
+        return msgspec.json.decode(answer, type=list[ClockSample])
 
     def kvp_list(self, pool: KvpPool | None = None) -> list[KvpRecord]:
         """All key-value pairs of *pool*, or of all pools."""

@@ -35,7 +35,7 @@ from hvhost.vmbus.channel import Channel, Offer, Packet
 SAMPLE_INTERVAL: Final = 5.0
 #: A pair of clock readings this close together, in seconds, needs no better one.
 GOOD_ERROR: Final = 10e-6
-READINGS: Final = 4
+READINGS: Final = 8
 _UNANSWERED_LIMIT: Final = 8
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     ChannelInfo,
+    ClockSample,
     CopyProgress,
     CopyState,
     HeartbeatStatus,
@@ -130,6 +131,9 @@ class FakeMachine:
     def time_sync(self) -> float:
         self.calls.append("time_sync")
         return 0.0005
+
+    def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        return [ClockSample(1000, 1000 + address, 5)] * count
 
     def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:
         return [
