@@ -280,6 +280,7 @@ class FakeTransport:
         """Guest page tables: linear to physical page addresses."""
         self.gone: str | None = None
         self.closed = 0
+        self.code_loads = 0
         self._scripts = scripts
         self._events: dict[Handle, FakeOutEvent] = {}
         self._readers: dict[Handle, tuple[EventLoop, int]] = {}
@@ -293,6 +294,9 @@ class FakeTransport:
         self._next += 1
         self.handles[self._next] = kind
         return self._next
+
+    def code_loaded(self) -> None:
+        self.code_loads += 1
 
     def open_kvm(self) -> Handle:
         return self._new("kvm")
