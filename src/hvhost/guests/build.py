@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvhost.compiler import build_static
 from hvhost.errors import HvHostError
 from hvhost.guests import apt, deb
 from hvhost.guests.catalog import DEFAULT_GUEST, GuestRecipe, recipe
@@ -16,6 +17,8 @@ from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
 from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
 from hvhost.guests.probe import build_probe
 from hvhost.paths import cache_dir
+
+CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
@@ -79,7 +82,7 @@ def _find_file(roots: Sequence[Path], names: Sequence[str]) -> Path | None:
 
 
 def _programs(packages: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
-    """busybox and the Hyper-V daemons of extracted packages."""
+    """busybox and the daemons, for Hyper-V's services and for time, of extracted packages."""
     busybox = _find_file(packages, ("bin/busybox", "usr/bin/busybox"))
     if busybox is None:
         raise HvHostError("The downloaded packages hold no busybox; clear the cache and try again.")
@@ -87,7 +90,8 @@ def _programs(packages: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
         path
         for root in packages
         for base in ("usr/sbin", "sbin", "usr/bin")
-        for path in sorted((root / base).glob("hv_*_daemon"))
+        for pattern in ("hv_*_daemon", "chronyd")
+        for path in sorted((root / base).glob(pattern))
     )
     return busybox, daemons
 
@@ -107,6 +111,7 @@ def _assemble(
         daemons=daemons,
         library_roots=tuple(packages),
         title=title,
+        extra_files=(("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),),
     )
     return GuestImages(
         kernel,

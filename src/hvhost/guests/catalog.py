@@ -17,28 +17,44 @@ class GuestRecipe:
     kernel: str
     daemons: str = "hyperv-daemons"
     busybox: str = "busybox-static"
+    time_daemon: str = "chrony"
     libraries: tuple[str, ...] = ("libc6",)
 
     @property
     def userland(self) -> tuple[str, ...]:
         """What to download besides the kernel."""
-        return (self.daemons, self.busybox, *self.libraries)
+        return (self.daemons, self.busybox, self.time_daemon, *self.libraries)
 
 
+# What chronyd is linked with. Packages got new names when time became 64 bits wide ("t64").
+_LIBRARIES = (
+    "libc6", "libcap2", "libgmp10", "libidn2-0", "libp11-kit0", "libseccomp2", "libtasn1-6",
+)  # fmt: skip
+_NETTLE = ("libgnutls30", "libhogweed6", "libnettle8")
+_NETTLE_T64 = ("libgnutls30t64", "libhogweed6t64", "libnettle8t64")
 _SUITES = (
-    ("debian-11", "Debian 11", "bullseye"),
-    ("debian-12", "Debian 12", "bookworm"),
-    ("debian-13", "Debian 13", "trixie"),
-    ("sid", "Debian sid", "sid"),
+    ("debian-11", "Debian 11", "bullseye", (*_NETTLE, "libunistring2", "libffi7")),
+    ("debian-12", "Debian 12", "bookworm", (*_NETTLE, "libunistring2", "libffi8")),
+    ("debian-13", "Debian 13", "trixie", (*_NETTLE_T64, "libunistring5", "libffi8")),
+    ("sid", "Debian sid", "sid", (*_NETTLE_T64, "libunistring5", "libffi8")),
 )
 
 DEFAULT_GUEST = "debian-12"
 GUESTS: dict[str, GuestRecipe] = {
     recipe.name: recipe
-    for name, title, suite in _SUITES
+    for name, title, suite, libraries in _SUITES
     for recipe in (
-        GuestRecipe(name, f"{title}, cloud kernel", suite, "linux-image-cloud-amd64"),
-        GuestRecipe(f"{name}-full", f"{title}, full kernel", suite, "linux-image-amd64"),
+        GuestRecipe(
+            f"{name}{variant}",
+            f"{title}, {kind} kernel",
+            suite,
+            kernel,
+            libraries=_LIBRARIES + libraries,
+        )
+        for variant, kind, kernel in (
+            ("", "cloud", "linux-image-cloud-amd64"),
+            ("-full", "full", "linux-image-amd64"),
+        )
     )
 }
 

@@ -128,7 +128,7 @@ _VSOCK = Driver(("hv_sock",), None, "CONFIG_HYPERV_VSOCKETS")
 ROWS: tuple[Row, ...] = (
     Row("shutdown", "Core", "Clean shutdown and reboot from the host", (VMBUS, _SHUTDOWN)),
     Row("time-sync", "Core", "Guest clock follows the host's", (VMBUS, _TIME)),
-    Row("accurate-time", "Core", "Clock within 1 ms of the host", (VMBUS, _TIME)),
+    Row("accurate-time", "Core", "Clock within 1 ms of the host", (VMBUS, _TIME), ("chronyd",)),
     # Interrupt steering is proved on the heartbeat channel, the one every machine has.
     Row("smp", "Core", "Several virtual processors", (VMBUS, _HEARTBEAT)),
     Row("heartbeat", "Core", "Host notices a hang or a panic", (VMBUS, _HEARTBEAT)),

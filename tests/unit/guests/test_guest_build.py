@@ -41,6 +41,7 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "linux-image-cloud-amd64": kernel_files(),
         "busybox-static": {"bin/busybox": b"#!/bin/sh\necho sh\n"},
         "hyperv-daemons": {"usr/sbin/hv_kvp_daemon": daemon, "usr/sbin/other": b"x"},
+        "chrony": {"usr/sbin/chronyd": daemon, "usr/bin/chronyc": b"x"},
         "libc6": {
             "lib/x86_64-linux-gnu/libc.so.6": tiny_elf.program(),
             "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2": tiny_elf.program(),
@@ -55,7 +56,7 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             asked.append(f"{suite} {name}")
             path = tmp_path / f"mirror/{name}_1_amd64.deb"
             if not path.exists():
-                tiny_deb.write(path, tiny_deb.files(contents[name]))
+                tiny_deb.write(path, tiny_deb.files(contents.get(name, {})))
             paths.append(path)
         return paths
 
@@ -69,12 +70,12 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     assert images.kernel.name == f"vmlinuz-{RELEASE}"
     assert images.release == RELEASE
     assert images.title == "Debian 12, cloud kernel"
-    assert images.daemons == ("hv_kvp_daemon",)
+    assert images.daemons == ("hv_kvp_daemon", "chronyd")
     assert images.modules is not None
     assert images.modules.driver_for("acpi:VMBUS:") == "hv_vmbus"
     items = read_cpio.read(images.initrd.read_bytes())
     assert f"lib/modules/{RELEASE}/hv_vmbus.ko" in items
-    assert "sbin/hvhost-probe" in items
+    assert {"sbin/hvhost-probe", "usr/sbin/chronyd", "usr/bin/hvhost-clock"} <= items.keys()
 
 
 def test_an_unknown_guest_lists_the_known_ones() -> None:
