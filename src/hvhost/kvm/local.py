@@ -74,6 +74,9 @@ class LocalTransport:
             # The handler does nothing: its delivery alone ends KVM_RUN with EINTR.
             signal.signal(signal.SIGUSR1, lambda *_: None)
 
+    def code_loaded(self) -> None:
+        pass
+
     def open_kvm(self) -> Handle:
         return self._kvm
 

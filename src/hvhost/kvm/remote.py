@@ -7,6 +7,7 @@ Guest memory is mapped here natively. See ``rig/layout.h`` for the layout.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import select
@@ -218,6 +219,23 @@ class RemoteTransport:
             raise HvHostError(
                 f"the rig's kernel has no KVM ({error.strerror}); run `hvhost doctor`."
             ) from error
+
+    def code_loaded(self) -> None:
+        # QEMU keeps translated code by its place in memory, and machines come and go there. It
+        # sees no writes of ours, so the agent writes all that there is once more.
+        descriptor, place = self._session.memory_descriptor, self._session.memory_offset
+        end = place + len(self.memory)
+        while place < end:
+            try:
+                start = os.lseek(descriptor, place, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # nothing but holes
+            if start >= end:
+                return
+            place = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
+            self._mailbox.call(layout.OPERATION_REWRITE, request=place - start, argument=start)
 
     def ioctl(
         self,

@@ -66,6 +66,13 @@ class Transport(Protocol):
         """The machine's backing memory, writable, shared with the guest."""
         ...
 
+    def code_loaded(self) -> None:
+        """The VMM has put code into the memory; before it is run, processors must take notice.
+
+        Real processors do by themselves; emulated ones may remember what was there before.
+        """
+        ...
+
     def open_kvm(self) -> Handle:
         """``/dev/kvm`` itself."""
         ...

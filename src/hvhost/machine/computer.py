@@ -190,6 +190,7 @@ class Computer:
                 rsdp_address=tables.rsdp_address,
             ),
         )
+        transport.code_loaded()
 
     # --- building ------------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@
 #define OPERATION_START_PROCESSOR 7
 #define OPERATION_KICK 8
 #define OPERATION_DRAIN_COALESCED 9
+#define OPERATION_REWRITE 10
 
 /* fixups: what the agent puts into the argument buffer before the call */
 #define FIXUP_ADD_BAR 1
