@@ -204,6 +204,15 @@ static int64_t call_ioctl(struct session *s, uint8_t *mailbox, uint32_t buffer_s
 
 static void *processor_main(void *argument);
 
+/* Write what is there once more. The host wrote it behind the emulator's back; a store from in here
+ * makes the emulator forget the code it translated from what was there before. */
+static void rewrite(uint64_t offset, uint64_t size)
+{
+	volatile uint64_t *words = (volatile uint64_t *)(bar + offset);
+	for (uint64_t i = 0; i < size / sizeof *words; i++)
+		words[i] = words[i];
+}
+
 static int64_t start_processor(struct session *s, unsigned index, int fd)
 {
 	if (index >= MAXIMUM_PROCESSORS || s->processors[index].started)
@@ -266,6 +275,9 @@ static int64_t call(struct session *s, uint8_t *mailbox, uint32_t buffer_size)
 		return -pthread_kill(s->processors[argument].thread, SIGUSR1);
 	case OPERATION_DRAIN_COALESCED:
 		drain_coalesced(s);
+		return 0;
+	case OPERATION_REWRITE:
+		rewrite(argument, get64(mailbox, MAILBOX_REQUEST_CODE));
 		return 0;
 	}
 	return -ENOSYS;
@@ -364,8 +376,10 @@ static void end_session(struct session *s)
 			if (pthread_timedjoin_np(p->thread, NULL, &deadline) == 0)
 				break;
 		}
-		munmap(p->run, s->run_size);
 	}
+	for (unsigned i = 0; i < MAXIMUM_PROCESSORS; i++) /* the first one's holds a ring for all */
+		if (s->processors[i].started)
+			munmap(s->processors[i].run, s->run_size);
 	for (unsigned i = 0; i < MAXIMUM_HANDLES; i++)
 		if (s->handles[i] >= 0 && !s->borrowed[i])
 			close(s->handles[i]);
@@ -467,6 +481,30 @@ static void load_modules(void)
 		close(fd);
 	}
 	fclose(list);
+}
+
+/* KVM patches kernel text when the first virtual machine comes and the last goes, and whenever the
+ * number of virtual APICs switched off by their base register, or by software, leaves or returns to
+ * zero. Under emulation a processor may run into the breakpoint of such a patch after it was taken
+ * away, and the kernel dies. So a machine of one APIC of each kind, which never runs, is made while
+ * there is only one processor, and kept. */
+static void keep_kernel_text(void)
+{
+	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	int machine = kvm < 0 ? -1 : ioctl(kvm, KVM_CREATE_VM, 0);
+	if (machine < 0 || ioctl(machine, KVM_CREATE_IRQCHIP, 0) < 0)
+		die("KVM");
+	for (int i = 0; i < 2; i++) {
+		struct kvm_sregs registers;
+		int processor = ioctl(machine, KVM_CREATE_VCPU, i);
+		if (processor < 0 || ioctl(processor, KVM_GET_SREGS, &registers) < 0)
+			die("KVM processor");
+		if (i == 0)
+			registers.apic_base &= ~(1ull << 11);
+		if (ioctl(processor, KVM_SET_SREGS, &registers) < 0)
+			die("KVM registers");
+	}
+	sleep(2); /* KVM patches back late, a second after the last APIC was switched on */
 }
 
 /* The kernel was started with one processor; see qemu.py. */
@@ -581,6 +619,7 @@ int main(void)
 	sigaction(SIGUSR1, &action, NULL);
 	signal(SIGPIPE, SIG_IGN);
 	load_modules();
+	keep_kernel_text();
 	start_other_processors();
 	open_device();
 	serve();
