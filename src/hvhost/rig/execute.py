@@ -55,6 +55,7 @@ def _base_image(progress: Callable[[str], None]) -> tuple[Path, Path]:
         cpio.directory("dev"),
         cpio.character_device("dev/console", 5, 1),
         cpio.file("bin/busybox", (busybox / "bin/busybox").read_bytes(), 0o755),
+        cpio.file("bin/keep", image.build_agent().read_bytes(), 0o755),
         cpio.file("init", SCRIPT.read_bytes(), 0o755),
         *image.module_entries(kernel.modules, _MODULES),
     ]

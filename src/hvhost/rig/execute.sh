@@ -22,6 +22,7 @@ fail() {
 	$bb sleep 1
 	$bb poweroff -f
 }
+/bin/keep # as the agent does, before there is a second processor
 for cpu in /sys/devices/system/cpu/cpu*/online; do echo 1 >"$cpu"; done
 $bb mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576,cache=loose,ro host /lower ||
 	fail "hvhost: the computer's files could not be mounted in the rig"

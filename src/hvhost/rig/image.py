@@ -76,14 +76,18 @@ def module_entries(tree: ModuleTree, parameters: dict[str, str]) -> list[cpio.En
     return entries
 
 
+def build_agent() -> Path:
+    """The agent as a static program."""
+    return build_static(layout.AGENT, [layout.HEADER], ["-pthread"])
+
+
 def rig_image(progress: Progress) -> tuple[Path, Path]:
     """Paths of the shared rig's kernel (uncompressed) and initramfs; made once, then cached."""
     kernel = rig_kernel("linux-image-cloud-amd64", progress)
-    agent = build_static(layout.AGENT, [layout.HEADER], ["-pthread"])
     entries = [
         cpio.directory("dev"),
         cpio.character_device("dev/console", 5, 1),
-        cpio.file("init", agent.read_bytes(), 0o755),
+        cpio.file("init", build_agent().read_bytes(), 0o755),
         *module_entries(kernel.modules, AGENT_MODULES),
     ]
     return kernel.kernel, build_archive("agent", entries)
