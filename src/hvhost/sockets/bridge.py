@@ -20,6 +20,7 @@ import logging
 import select
 import socket
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -46,8 +47,10 @@ from hvhost.vmbus.server import VmbusServer
 
 logger = logging.getLogger(__name__)
 
-#: Seconds an offered connection waits to be accepted.
+#: Seconds an offered connection waits to be accepted, while the guest accepts no other either.
 ACCEPT_SECONDS: Final = 5.0
+#: Seconds it waits at most, also for a guest that works its way through hundreds of them.
+ACCEPT_LIMIT: Final = 30.0
 #: Seconds a program has for its connect line.
 LINE_SECONDS: Final = 10.0
 #: Seconds a guest that sends no more may leave unread what it was sent, once the program is done.
@@ -55,7 +58,7 @@ LINGER_SECONDS: Final = 10.0
 #: Connections at once, of both directions; further ones are refused.
 MAXIMUM_CONNECTIONS: Final = 1024
 #: Programs at once that have not written their connect line yet.
-MAXIMUM_HANDSHAKES: Final = 256
+MAXIMUM_HANDSHAKES: Final = 1024
 
 _BACKLOG = 1024
 _FIRST_HOST_PORT = 1 << 30  # above what programs listen on, so that both kinds look different
@@ -88,6 +91,8 @@ class SocketBridge:
         self.connections: set[Connection] = set()
         #: False refuses new connections both ways.
         self.enabled = True
+        #: When the guest accepted a connection last.
+        self.accepted_at = 0.0
         self._directory = directory
         self._handshakes: set[_Handshake] = set()
         self._attachment: Attachment | None = None
@@ -161,6 +166,10 @@ class SocketBridge:
                 connection.offer(SocketDevice(offer, connection))
             except LocalProtocolError as error:
                 raise HvHostError(f"the guest cannot be connected to: {error}") from error
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call *callback* on the loop's thread after *seconds*; any thread."""
+        self.loop.call_soon_threadsafe(lambda: self.loop.call_later(seconds, callback))
 
     def _full(self) -> bool:
         return len(self.connections) >= MAXIMUM_CONNECTIONS
@@ -265,6 +274,7 @@ class Connection:
         self._guest_finished = False
         self._told_finished = False
         self._accepted = False
+        self._offered_at = 0.0
         self._lingers = False
         self._over = False
         self._interest: tuple[bool, bool] | None = None
@@ -275,11 +285,9 @@ class Connection:
         """Put *device* on the bus; :class:`LocalProtocolError` if it cannot be."""
         self._device = device
         self._channel = self._bus.add_device(device)
-        bridge = self._bridge
-        bridge.connections.add(self)
-        bridge.loop.call_soon_threadsafe(
-            lambda: bridge.loop.call_later(bridge.accept_seconds, self._late)
-        )
+        self._offered_at = time.monotonic()
+        self._bridge.connections.add(self)
+        self._bridge.later(self._bridge.accept_seconds, self._late)
 
     def end(self) -> None:
         """End the connection at once, on both sides."""
@@ -299,12 +307,18 @@ class Connection:
         with self._lock:
             if self._accepted or self._over:
                 return
+            bridge, now = self._bridge, time.monotonic()
+            left = max(self._offered_at, bridge.accepted_at) + bridge.accept_seconds - now
+            left = min(left, self._offered_at + ACCEPT_LIMIT - now)
+            if left > 0:
+                bridge.later(left, self._late)
+                return
             assert self._device is not None
             logger.info("%s: nobody in the guest took it", self._device.offer.name)
             if self._greeting:
                 sentence = (
                     f"REFUSED nobody in the guest accepted the connection within "
-                    f"{self._bridge.accept_seconds:g} s.\n"
+                    f"{now - self._offered_at:.1f} s.\n"
                 )
                 with contextlib.suppress(OSError):
                     self._stream.send(sentence.encode())
@@ -314,6 +328,7 @@ class Connection:
 
     def connected(self) -> None:
         self._accepted = True
+        self._bridge.accepted_at = time.monotonic()
         if self._greeting:
             self._to_program.append(self._greeting)
 
@@ -408,8 +423,7 @@ class Connection:
         """Nobody but the guest could still want something, and it may never read again."""
         if not self._lingers:
             self._lingers = True
-            later, seconds = self._bridge.loop.call_later, self._bridge.linger_seconds
-            self._bridge.loop.call_soon_threadsafe(lambda: later(seconds, self._give_up))
+            self._bridge.later(self._bridge.linger_seconds, self._give_up)
 
     def _forget_program(self) -> None:
         """It closed its socket; not to be told of that again and again."""
