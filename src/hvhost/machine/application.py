@@ -31,6 +31,7 @@ from hvhost.machine.model import (
     LiveMachine,
     MachineEvent,
     MachineInfo,
+    ProcessorInfo,
     ServiceInfo,
     ShutdownAction,
 )
@@ -260,6 +261,15 @@ ENDPOINTS = (
         "hang",
         "Debug: leave every virtual processor spinning in ring 0 with interrupts off",
         lambda machine, _: machine.hang(),
+        result=list[ProcessorInfo],
+    ),
+    Endpoint(
+        "GET",
+        "/v1/machine/debug/processors",
+        "processors",
+        "Debug: where every virtual processor is just now",
+        lambda machine, _: machine.processors(),
+        result=list[ProcessorInfo],
     ),
     Endpoint(
         "POST",

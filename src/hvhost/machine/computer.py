@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from hvhost.chipset.acpi import build_acpi_tables
@@ -24,12 +25,13 @@ from hvhost.firmware.boot import load_kernel
 from hvhost.firmware.boot_state import BootState
 from hvhost.firmware.image import KernelImage
 from hvhost.firmware.layout import ACPI_ADDRESS, memory_layout
+from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
 from hvhost.kvm.transport import Handle, OutEvent, Transport
 from hvhost.kvm.vcpu import Registers, Segment, Vcpu
 from hvhost.kvm.vm import SintRoute, Vm
 from hvhost.machine.coalesced import CoalescedPorts
 from hvhost.machine.loop import Loop
-from hvhost.machine.model import CrashReport, MachineConfig
+from hvhost.machine.model import CrashReport, MachineConfig, ProcessorInfo, ProcessorState
 from hvhost.partition.cpuid import build_cpuid
 from hvhost.partition.crash import CRASH_MSR_COUNT, HV_X64_MSR_CRASH_P0, CrashRegisters
 from hvhost.partition.hang import hang
@@ -49,6 +51,10 @@ SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 FIRST_SYNIC_GSI = 32
 HV_X64_MSR_GUEST_OS_ID = 0x40000000
 _SLEEP_S5 = 5
+_PROCESSOR_STATES = {
+    KVM_MP_STATE_RUNNABLE: ProcessorState.RUNNING,
+    KVM_MP_STATE_HALTED: ProcessorState.HALTED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,10 @@ class Computer:
         """See :mod:`hvhost.partition.hang`."""
         return hang(self.processors, self.memory)
 
+    def where(self) -> list[ProcessorInfo]:
+        """Where every processor is just now."""
+        return [processor.call(partial(_where, processor.vcpu)) for processor in self.processors]
+
     def reference_nanoseconds(self) -> int:
         """The clock from which the partition's reference counter is made ([TLFS] 12.4)."""
         return self._vm.clock_nanoseconds()
@@ -304,6 +314,17 @@ class Computer:
             else:
                 self._over = True
                 self._notices.failed(reason)
+
+
+def _where(vcpu: Vcpu) -> ProcessorInfo:
+    registers = vcpu.registers()
+    return ProcessorInfo(
+        index=vcpu.index,
+        state=_PROCESSOR_STATES.get(vcpu.mp_state(), ProcessorState.NOT_STARTED),
+        rip=registers.rip,
+        rflags=registers.rflags,
+        ring=vcpu.special_registers().segment("cs").selector & 3,
+    )
 
 
 def _set_boot_state(vcpu: Vcpu, boot: BootState) -> None:

@@ -33,6 +33,7 @@ from hvhost.machine.model import (
     MachineEvent,
     MachineInfo,
     MachineState,
+    ProcessorInfo,
     ServiceInfo,
     ShutdownAction,
 )
@@ -301,8 +302,13 @@ class Machine:
     def nmi(self) -> None:
         self._running().nmi()
 
-    def hang(self) -> None:
-        self._running().hang()
+    def hang(self) -> list[ProcessorInfo]:
+        computer = self._running()
+        computer.hang()
+        return computer.where()
+
+    def processors(self) -> list[ProcessorInfo]:
+        return self._running().where()
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         computer = self._running()

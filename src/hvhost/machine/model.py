@@ -156,6 +156,25 @@ class ChannelInfo:
     target_vp: int
 
 
+class ProcessorState(StrEnum):
+    """What a virtual processor does: run code, wait for an interrupt, or wait to be started."""
+
+    RUNNING = "running"
+    HALTED = "halted"
+    NOT_STARTED = "not-started"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorInfo:
+    """Where a virtual processor is just now: ``rip`` linear, ``ring`` its privilege level."""
+
+    index: int
+    state: ProcessorState
+    rip: int
+    rflags: int
+    ring: int
+
+
 @dataclass(frozen=True, slots=True)
 class CrashReport:
     """What the guest wrote to the crash MSRs ([TLFS] 2.8): P0..P4 and, if sent, the text."""
@@ -252,8 +271,12 @@ class LiveMachine(Protocol):
         """Raise a non-maskable interrupt on VP 0."""
         ...
 
-    def hang(self) -> None:
+    def hang(self) -> list[ProcessorInfo]:
         """Debug: leave every VP spinning in the guest's own ring-0 text, interrupts off."""
+        ...
+
+    def processors(self) -> list[ProcessorInfo]:
+        """Debug: where every VP is; each leaves the guest for a moment."""
         ...
 
     def heartbeat_round_trips(self, count: int) -> list[float]:

@@ -27,6 +27,7 @@ from hvhost.machine.model import (
     KvpRecord,
     MachineEvent,
     MachineInfo,
+    ProcessorInfo,
     ServiceInfo,
     ShutdownAction,
 )
@@ -107,9 +108,14 @@ class MachineClient:
         """Raise a non-maskable interrupt on virtual processor 0."""
         self._post("nmi")
 
-    def hang(self) -> None:
-        """Debug: hang the guest with interrupts off."""
-        self._post("debug/hang")
+    def hang(self) -> list[ProcessorInfo]:
+        """Debug: hang the guest with interrupts off; where its virtual processors spin."""
+        answer = self._request("POST", "/v1/machine/debug/hang", None, 0.0)
+        return msgspec.json.decode(answer, type=list[ProcessorInfo])
+
+    def processors(self) -> list[ProcessorInfo]:
+        """Debug: where every virtual processor is just now."""
+        return self._get("/v1/machine/debug/processors", list[ProcessorInfo])
 
     def measure_heartbeats(self, count: int = 100) -> list[float]:
         """Seconds of each of *count* heartbeats sent back to back."""

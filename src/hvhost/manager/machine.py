@@ -28,6 +28,7 @@ from hvhost.machine.model import (
     MachineConfig,
     MachineEvent,
     MachineInfo,
+    ProcessorInfo,
     ServiceInfo,
     ShutdownAction,
     Transport,
@@ -210,9 +211,13 @@ class Machine:
         """Raise a non-maskable interrupt on virtual processor 0."""
         await self._do("nmi")
 
-    async def hang(self) -> None:
-        """Debug: leave every virtual processor spinning in ring 0 with interrupts off."""
-        await self._do("debug/hang")
+    async def hang(self) -> list[ProcessorInfo]:
+        """Debug: leave every virtual processor spinning in ring 0 with interrupts off; where."""
+        return await self._ask("POST", "/debug/hang", list[ProcessorInfo])
+
+    async def processors(self) -> list[ProcessorInfo]:
+        """Debug: where every virtual processor is just now."""
+        return await self._ask("GET", "/debug/processors", list[ProcessorInfo])
 
     async def measure_heartbeats(self, count: int = 100) -> list[float]:
         """Seconds of each of *count* heartbeats sent back to back."""

@@ -23,6 +23,8 @@ from hvhost.machine.model import (
     MachineEvent,
     MachineInfo,
     MachineState,
+    ProcessorInfo,
+    ProcessorState,
     ServiceInfo,
     ShutdownAction,
 )
@@ -118,10 +120,14 @@ class FakeMachine:
     def nmi(self) -> None:
         self.calls.append("nmi")
 
-    def hang(self) -> None:
+    def hang(self) -> list[ProcessorInfo]:
         self.calls.append("hang")
         self.heartbeat = HeartbeatStatus.NO_CONTACT
         self.post("heartbeat", self.heartbeat)
+        return self.processors()
+
+    def processors(self) -> list[ProcessorInfo]:
+        return [ProcessorInfo(0, ProcessorState.RUNNING, 0xFFFF_FFFF_8123_4567, 0x46, 0)]
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         if "no-heartbeat" in self._words:

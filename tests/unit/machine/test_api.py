@@ -81,12 +81,20 @@ def test_only_the_owner_may_connect(api: Api) -> None:
         ("stop", None, "force_stop"),
         ("reset", None, "reset"),
         ("nmi", b"{}", "nmi"),
-        ("debug/hang", None, "hang"),
     ],
 )
 def test_actions_reach_the_machine(api: Api, path: str, body: bytes | None, call: str) -> None:
     assert api.ask("POST", f"/v1/machine/{path}", body) == (204, b"")
     assert api.machine.calls[0] == call
+
+
+def test_a_hung_machine_says_where_its_processors_spin(api: Api) -> None:
+    where = [{"index": 0, "state": "running", "rip": 0xFFFFFFFF81234567, "rflags": 0x46, "ring": 0}]
+    status, answer = api.ask("POST", "/v1/machine/debug/hang")
+    assert (status, json.loads(answer)) == (200, where)
+    assert api.machine.calls[0] == "hang"
+    status, answer = api.ask("GET", "/v1/machine/debug/processors")
+    assert (status, json.loads(answer)) == (200, where)
 
 
 def test_heartbeats_are_measured(api: Api) -> None:

@@ -579,6 +579,7 @@ def test_after_the_end_there_is_nothing_to_ask() -> None:
         for call in (
             machine.nmi,
             machine.hang,
+            machine.processors,
             machine.reset,
             lambda: machine.shut_down(ShutdownAction.REBOOT),
             lambda: machine.heartbeat_round_trips(1),

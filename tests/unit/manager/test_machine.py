@@ -96,7 +96,7 @@ def test_heartbeat_waits(runtime: Path, config: MachineConfig) -> None:
         waiting = asyncio.create_task(machine.wait_heartbeat(HeartbeatStatus.NO_CONTACT, 10))
         await asyncio.sleep(0.1)
         assert not waiting.done()
-        await machine.hang()
+        assert await machine.hang() == await machine.processors()
         assert (await waiting).heartbeat is HeartbeatStatus.NO_CONTACT
         with pytest.raises(HvHostError, match=r"is no-contact, not ok, after 0\.1 seconds"):
             await machine.wait_heartbeat(HeartbeatStatus.OK, timeout=0.1)
