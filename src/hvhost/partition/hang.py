@@ -46,12 +46,20 @@ def find_self_jump(vcpu: Vcpu, memory: GuestMemory) -> int | None:
     return None
 
 
+def _taking_event(vcpu: Vcpu) -> bool:
+    """Whether an interrupt, exception or NMI is on its way in, which no cleared flag stops."""
+    # struct kvm_vcpu_events: exception.injected and .pending, interrupt.injected, nmi.injected
+    # and .pending ([linux] arch/x86/include/uapi/asm/kvm.h)
+    events = vcpu.events()
+    return any(events[offset] for offset in (0, 3, 8, 12, 13))
+
+
 def _hang_now(vcpu: Vcpu, memory: GuestMemory) -> int | None:
-    """Take a processor to the jump if it is in ring 0; None if it is not."""
+    """Take a processor to the jump if it is quietly in ring 0; None if it is not."""
     if vcpu.mp_state() not in (KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED):
         return 0  # not started by the guest: nothing to hang
     special = vcpu.special_registers()
-    if special.segment("cs").selector & 3:
+    if special.segment("cs").selector & 3 or _taking_event(vcpu):
         return None
     target = find_self_jump(vcpu, memory)
     if target is None:

@@ -155,6 +155,30 @@ def test_a_processor_is_caught_when_it_comes_into_the_kernel() -> None:
         guest.processors[0].stop()
 
 
+@pytest.mark.parametrize("offset", [0, 3, 8, 12, 13])
+def test_a_processor_with_an_event_on_its_way_in_is_let_go(offset: int) -> None:
+    """Its handler would run whatever the interrupt flag says."""
+    guest = Guest()
+    guest.map(TEXT, 0x10000, JUMP)
+    state = guest.transport.vcpus[0]
+    events = bytearray(len(state.events))
+    events[offset] = 1
+    state.events = bytes(events)
+    guest.processors[0].start()
+    seen: list[int] = []
+
+    def deliver() -> None:
+        seen.append(guest.vcpus[0].registers().rip)
+        state.events = bytes(len(events))
+
+    threading.Timer(0.05, deliver).start()
+    try:
+        assert hang(guest.processors, guest.memory) == [TEXT]
+    finally:
+        guest.processors[0].stop()
+    assert seen == [0], "not while the event is on its way"
+
+
 def test_a_processor_that_is_never_in_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ATTEMPTS", 3)
     guest = Guest()
