@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -20,15 +21,16 @@ from hvhost.units import format_size
 
 _IMMEDIATE_EXIT = 1  # offset in struct kvm_run
 _COALESCED_PAGE = 2
+_MAP_NORESERVE = 0x4000  # asm/mman.h; mmap names it from Python 3.12 on only
 
 
 def _memory(size: int) -> mmap.mmap:
-    descriptor = os.memfd_create("hvhost-guest", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, size)
-        return mmap.mmap(descriptor, size)
-    finally:
-        os.close(descriptor)
+    """Guest memory; private, because only private memory gets huge pages everywhere: far fewer
+    faults here and shorter page walks in the guest."""
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    with contextlib.suppress(OSError):  # a kernel without them works too
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class LocalOutEvent:
