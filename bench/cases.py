@@ -193,7 +193,7 @@ def bus(rounds: int) -> list[Measurement]:
         device.tick(number * 2.0)
         service.run()
     exchange = (time.perf_counter() - start) / count
-    if len(service.requests) != count:
+    if len(service.requests) < count:
         raise HvHostError(f"{len(service.requests)} of {count} heartbeats were answered.")
     memory = bytearray(4096)
     view = memoryview(memory)
