@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from threading import get_ident
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import HeartbeatStatus, MachineEvent, MachineInfo, MachineState
+from hvhost.machine.model import (
+    HeartbeatStatus,
+    MachineEvent,
+    MachineInfo,
+    MachineState,
+    ProcessorInfo,
+)
 from hvhost.verify.diagnose import Sighting, explain, kernel_panic
 from hvhost.verify.guest import Machine, PreparedGuest, Probe, RowFailed
 from hvhost.verify.sysfs import GuestDevice, read_devices
@@ -59,6 +65,7 @@ class Timing:
     event: float = 30.0
     poll: float = 0.2
     silence: float = 3.0
+    settle: float = 0.1
 
 
 class Session:
@@ -90,6 +97,7 @@ class Session:
         self._probe: Probe | None = None
         self._state = GuestState.NONE
         self._heard = 0
+        self._hung_at: Sequence[ProcessorInfo] = ()
         self._owner = get_ident()
 
     def adopt(self) -> None:
@@ -135,22 +143,29 @@ class Session:
             mark = 0
         else:
             self.step("resetting the guest")
-            mark, events = len(self._machine.console()), self.event_mark()
+            events = self.event_mark()
             self._machine.reset()
             # A reset is only asked for; until it is done, the old guest may still answer.
             if self.await_event("reset", events) is None:
                 raise RowFailed("the machine was asked for a reset and did not do it")
+            # Its last words come with the event, the new guest's first ones a good while later.
+            time.sleep(self.timing.settle)
+            mark = len(self._machine.console())
         return self.await_boot(mark)
 
-    def hung(self) -> None:
-        """Leave every VP spinning with interrupts off; the guest is set to panic on an NMI."""
+    def hung(self) -> Sequence[ProcessorInfo]:
+        """Leave every VP spinning with interrupts off; the guest is set to panic on an NMI.
+
+        Where the VPs were when they were hung.
+        """
         if self._state is GuestState.HUNG:
-            return
+            return self._hung_at
         probe = self.running()
         probe.write("/proc/sys/kernel/unknown_nmi_panic", "1")
         self.step("hanging the guest: every VP on a self-jump, interrupts off")
-        self.machine.hang()
+        self._hung_at = self.machine.hang()
         self._state = GuestState.HUNG
+        return self._hung_at
 
     def spoil(self) -> None:
         """The guest is not to be used any further in the state it is in."""
@@ -166,7 +181,7 @@ class Session:
         try:
             dead = self._machine.info().state in _DEAD
         except HvHostError as error:
-            log.warning("the machine is gone: %s", error)
+            log.info("the machine is gone: %s", error)
             dead = True
         if dead:
             self.drop()
@@ -186,11 +201,11 @@ class Session:
         self._state = GuestState.NONE
         if machine is None:
             return
+        self.consoles.append(machine.console())
         try:
             self._hear(machine, 0.0)
-            self.consoles.append(machine.console())
         except HvHostError as error:
-            log.warning("the machine's last words are lost: %s", error)
+            log.info("the machine is gone: %s", error)
         machine.kill()
 
     # What rows wait for.
