@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import MachineEvent, MachineInfo, ShutdownAction
+from hvhost.machine.model import MachineEvent, MachineInfo, ProcessorInfo, ShutdownAction
 
 
 class RowFailed(HvHostError):  # noqa: N818 — an outcome, not an accident
@@ -74,7 +74,10 @@ class Machine(Protocol):
     def info(self) -> MachineInfo: ...
 
     def events(self, after: int, timeout: float) -> list[MachineEvent]:
-        """Events with a sequence above *after*; waits up to *timeout* seconds for the first."""
+        """Events with a sequence above *after*; waits up to *timeout* seconds for the first.
+
+        :class:`HvHostError` when there are none and, the machine having ended, none will come.
+        """
         ...
 
     def shut_down(self, action: ShutdownAction) -> None: ...
@@ -83,14 +86,20 @@ class Machine(Protocol):
 
     def nmi(self) -> None: ...
 
-    def hang(self) -> None: ...
+    def hang(self) -> list[ProcessorInfo]:
+        """Leave every VP on a jump to itself with interrupts off; where they are then."""
+        ...
+
+    def processors(self) -> list[ProcessorInfo]:
+        """Where every VP is just now."""
+        ...
 
     def heartbeat_round_trips(self, count: int) -> list[float]: ...
 
     def vp_seconds(self) -> float | None:
         """CPU seconds the host spent on running VPs so far, as the host's kernel counts them.
 
-        ``None`` where the host's kernel cannot tell.
+        In the rig, that is all its emulator used. ``None`` where the host's kernel cannot tell.
         """
         ...
 

@@ -7,11 +7,13 @@ import logging
 import queue
 import shlex
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
@@ -20,6 +22,7 @@ from hvhost.machine.model import (
     MachineConfig,
     MachineEvent,
     MachineInfo,
+    ProcessorInfo,
     ShutdownAction,
     Transport,
 )
@@ -27,17 +30,23 @@ from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.directory import MachineDirectory
 from hvhost.manager.launcher import Worker, launch
+from hvhost.paths import runtime_dir
 from hvhost.verify.guest import CommandResult, Machine, Modules, Probe
 from hvhost.verify.options import VerifyOptions
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 # A guest that panics stays where it is, so that the host is the one to notice.
 COMMAND_LINE = "console=ttyS0 panic=0"
 EVENT_WAIT = 5.0
 _CONSOLE_CONNECT_SECONDS = 5.0
 _DRIVER_SECONDS = 20.0
-_LOCAL_GUEST_TIME = 42  # /proc/PID/task/TID/stat: guest_time, counted from 0
+_ENDING_SECONDS = 3.0
+_TIMES = (13, 14)  # utime and stime
+_GUEST_TIME = 42
+_UCRED = struct.Struct("=iII")
 
 
 class LiveProbe:
@@ -117,6 +126,7 @@ class EventLog:
     def __init__(self, fetch: Callable[[int, float], list[MachineEvent]]) -> None:
         self._fetch = fetch
         self._events: list[MachineEvent] = []
+        self._over = False
         self._arrived = threading.Condition()
         self._thread = threading.Thread(target=self._collect, name="events", daemon=True)
         self._thread.start()
@@ -128,21 +138,27 @@ class EventLog:
                 fresh = self._fetch(seen, EVENT_WAIT)
             except HvHostError as error:
                 log.debug("no more events: %s", error)
+                with self._arrived:
+                    self._over = True
+                    self._arrived.notify_all()
                 return
             with self._arrived:
                 self._events += fresh
                 self._arrived.notify_all()
             seen = max([seen, *(event.sequence for event in fresh)])
 
-    def after(self, sequence: int, timeout: float) -> list[MachineEvent]:
-        """Events above *sequence*; waits up to *timeout* seconds for the first."""
+    def after(self, sequence: int, timeout: float) -> list[MachineEvent] | None:
+        """Events above *sequence*; waits up to *timeout* seconds for the first.
+
+        ``None`` when there are none and none will come.
+        """
 
         def newer() -> list[MachineEvent]:
             return [event for event in self._events if event.sequence > sequence]
 
         with self._arrived:
-            self._arrived.wait_for(newer, timeout)
-            return newer()
+            self._arrived.wait_for(lambda: self._over or newer(), timeout)
+            return newer() or (None if self._over else [])
 
 
 def _connect(path: Path) -> socket.socket:
@@ -160,6 +176,29 @@ def _connect(path: Path) -> socket.socket:
             time.sleep(0.02)
         else:
             return connection
+
+
+def _cpu_seconds(process: Path, *fields: int) -> float:
+    """The sum of *fields* of ``/proc/PID/stat``, counted from 0, which are in 1/100 s."""
+    # The command in parentheses may hold spaces; fields are counted after it.
+    values = (process / "stat").read_text().rpartition(")")[2].split()
+    return sum(int(values[field - 2]) for field in fields) / 100
+
+
+def emulator_seconds(rig: Path) -> float | None:
+    """CPU seconds of the emulator behind the socket *rig*: its VPs' and what else it does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(str(rig))
+        except OSError:
+            return None
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    keeper = _UCRED.unpack(credentials)[0]
+    try:
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        return sum(_cpu_seconds(Path("/proc", child), *_TIMES) for child in children)
+    except FileNotFoundError:
+        return None  # just gone, or this kernel does not list children
 
 
 def _launch(config: MachineConfig) -> Worker:
@@ -202,37 +241,57 @@ class LiveMachine:
             self._worker.stop()
             raise
 
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        """What the worker answers, or why there is no worker any more."""
+        try:
+            return call()
+        except HvHostError:
+            if self._worker.process.poll() is not None:
+                raise self._end() from None
+            raise
+
+    def _end(self) -> HvHostError:
+        """How the worker ended, in its own words."""
+        if not self.wait_stopped(_ENDING_SECONDS):
+            return HvHostError("the machine's worker does not answer any more; see its log.")
+        try:
+            self._worker.check_ended_well()
+        except HvHostError as error:
+            return error
+        return HvHostError("the machine stopped while something was still expected of its guest.")
+
     def info(self) -> MachineInfo:
-        return self._client.info()
+        return self._ask(self._client.info)
 
     def events(self, after: int, timeout: float) -> list[MachineEvent]:
-        return self._events.after(after, timeout)
+        events = self._events.after(after, timeout)
+        if events is None:
+            raise self._end()
+        return events
 
     def shut_down(self, action: ShutdownAction) -> None:
-        self._client.shut_down(action)
+        self._ask(lambda: self._client.shut_down(action))
 
     def reset(self) -> None:
-        self._client.reset()
+        self._ask(self._client.reset)
 
     def nmi(self) -> None:
-        self._client.nmi()
+        self._ask(self._client.nmi)
 
-    def hang(self) -> None:
-        self._client.hang()
+    def hang(self) -> list[ProcessorInfo]:
+        return self._ask(self._client.hang)
+
+    def processors(self) -> list[ProcessorInfo]:
+        return self._ask(self._client.processors)
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
-        return self._client.measure_heartbeats(count)
+        return self._ask(lambda: self._client.measure_heartbeats(count))
 
     def vp_seconds(self) -> float | None:
         if self.info().transport != Transport.LOCAL:
-            return None  # the rig's VPs are not processes of this computer
-        ticks = 0
+            return emulator_seconds(runtime_dir("rig") / "rig.sock")
         tasks = Path(f"/proc/{self._worker.process.pid}/task")
-        for task in tasks.iterdir():
-            # The command in parentheses may hold spaces; fields are counted after it.
-            fields = (task / "stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[_LOCAL_GUEST_TIME - 2])
-        return ticks / 100
+        return sum(_cpu_seconds(task, _GUEST_TIME) for task in tasks.iterdir())
 
     def wait_stopped(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout
@@ -249,8 +308,7 @@ class LiveMachine:
 
     def connect_probe(self, timeout: float) -> Probe | None:
         if self._worker.process.poll() is not None:
-            self._worker.check_ended_well()
-            raise HvHostError("the machine stopped while its guest was being waited for.")
+            raise self._end()
         if self._pending is None:
             self._pending = ProbeClient(_connect(self._directory.serial_socket(2)))
         try:

@@ -16,6 +16,8 @@ from hvhost.machine.model import (
     MachineEvent,
     MachineInfo,
     MachineState,
+    ProcessorInfo,
+    ProcessorState,
     ShutdownAction,
 )
 from hvhost.verify.contract import (
@@ -115,6 +117,7 @@ class ScriptedMachine:
         self.killed = False
         self.worker_dead = False
         self.spun = 0.0
+        self.looks = 0
         self._boot_id = str(uuid.uuid4())
         self._boot()
 
@@ -310,7 +313,7 @@ class ScriptedMachine:
         self.kernel_log.append(f"RIP: 0010:default_idle+0xb/0x10\nRSP: 0 EFLAGS: {flags}")
         self.panic("Hard LOCKUP" if "other-panic" in self.faults else "NMI: Not continuing")
 
-    def hang(self) -> None:
+    def hang(self) -> list[ProcessorInfo]:
         self._alive()
         if "hang-pauses" in self.faults:
             self.state = MachineState.PAUSED
@@ -318,6 +321,23 @@ class ScriptedMachine:
             self.hung = True
         if "contact-stays" not in self.faults:
             self.heartbeat = HeartbeatStatus.NO_CONTACT
+        self.looks = 0
+        return self.processors()
+
+    def processors(self) -> list[ProcessorInfo]:
+        self._alive()
+        self.looks += 1
+        wandering = "hang-wanders" in self.faults and self.looks > 1
+        return [
+            ProcessorInfo(
+                index,
+                ProcessorState.HALTED if "hang-halts" in self.faults else ProcessorState.RUNNING,
+                0xFFFFFFFF81000000 + 0x10 * index + (2 if wandering and index else 0),
+                0x202 if "hang-interruptible" in self.faults else 2,
+                3 if "hang-in-user-space" in self.faults else 0,
+            )
+            for index in range(self.cpus)
+        ]
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         self._alive()

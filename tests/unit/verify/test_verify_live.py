@@ -99,14 +99,41 @@ def test_a_machines_last_words_outlive_its_worker(config: MachineConfig, tmp_pat
     kinds = [event.kind for event in machine.events(0, 2.0)]
     assert kinds[0] == "started"
     assert machine.console().startswith("fake guest up") and "bye" in machine.console()
-    with pytest.raises(HvHostError):
-        machine.info()
+    for call in (machine.info, machine.nmi, lambda: machine.events(99, 0.0)):
+        with pytest.raises(HvHostError, match="the machine stopped while something"):
+            call()
     with pytest.raises(HvHostError, match="stopped while"):
         machine.connect_probe(0.1)
     machine.kill()
     for _ in range(2):
         machine.keep_logs(tmp_path / "kept")
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"worker.log", "worker-2.log"}
+
+
+def test_the_emulators_time_is_that_of_the_keepers_children(tmp_path: Path) -> None:
+    path = tmp_path / "rig.sock"
+    keeper = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import socket, subprocess, sys, time\n"
+            "s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()\n"
+            "c = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+            "s.accept(); s.accept(); c.kill(); c.wait()",
+            str(path),
+        ]
+    )
+    try:
+        deadline = time.monotonic() + 10
+        while (before := live.emulator_seconds(path)) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        after = live.emulator_seconds(path)
+        assert before is not None and after is not None
+        assert after - before > 0.1
+    finally:
+        keeper.wait(10)
+    assert live.emulator_seconds(path) is None
 
 
 def test_kill_ends_a_machine_whose_guest_is_silent(config: MachineConfig) -> None:
@@ -137,7 +164,20 @@ def test_events_are_collected_once_and_in_order() -> None:
         time.sleep(0.01)
     assert asked == [0, 2, 2, 3]
     assert [event.kind for event in log.after(1, 0.0)] == ["b", "c"]
-    assert log.after(3, 0.01) == []
+    assert log.after(3, 5.0) is None, "none will come"
+
+
+def test_no_news_is_no_end() -> None:
+    over = threading.Event()
+
+    def fetch(after: int, timeout: float) -> list[MachineEvent]:
+        over.wait(5)
+        raise HvHostError("gone")
+
+    log = EventLog(fetch)
+    assert log.after(0, 0.01) == []
+    over.set()
+    assert log.after(0, 5.0) is None
 
 
 @pytest.mark.parametrize(

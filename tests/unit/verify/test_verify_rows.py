@@ -74,6 +74,10 @@ def test_one_cpu_proves_no_smp() -> None:
     ("row_id", "fault", "said"),
     [
         ("heartbeat", "hang-pauses", "machine is paused, so its VPs do not spin"),
+        ("heartbeat", "hang-halts", "VP 0 is halted"),
+        ("heartbeat", "hang-interruptible", "VP 0 takes interrupts"),
+        ("heartbeat", "hang-in-user-space", "VP 0 is in ring 3"),
+        ("heartbeat", "hang-wanders", "VP 1 does not stay where it was hung"),
         ("shutdown", "poweroff-without-init", "asked to power off, init did not"),
         ("heartbeat", "reset-ignored", "asked for a reset and did not do it"),
         ("lsvmbus", "python lists-twice", "lists a device twice: shutdown"),

@@ -10,10 +10,11 @@ import re
 import secrets
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from hvhost.machine.model import HeartbeatStatus, MachineState
+from hvhost.machine.model import HeartbeatStatus, MachineState, ProcessorInfo, ProcessorState
 from hvhost.verify.guest import RowFailed
+from hvhost.verify.rows.nmi import INTERRUPT_FLAG
 from hvhost.verify.rows.smp import heartbeat_device
 from hvhost.verify.session import Session
 from hvhost.verify.sysfs import read_counters
@@ -86,11 +87,29 @@ def _panicked(session: Session) -> Iterator[str]:
     )
 
 
+def _spinning(hung: Sequence[ProcessorInfo], now: Sequence[ProcessorInfo]) -> str:
+    """Where the VPs spin; :class:`RowFailed` for one that is not where and how it was hung."""
+    for before, after in zip(hung, now, strict=True):
+        if after.state is not ProcessorState.RUNNING:
+            raise RowFailed(f"VP {after.index} is {after.state.value}, not hung")
+        if after.ring:
+            raise RowFailed(f"VP {after.index} is in ring {after.ring}, not in the kernel")
+        if after.rflags & INTERRUPT_FLAG:
+            raise RowFailed(f"VP {after.index} takes interrupts: RFLAGS {after.rflags:#x}")
+        if after.rip != before.rip:
+            raise RowFailed(
+                f"VP {after.index} does not stay where it was hung: {before.rip:#x}, now "
+                f"{after.rip:#x}"
+            )
+    places = ", ".join(f"VP {vp.index} at {vp.rip:#x} (RFLAGS {vp.rflags:#x})" for vp in now)
+    return f"in ring 0 with interrupts off, the same at both looks: {places}"
+
+
 def _hung(session: Session) -> Iterator[str]:
     probe = session.running()
     if session.await_heartbeat(HeartbeatStatus.OK, session.timing.heartbeat) is None:
         raise RowFailed("after the panic and a reset, the heartbeat did not become ok again")
-    session.hung()
+    where = session.hung()
     started = time.monotonic()
     if probe.answers(session.timing.silence):
         raise RowFailed("the guest was hung by the host but its probe still answers")
@@ -107,6 +126,7 @@ def _hung(session: Session) -> Iterator[str]:
     if info.state is not MachineState.RUNNING:
         raise RowFailed(f"the hung guest's machine is {info.state.value}, so its VPs do not spin")
     line = f"hung: no-contact {time.monotonic() - started:.1f} s after the hang; no probe answer"
+    line += f"; {_spinning(where, session.machine.processors())}"
     if spent_before is not None and spent_after is not None:
         spent = spent_after - spent_before
         # A halted or paused VP costs nothing; two busy host CPUs may be shared with others.
