@@ -55,6 +55,9 @@ def verify(
             metavar="FILE", help="JSON of an earlier run: what it lacked then, it may lack now."
         ),
     ] = None,
+    append: Annotated[
+        str, typer.Option(metavar="TEXT", help="More words for the guest's kernel command line.")
+    ] = "",
     kvm: Annotated[
         Transport, typer.Option(help="What runs the virtual processors; auto takes what works.")
     ] = Transport.AUTO,
@@ -98,6 +101,7 @@ def verify(
             allow_lacks=_split(allow_lacks),
             baseline=baseline,
             transport=kvm,
+            append=append,
         )
     )
     raise typer.Exit(status)
