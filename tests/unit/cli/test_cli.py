@@ -277,7 +277,7 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
     assert hvhost("verify").status == 7
     assert asked.pop() == VerifyOptions()
     words = "--kernel k --modules d --rows smp,nmi --cpus 3 --memory 1G --json j --svg p"
-    more = "--keep-logs l --allow-lacks pae, --baseline b --kvm local"
+    more = "--keep-logs l --allow-lacks pae, --baseline b --kvm local --append nopv"
     assert hvhost("verify", *words.split(), *more.split()).status == 7
     assert asked.pop() == VerifyOptions(
         kernel=Path("k"),
@@ -291,6 +291,7 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
         allow_lacks=["pae"],
         baseline=Path("b"),
         transport=Transport.LOCAL,
+        append="nopv",
     )
     hvhost("verify", "--deb", "a.deb", "b.deb", "--deb", "c.deb")
     assert asked.pop().debs == [Path("a.deb"), Path("c.deb"), Path("b.deb")]
