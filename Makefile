@@ -4,7 +4,7 @@ GUEST ?= debian-12
 
 export PYTHON
 
-.PHONY: help verify test check bench fuzz test-matrix setup setup-dev clean
+.PHONY: help verify test check bench fuzz docs test-matrix setup setup-dev clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-matrix  guest tests on the kernels of Debian 11, 12, 13 and sid'
 	@echo 'make bench        measure; prints a table and writes bench-results.json'
 	@echo 'make fuzz         fuzz every protocol module for a minute each'
+	@echo 'make docs         write anew what the docs take from the program'
 	@echo 'make clean        remove what the others made in this directory'
 
 verify: setup
@@ -43,6 +44,9 @@ fuzz: setup-dev
 	for target in fuzz/fuzz_*.py; do \
 		$(BIN)/python $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
 	done
+
+docs: setup-dev
+	$(BIN)/python docs/generate.py
 
 setup:
 	@scripts/setup

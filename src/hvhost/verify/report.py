@@ -8,6 +8,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
+from rich.box import HORIZONTALS
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -84,10 +85,12 @@ def render_report(report: VerifyReport, failed: tuple[RowResult, ...]) -> Render
     return Group(*parts)
 
 
-def render_svg(report: VerifyReport, *, width: int = 120) -> str:
+def render_svg(report: VerifyReport, *, width: int = 124) -> str:
     """The table as an SVG picture of a terminal, *width* columns wide."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
-    console.print(render_table(report))
+    table = render_table(report)
+    table.box = HORIZONTALS  # vertical lines would have gaps between the lines of text
+    console.print(table)
     picture = console.export_svg(title="hvhost verify")
     # A picture that fetches no fonts looks the same everywhere.
     return re.sub(r"\s*@font-face \{.*?\}", "", picture, flags=re.DOTALL)
