@@ -19,6 +19,7 @@ from hvhost.paths import python_environment, runtime_dir
 from hvhost.rig import image, layout, qemu
 
 ANSWER_SECONDS = 180.0
+STATUS_SECONDS = 5.0
 _MAXIMUM_DESCRIPTORS = 250
 
 
@@ -173,6 +174,33 @@ def _session(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RigStatus:
+    """The rig's own account; *seconds* since it is up, *memory* its guests have, in bytes."""
+
+    state: str
+    pid: int | None = None
+    emulator_pid: int | None = None
+    seconds: float = 0.0
+    machines: int = 0
+    memory: int = 0
+
+
+def status() -> RigStatus:
+    """Whether a rig runs, without starting one."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(STATUS_SECONDS)
+        try:
+            connection.connect(str(runtime_dir("rig") / "rig.sock"))
+            connection.sendall(b"status\n")
+            with connection.makefile("rb") as answers:
+                return RigStatus(**json.loads(answers.readline()))
+        except TimeoutError:
+            return RigStatus("no-answer")
+        except (OSError, ValueError):
+            return RigStatus("off")
+
+
 def reason_of_end(session: RigSession) -> str:
     """The keeper's last words after the connection ended; the same for everybody who asks."""
     words = session.last_words
@@ -181,7 +209,7 @@ def reason_of_end(session: RigSession) -> str:
             words.reason = (
                 "the rig is gone: its keeper or its QEMU was killed; start the machine again."
             )
-            with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
+            with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
                 data = session.connection.recv(65536)
                 words.reason = str(json.loads(data.splitlines()[-1])["error"])
         return words.reason

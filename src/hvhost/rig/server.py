@@ -9,6 +9,7 @@ keeper, and the keeper ends with the last session.
 Protocol on ``rig.sock``: one JSON object per line. Request ``{"memory": bytes, "vectors": n}``;
 answers ``{"progress": text}`` while the rig starts, then ``{"error": text}`` or the session
 ``{"session", "control_offset", "memory_offset"}`` with the descriptors of :func:`send_session`.
+The line ``status`` is answered with :meth:`Keeper.account`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ log = logging.getLogger(__name__)
 SHARED_SIZE = 64 * GIB
 START_SECONDS = 45.0
 CONNECT_SECONDS = 15.0
+DEVICE_SECONDS = 5.0
 CLIENT_SECONDS = 2.0
+FAREWELL_SECONDS = 0.5
 START_ATTEMPTS = 3
 PING_SECONDS = 5.0
 HANG_SECONDS = 20.0
@@ -55,7 +58,7 @@ def _events(count: int) -> list[int]:
     return [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One worker's place in the rig."""
 
@@ -147,10 +150,13 @@ class Keeper:
         self.selector = selectors.DefaultSelector()
         self.memory = Memory(SHARED_SIZE)
         self.sessions: dict[int, Session] = {}
+        self.clients: list[Session] = []
         self.waiting: list[Session] = []
         self.free_vectors = list(range(layout.FIRST_FREE_VECTOR, layout.VECTORS))
         self.ready = False
         self.served = False
+        self.pings = 0
+        self.started = self.last_pong = time.monotonic()
         # No number is used twice: QEMU 7.2 to 10.0 frees what it keeps of a peer that left, and
         # writes there again if one with the same number comes.
         self.next_peer = FIRST_SESSION_PEER
@@ -160,60 +166,68 @@ class Keeper:
         self.image = (Path(), Path())
         self.process: subprocess.Popen[bytes] | None = None
         self.device: socket.socket | None = None
+        self.door: socket.socket | None = None
         self.wake: list[int] = []
         self.own: list[int] = []
 
     # --- QEMU ------------------------------------------------------------------------------
 
     def start_qemu(self) -> None:
-        """Start QEMU and become its ivshmem server; :meth:`on_agent` notices when it is up.
-
-        :class:`HvHostError` when it does not connect.
-        """
+        """Start QEMU; :meth:`on_qemu` is called when it connects as the ivshmem client."""
         path = self.directory / "shared.sock"
         path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            listener.listen(1)
-            listener.settimeout(0.1)
-            self.memory.punch(0, layout.CONTROL_AREA)
-            self.memory.store(layout.HEADER_MAGIC, layout.RIG_MAGIC)
-            self.memory.store(layout.HEADER_VERSION, layout.RIG_VERSION)
-            self.console = b""
-            self.process = qemu.start(qemu.rig_arguments(*self.image, path), stdout=subprocess.PIPE)
-            assert self.process.stdout is not None
-            os.set_blocking(self.process.stdout.fileno(), False)
-            self.started = time.monotonic()
-            while self.device is None:
-                with contextlib.suppress(TimeoutError):
-                    self.device, _ = listener.accept()
-                silent = time.monotonic() - self.started > CONNECT_SECONDS
-                if self.device is None and (silent or self.process.poll() is not None):
-                    raise HvHostError(f"its QEMU did not connect; {self.read_console()}")
-        path.unlink(missing_ok=True)
-        self.device.settimeout(CONNECT_SECONDS)
+        self.door = socket.socket(socket.AF_UNIX)
+        self.door.bind(str(path))
+        self.door.listen(1)
+        self.memory.punch(0, layout.CONTROL_AREA)
+        self.memory.store(layout.HEADER_MAGIC, layout.RIG_MAGIC)
+        self.memory.store(layout.HEADER_VERSION, layout.RIG_VERSION)
+        self.console = self.console_line = b""
+        self.process = qemu.start(qemu.rig_arguments(*self.image, path), stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.started = self.last_pong = time.monotonic()
+        self.selector.register(self.door, selectors.EVENT_READ, self.on_qemu)
+        self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_console)
+
+    def on_qemu(self) -> None:
+        """Give QEMU the shared memory and its eventfds; :meth:`on_agent` notices when it is up."""
+        assert self.door is not None
+        assert self.process is not None
+        self.device, _ = self.door.accept()
+        self.device.settimeout(DEVICE_SECONDS)
+        self.close_door()
         self.wake = _events(layout.VECTORS)
         self.own = _events(1)
-        self.send_device(0)
-        self.send_device(0)
-        self.send_device(-1, self.memory.descriptor)
-        self.send_device(KEEPER_PEER, self.own[0])
-        for descriptor in self.wake:
-            self.send_device(0, descriptor)
-        self.last_pong = time.monotonic()
-        self.pings = 0
         self.selector.register(self.own[0], selectors.EVENT_READ, self.on_agent)
-        self.selector.register(self.process.stdout, selectors.EVENT_READ, self.read_console)
+        try:
+            self.send_device(0)
+            self.send_device(0)
+            self.send_device(-1, self.memory.descriptor)
+            self.send_device(KEEPER_PEER, self.own[0])
+            for descriptor in self.wake:
+                self.send_device(0, descriptor)
+        except HvHostError as error:
+            log.warning("%s", error)
+            self.process.kill()
+
+    def close_door(self) -> None:
+        if self.door is not None:
+            self.selector.unregister(self.door)
+            self.door.close()
+            self.door = None
+            (self.directory / "shared.sock").unlink(missing_ok=True)
 
     def send_device(self, value: int, descriptor: int | None = None) -> None:
         assert self.device is not None
         descriptors = [] if descriptor is None else [descriptor]
         try:
             socket.send_fds(self.device, [struct.pack("<q", value)], descriptors)
+        except TimeoutError:
+            raise HvHostError("the rig's QEMU hangs: it takes no messages.") from None
         except OSError as error:
             raise HvHostError(
-                f"the rig's QEMU takes no messages ({error.strerror or error}): "
-                f"{self.read_console()}"
+                f"the rig's QEMU died ({error.strerror}): {self.read_console()}"
             ) from error
 
     def read_console(self) -> str:
@@ -229,6 +243,7 @@ class Keeper:
         return lines[-1] if lines else "it printed nothing"
 
     def stop_qemu(self) -> None:
+        self.close_door()
         if self.process is None:
             return
         for item in (self.own[0] if self.own else None, self.process.stdout):
@@ -303,12 +318,27 @@ class Keeper:
         session.received += data
         if b"\n" not in session.received or session in self.waiting or session.index is not None:
             return
+        if session.received == b"status\n":
+            session.received = b""
+            self.tell(session, self.account())
+            return
         self.waiting.append(session)
         self.served = True
         if self.ready:
             self.open_session(session)
         else:
             self.tell(session, {"progress": "starting the rig"})
+
+    def account(self) -> dict[str, object]:
+        """What ``hvhost rig status`` shows; times in seconds, sizes in bytes."""
+        return {
+            "state": "running" if self.ready else "starting",
+            "pid": os.getpid(),
+            "emulator_pid": self.process.pid if self.process is not None else None,
+            "seconds": round(time.monotonic() - self.started, 1) if self.ready else 0.0,
+            "machines": len(self.sessions),
+            "memory": sum(session.memory_size for session in self.sessions.values()),
+        }
 
     def open_session(self, session: Session) -> None:
         self.waiting.remove(session)
@@ -365,6 +395,7 @@ class Keeper:
 
     def end_session(self, session: Session) -> None:
         self.selector.unregister(session.connection)
+        self.clients.remove(session)
         session.connection.close()
         if session in self.waiting:
             self.waiting.remove(session)
@@ -395,11 +426,7 @@ class Keeper:
         while True:
             if self.process is None:
                 attempts += 1
-                try:
-                    self.start_qemu()
-                except HvHostError as error:
-                    self.give_up_attempt(attempts, str(error))
-                    continue
+                self.start_qemu()
             now = time.monotonic()
             if self.ready and now >= next_ping:
                 self.pings = (self.pings + 1) & 0xFFFFFFFF
@@ -412,7 +439,8 @@ class Keeper:
             assert self.process is not None
             idle = not self.sessions and not self.waiting and now - self.idle_since > self.linger
             if not self.ready:
-                if self.process.poll() is not None or now - self.started > START_SECONDS:
+                limit = CONNECT_SECONDS if self.device is None else START_SECONDS
+                if self.process.poll() is not None or now - self.started > limit:
                     self.give_up_attempt(attempts, self.read_console())
                 elif idle and self.served:
                     return  # whom it was started for has left
@@ -438,7 +466,7 @@ class Keeper:
 
     def next_time_out(self, now: float, next_ping: float) -> float:
         if not self.ready:
-            return 1.0
+            return min(1.0, CONNECT_SECONDS)
         wait = next_ping - now
         if not self.sessions and not self.waiting:
             wait = min(wait, self.idle_since + self.linger - now)
@@ -449,15 +477,25 @@ class Keeper:
             connection, _ = listener.accept()
             connection.settimeout(CLIENT_SECONDS)
             session = Session(connection)
+            self.clients.append(session)
             self.selector.register(
                 connection, selectors.EVENT_READ, lambda: self.on_request(session)
             )
 
-    def fail(self, reason: str) -> None:
-        """Tell everybody why the rig is gone."""
-        for session in (*self.waiting, *self.sessions.values()):
-            if not session.closing:
-                self.tell(session, {"error": reason})
+    def fail(self, reason: str, listener: socket.socket) -> None:
+        """Tell everybody why the rig is gone; who comes in the next moment hears it too."""
+        told: list[Session] = []
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while True:
+            for session in self.clients:
+                if session not in told:
+                    self.tell(session, {"error": reason})
+                    told.append(session)
+            listener.settimeout(max(0.001, deadline - time.monotonic()))
+            try:
+                self.accept(listener)
+            except TimeoutError:
+                return
 
 
 def main() -> int:
@@ -482,11 +520,13 @@ def main() -> int:
         keeper.serve(listener)
     except HvHostError as error:
         log.error("%s", error)
-        keeper.fail(str(error))
+        keeper.fail(str(error), listener)
         return 1
     except Exception as error:
         log.exception("the keeper ends")
-        keeper.fail(f"the rig's keeper failed ({error!r}); its log is {directory / 'rig.log'}.")
+        keeper.fail(
+            f"the rig's keeper failed ({error!r}); its log is {directory / 'rig.log'}.", listener
+        )
         return 1
     finally:
         path.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""The local transport on a real ``/dev/kvm``: inside a software KVM host."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from hvhost.guests.build import GuestImages
+from hvhost.guests.initramfs import READY_LINE
+
+SECONDS = 200
+
+
+@pytest.mark.timeout(SECONDS + 60)
+def test_a_guest_boots_through_the_local_transport(one: GuestImages) -> None:
+    run = [
+        *(sys.executable, "-m", "hvhost", "run", "--kvm", "local", "--name", "inside"),
+        *("--kernel", str(one.kernel), "--initrd", str(one.initrd), "--cpus", "2"),
+    ]
+    # The console's shell takes the last word, and init then powers the machine off.
+    script = f"(sleep 25; echo; echo poweroff; sleep {SECONDS}) | exec {' '.join(run)}"
+    done = subprocess.run(
+        [sys.executable, "-m", "hvhost", "rig", "exec", "--", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    console = done.stdout.decode(errors="replace")
+    assert "Hypervisor detected: Microsoft Hyper-V" in console, console + done.stderr.decode()
+    assert "Vmbus version:" in console
+    assert "Heartbeat IC version 3" in console
+    assert READY_LINE in console
+    assert "smp: Brought up 1 node, 2 CPUs" in console
+
+
+def test_a_command_in_the_software_kvm_host_sees_files_and_keeps_its_status() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "hvhost", "rig", "exec", "--"),
+            *("sh", "-c", "cat; test -c /dev/kvm && test -f /etc/passwd && touch /gone; exit 7"),
+        ],
+        input=b"from outside",
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, b"from outside"), done.stderr
