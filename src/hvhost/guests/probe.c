@@ -544,6 +544,7 @@ static void echo_sockets(unsigned port)
 	if (fd < 0)
 		exit(1);
 	signal(SIGCHLD, SIG_IGN);
+	dprintf(1, "listening\n");
 	for (;;) {
 		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
 		if (connection >= 0 && fork() == 0)

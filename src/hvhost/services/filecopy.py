@@ -29,7 +29,7 @@ from hvhost.services.filecopy_protocol import (
     write_body,
 )
 from hvhost.services.integration import Conversation, ConversationState
-from hvhost.services.protocol import HV_S_OK, IcMessageType
+from hvhost.services.protocol import HV_E_FAIL, HV_S_OK, IcMessageType
 from hvhost.vmbus.channel import Channel, Offer, Packet
 
 #: Seconds for one answer; Linux's driver itself gives up on its daemon after 30.
@@ -41,6 +41,7 @@ class Step(StrEnum):
 
     START = "start"
     WRITE = "write"
+    ASK_WHY = "ask-why"
     COMPLETE = "complete"
     CANCEL = "cancel"
     EMPTY = "empty"
@@ -184,10 +185,18 @@ class FileCopy:
             case Step.START if not ok:
                 self._end(copy, refusal(status, copy.target))
             case Step.START | Step.WRITE:
-                copy.copied += copy.pending
+                copy.copied += copy.pending if ok else 0
                 copy.pending = 0
+                if status == HV_E_FAIL and copy.problem is None:
+                    # Both daemons call a write that was cut short an error without a name, which
+                    # is what a disk that becomes full does first. A write behind it tells.
+                    self._ask(copy, Step.ASK_WHY, write_body(copy.copied + DATA_FRAGMENT, b"\0"))
+                    return
                 if not ok:
-                    copy.problem = failure(status, copy.target)
+                    copy.problem = copy.problem or failure(status, copy.target)
+                self._go_on(copy)
+            case Step.ASK_WHY:
+                copy.problem = failure(HV_E_FAIL if ok else status, copy.target)
                 self._go_on(copy)
             case Step.COMPLETE if ok:
                 self._end(copy, None)

@@ -6,13 +6,21 @@ tests fit a scripted guest to them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import MachineEvent, MachineInfo, ProcessorInfo, ShutdownAction
+from hvhost.machine.model import (
+    CopyProgress,
+    MachineEvent,
+    MachineInfo,
+    ProcessorInfo,
+    ShutdownAction,
+)
+from hvhost.sockets.protocol import Service
 
 
 class RowFailed(HvHostError):  # noqa: N818 — an outcome, not an accident
@@ -95,6 +103,29 @@ class Machine(Protocol):
         ...
 
     def heartbeat_round_trips(self, count: int) -> list[float]: ...
+
+    def connect(self, service: Service, timeout: float) -> socket.socket:
+        """A socket connected to *service* of the guest, without a time-out of its own."""
+        ...
+
+    def listen(self, service: Service) -> socket.socket:
+        """A socket that accepts what the guest connects to *service* of the host."""
+        ...
+
+    def copy(
+        self,
+        source: Path,
+        destination: str,
+        *,
+        create_path: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[CopyProgress], None] = lambda progress: None,
+    ) -> CopyProgress:
+        """Copy a file into the guest; :class:`HvHostError` if it is not whole there.
+
+        Cancelled if *watch*, which sees the progress now and then, raises.
+        """
+        ...
 
     def vp_seconds(self) -> float | None:
         """CPU seconds the host spent on running VPs so far, as the host's kernel counts them.

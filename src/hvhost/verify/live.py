@@ -19,6 +19,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.guests.probe import ProbeClient, ProbeTimeout
 from hvhost.machine.model import (
+    CopyProgress,
     MachineConfig,
     MachineEvent,
     MachineInfo,
@@ -26,11 +27,13 @@ from hvhost.machine.model import (
     ShutdownAction,
     Transport,
 )
+from hvhost.machine.serial import listen
 from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.directory import MachineDirectory
 from hvhost.manager.launcher import Worker, launch
 from hvhost.paths import runtime_dir
+from hvhost.sockets.protocol import Service, listen_name, service_id
 from hvhost.verify.guest import CommandResult, Machine, Modules, Probe
 from hvhost.verify.options import VerifyOptions
 
@@ -286,6 +289,25 @@ class LiveMachine:
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         return self._ask(lambda: self._client.measure_heartbeats(count))
+
+    def connect(self, service: Service, timeout: float) -> socket.socket:
+        return self._client.connect(service, timeout)
+
+    def listen(self, service: Service) -> socket.socket:
+        return listen(self._directory.path / listen_name(service_id(service)))
+
+    def copy(
+        self,
+        source: Path,
+        destination: str,
+        *,
+        create_path: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[CopyProgress], None] = lambda progress: None,
+    ) -> CopyProgress:
+        return self._client.copy(
+            source, destination, create_path=create_path, overwrite=overwrite, watch=watch
+        )
 
     def vp_seconds(self) -> float | None:
         if self.info().transport != Transport.LOCAL:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hvhost.verify.rows import heartbeat, lsvmbus, nmi, shutdown, smp
+from hvhost.verify.rows import filecopy, heartbeat, hvsocket, lsvmbus, nmi, shutdown, smp
 from hvhost.verify.session import Session
 
 
@@ -28,6 +28,8 @@ class Proof:
 PROOFS: tuple[Proof, ...] = (
     Proof("lsvmbus", lsvmbus.prove, 180.0),
     Proof("smp", smp.prove, 240.0),
+    Proof("file-copy", filecopy.prove, 300.0),
+    Proof("hvsocket", hvsocket.prove, 300.0),
     Proof("heartbeat", heartbeat.prove, 420.0),
     Proof("nmi", nmi.prove, 300.0),
     Proof("shutdown", shutdown.prove, 420.0),

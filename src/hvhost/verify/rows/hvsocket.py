@@ -1,0 +1,244 @@
+"""``hvsocket``: streams between programs in the guest and Unix sockets on the host.
+
+The guest's ends are the probe's own test programs on AF_VSOCK; what arrived there is told by the
+guest's ``sha256sum`` and by its list of VMBus devices, which has one for each connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from hvhost.errors import HvHostError
+from hvhost.sockets.protocol import describe, service_id
+from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.session import Session
+
+ECHO_PORT = 7000
+HOST_PORT = 5000
+NOBODY_PORT = 4444
+OWN_SERVICE = uuid.UUID("6f0c7a0e-58f1-4c66-9f1a-68766f737431")
+TRANSFER = 4 << 20
+CONNECTIONS = 200
+ROUND_TRIPS = 100
+_CONNECT_SECONDS = 40.0
+_DATA_SECONDS = 60.0
+
+
+def _run(probe: Probe, script: str, timeout: float = 60.0) -> str:
+    result = probe.run(["sh", "-c", script], timeout)
+    if result.status != 0:
+        raise RowFailed(f"in the guest, {script[:60]!r} failed: {result.output.strip()[-200:]}")
+    return result.output.strip()
+
+
+def _connect(session: Session, service: int | uuid.UUID = ECHO_PORT) -> socket.socket:
+    stream = session.machine.connect(service, _CONNECT_SECONDS)
+    stream.settimeout(_DATA_SECONDS)
+    return stream
+
+
+def _read_all(stream: socket.socket) -> bytes:
+    data = bytearray()
+    while part := stream.recv(1 << 18):
+        data += part
+    return bytes(data)
+
+
+def _rate(size: int, seconds: float) -> str:
+    return f"{size / seconds / (1 << 20):.1f} MiB/s"
+
+
+def _guest_connections(probe: Probe) -> int:
+    """Devices on the guest's bus whose interface type is a socket port."""
+    listing = _run(probe, "cat /sys/bus/vmbus/devices/*/class_id 2>/dev/null || true")
+    return sum("-facb-11e6-bd58-64006a7986d3}" in line for line in listing.splitlines())
+
+
+def _to_guest(session: Session) -> Iterator[str]:
+    session.step("connecting to the guest")
+    with _connect(session) as stream:
+        seconds = []
+        for number in range(ROUND_TRIPS):
+            message = number.to_bytes(8, "little")
+            started = time.perf_counter()
+            stream.sendall(message)
+            if stream.recv(8, socket.MSG_WAITALL) != message:
+                raise RowFailed("what the guest sent back is not what it was sent")
+            seconds.append(time.perf_counter() - started)
+    data = os.urandom(TRANSFER)
+    with _connect(session) as stream:
+
+        def feed() -> None:
+            with contextlib.suppress(OSError):  # the reader below notices
+                stream.sendall(data)
+                stream.shutdown(socket.SHUT_WR)
+
+        started = time.perf_counter()
+        feeder = threading.Thread(target=feed, daemon=True)
+        feeder.start()
+        answer = _read_all(stream)
+        spent = time.perf_counter() - started
+        feeder.join(_DATA_SECONDS)
+    if answer != data:
+        raise RowFailed(f"of {TRANSFER} bytes sent to the guest and back, {len(answer)} returned")
+    yield (
+        f"host to guest: {ROUND_TRIPS} round trips, median {statistics.median(seconds) * 1e6:.0f} "
+        f"us; {TRANSFER >> 20} MiB there and back whole at {_rate(TRANSFER, spent)} each way, "
+        "read to the end after the host had closed its direction"
+    )
+
+
+def _to_host(session: Session, probe: Probe) -> Iterator[str]:
+    session.step("connecting from the guest")
+    received: list[bytes] = []
+    seconds: list[float] = []
+    size = TRANSFER // 2
+    with session.machine.listen(HOST_PORT) as listener:
+        listener.settimeout(_CONNECT_SECONDS)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # nothing received is noticed below
+                stream, _ = listener.accept()
+                with stream:
+                    stream.settimeout(_DATA_SECONDS)
+                    started = time.perf_counter()
+                    data = _read_all(stream)
+                    seconds.append(time.perf_counter() - started)
+                    received.append(data)
+                    # The guest has closed its direction, this one is still open.
+                    stream.sendall(hashlib.sha256(data).hexdigest().encode() + b"\n")
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        told = _run(
+            probe,
+            f"head -c {size} /dev/urandom > /tmp/sent; sha256sum < /tmp/sent; "
+            f"hvhost-probe connect {HOST_PORT} < /tmp/sent; rm /tmp/sent",
+            _DATA_SECONDS,
+        ).split()
+        server.join(_CONNECT_SECONDS)
+    if not received or len(told) < 3:
+        raise RowFailed(
+            f"the guest's connection to the host's {describe(service_id(HOST_PORT))}"
+            " brought nothing"
+        )
+    if not told[0] == told[2] == hashlib.sha256(received[0]).hexdigest():
+        raise RowFailed("the host received something else than the guest sent", told)
+    yield (
+        f"guest to host: {size >> 20} MiB whole (sha256 {told[0][:12]}… said by the guest) at "
+        f"{_rate(size, seconds[0])}, and the host's answer after the guest's end of data"
+    )
+
+
+def _many(session: Session, probe: Probe) -> Iterator[str]:
+    session.step(f"opening {CONNECTIONS} connections at once")
+    before = _guest_connections(probe)
+    streams: list[socket.socket] = []
+    started = time.perf_counter()
+    try:
+        while len(streams) < CONNECTIONS:
+            streams.append(_connect(session))
+        spent = time.perf_counter() - started
+        there = _guest_connections(probe)
+        if there < CONNECTIONS:
+            raise RowFailed(f"of {CONNECTIONS} connections the guest lists {there}")
+        for number, stream in enumerate(streams):
+            stream.sendall(b"%06d" % number)
+        for number, stream in enumerate(streams):
+            if stream.recv(6, socket.MSG_WAITALL) != b"%06d" % number:
+                raise RowFailed("two connections got each other's data")
+    finally:
+        for stream in streams:
+            stream.close()
+    deadline = time.monotonic() + session.timing.event
+    while (left := _guest_connections(probe)) > before:
+        if time.monotonic() > deadline:
+            raise RowFailed(f"{left} connections are left in the guest after the host closed them")
+        time.sleep(session.timing.poll)
+    yield (
+        f"at once: {CONNECTIONS} connections, all on the guest's bus, each with its own data "
+        f"({spent * 1e3 / CONNECTIONS:.0f} ms to open one); none left after the host closed them"
+    )
+
+
+def _nobody(session: Session, probe: Probe) -> Iterator[str]:
+    session.step("connecting where nobody listens")
+    lines = []
+    for service in (NOBODY_PORT, OWN_SERVICE):
+        started = time.monotonic()
+        try:
+            session.machine.connect(service, _CONNECT_SECONDS).close()
+        except HvHostError as error:
+            if "nobody" not in str(error):
+                raise RowFailed(f"nobody listens in the guest, but: {error}") from error
+        else:
+            raise RowFailed("a connection was accepted where nobody listens in the guest")
+        lines.append(f"{describe(service_id(service))} {time.monotonic() - started:.1f} s")
+    result = probe.run(["hvhost-probe", "connect", str(NOBODY_PORT)], 30.0)
+    if result.status == 0 or "timed out" not in result.output:
+        raise RowFailed(f"nobody listens on the host, but the guest says {result.output.strip()!r}")
+    yield f"nobody there: host refused after {' and '.join(lines)}; guest's connect timed out"
+
+
+def _by_guid(session: Session) -> Iterator[str]:
+    service = service_id(ECHO_PORT)
+    with _connect(session, service) as stream:
+        stream.sendall(b"guid")
+        if stream.recv(4, socket.MSG_WAITALL) != b"guid":
+            raise RowFailed("the connection by service GUID does not work")
+    yield (
+        f"by service GUID: {service}; Linux takes no others than these, so one of the user's own "
+        "is shown refused above and proved against the simulated guest only"
+    )
+
+
+def _reset(session: Session) -> Iterator[str]:
+    session.step("resetting the guest with a connection open")
+    with _connect(session) as stream:
+        mark, events = len(session.machine.console()), session.event_mark()
+        session.machine.reset()
+        if session.await_event("reset", events) is None:
+            raise RowFailed("the machine was asked for a reset and did not do it")
+        if _read_all(stream):
+            raise RowFailed("data came from a guest that was reset")
+    probe = session.await_boot(mark)
+    _listen(session, probe)
+    with _connect(session) as stream:
+        stream.sendall(b"again")
+        if stream.recv(5, socket.MSG_WAITALL) != b"again":
+            raise RowFailed("after a reset, the guest's sockets do not work")
+    yield "reset: an open connection ended at once, and the next boot takes new ones"
+
+
+def _listen(session: Session, probe: Probe) -> None:
+    command = f"setsid hvhost-probe listen {ECHO_PORT} </dev/null >/tmp/echo.log 2>&1 &"
+    _run(probe, command)
+    deadline = time.monotonic() + session.timing.event
+    while "listening" not in (log := probe.read("/tmp/echo.log")):
+        if time.monotonic() > deadline:
+            raise RowFailed("no program of the guest can listen on AF_VSOCK", log.splitlines())
+        time.sleep(session.timing.poll)
+
+
+def prove(session: Session) -> Iterator[str]:
+    """Both directions with half-close, many at once, nobody there, by GUID, across a reset."""
+    probe = session.running()
+    _listen(session, probe)
+    yield from _to_guest(session)
+    yield from _to_host(session, probe)
+    yield from _many(session, probe)
+    yield from _nobody(session, probe)
+    yield from _by_guid(session)
+    yield from _reset(session)
+    yield (
+        f"both directions with half-close, {CONNECTIONS} connections at once, refusal, and a reset "
+        "with a connection open"
+    )
