@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -106,11 +107,13 @@ def launch(
     timeout: float = START_SECONDS,
     progress: Callable[[str], None] = lambda _: None,
     program: Sequence[str] | None = None,
+    abandoned: threading.Event | None = None,
 ) -> Worker:
     """Start the worker of *config* and wait until it can be spoken to.
 
     *progress* gets what the worker says meanwhile (it may have to download a kernel and start the
-    rig); *timeout* is how many seconds it may say nothing.
+    rig); *timeout* is how many seconds it may say nothing. *abandoned*, set by another thread, ends
+    the waiting and the worker.
     A worker that is not detached gets SIGTERM when the calling thread's process dies, however it
     dies. Raises :class:`HvHostError` for a bad configuration, a name in use, and with the
     worker's own words when it fails to start.
@@ -121,7 +124,7 @@ def launch(
         directory.config_file.write_text(json.dumps(asdict(config), indent=1) + "\n")
         worker = Worker(directory, _spawn(directory, program or WORKER, detach=detach))
         try:
-            _wait_until_open(worker, timeout, progress)
+            _wait_until_open(worker, timeout, progress, abandoned or threading.Event())
         except BaseException:
             worker.stop()
             directory.pid_file.unlink(missing_ok=True)  # the name is free, not a dead machine's
@@ -157,7 +160,9 @@ def _die_with(parent: int) -> Callable[[], None]:
     return bind
 
 
-def _wait_until_open(worker: Worker, timeout: float, progress: Callable[[str], None]) -> None:
+def _wait_until_open(
+    worker: Worker, timeout: float, progress: Callable[[str], None], abandoned: threading.Event
+) -> None:
     """The worker gives its sockets their names once it accepts connections."""
     started = heard = time.monotonic()
     partial = ""
@@ -166,6 +171,8 @@ def _wait_until_open(worker: Worker, timeout: float, progress: Callable[[str], N
             status = worker.process.poll()
             if status is not None:
                 raise HvHostError(_last_words(worker.directory, status))
+            if abandoned.is_set():
+                raise HvHostError(f"the start of machine {worker.directory.name!r} was given up.")
             now = time.monotonic()
             if news := log.read():
                 heard = now

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -124,10 +127,19 @@ def verify_guest(
 
 
 def verify(options: VerifyOptions) -> int:
-    """Verify a guest and print the table; the exit status.
+    """Verify a guest and print the table; the exit status. Called in the main thread.
 
     :class:`HvHostError` for bad input and for a computer that cannot start a machine.
     """
     from hvhost.verify.live import prepare
 
-    return verify_guest(options, prepare)[0]
+    # As Ctrl-C does: out of all blocks in order, so that no machine is left.
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        return verify_guest(options, prepare)[0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -18,6 +18,9 @@ _DETECTED = "Hypervisor detected: Microsoft Hyper-V"
 _VERSION = re.compile(r"Vmbus version:(\d+\.\d+)", re.IGNORECASE)
 _PANIC = re.compile(r"Kernel panic - not syncing: .*")
 _USERSPACE = re.compile(r"Run \S+ as init process|hvhost-guest:")
+_DRIVER_OFF = re.compile(
+    r"(?:initcall_blacklist|module_blacklist|modprobe\.blacklist)=\S*(?:hv_|hyperv|vmbus)\S*"
+)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -114,8 +117,10 @@ def _why_no_bus(seen: Sighting) -> tuple[str, str]:
     """What stopped a guest that reached user space, and what to look at."""
     command_line = seen.info.command_line if seen.info else ""
     identified = _DETECTED in seen.text or (seen.info is not None and seen.info.guest_os_id != 0)
-    if match := re.search(r"initcall_blacklist=\S*(?:hv_|hyperv|vmbus)\S*", command_line):
+    if match := _DRIVER_OFF.search(command_line):
         return "no VMBus", f"the command line switches its driver off: {match[0]}"
+    if not identified and "nopv" in command_line.split():
+        return "no VMBus", "the command line switches the detection of hypervisors off: nopv"
     if seen.modules is None:
         return (
             "no VMBus",

@@ -204,25 +204,35 @@ def emulator_seconds(rig: Path) -> float | None:
         return None  # just gone, or this kernel does not list children
 
 
-def _launch(config: MachineConfig) -> Worker:
+def _launch(config: MachineConfig, progress: Callable[[str], None]) -> Worker:
     """Start a worker from a thread that lives as long as it does.
 
     A worker is told to stop when the thread that started it ends, and rows run in threads of
     their own.
     """
     answer: queue.SimpleQueue[Worker | BaseException] = queue.SimpleQueue()
+    abandoned = threading.Event()
 
     def keep() -> None:
         try:
-            worker = launch(config, detach=False)
+            worker = launch(config, detach=False, progress=progress, abandoned=abandoned)
         except BaseException as error:
             answer.put(error)
             return
         answer.put(worker)
         worker.process.wait()
 
-    threading.Thread(target=keep, name="worker-keeper", daemon=True).start()
-    started = answer.get()
+    thread = threading.Thread(target=keep, name="worker-keeper", daemon=True)
+    thread.start()
+    try:
+        started = answer.get()
+    except BaseException:  # such as Ctrl-C
+        abandoned.set()
+        started = answer.get()
+        if isinstance(started, Worker):
+            started.stop()
+        MachineDirectory.of(config.name).remove()
+        raise
     if isinstance(started, BaseException):
         raise started
     return started
@@ -231,8 +241,11 @@ def _launch(config: MachineConfig) -> Worker:
 class LiveMachine:
     """:class:`hvhost.verify.guest.Machine` over a worker process of our own."""
 
-    def __init__(self, config: MachineConfig) -> None:
-        self._worker = _launch(config)
+    def __init__(
+        self, config: MachineConfig, progress: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Start the machine; *progress* is told what takes time."""
+        self._worker = _launch(config, progress)
         self._directory: MachineDirectory = self._worker.directory
         self._pending: ProbeClient | None = None
         self._log = ""
@@ -375,6 +388,7 @@ class LiveGuest:
 
     images: GuestImages
     options: VerifyOptions
+    progress: Callable[[str], None] = lambda text: None
 
     @property
     def os_name(self) -> str:
@@ -403,7 +417,8 @@ class LiveGuest:
                 cpus=self.options.cpus,
                 memory=self.options.memory,
                 transport=self.options.transport,
-            )
+            ),
+            self.progress,
         )
 
 
@@ -416,4 +431,4 @@ def prepare(options: VerifyOptions, progress: Callable[[str], None]) -> LiveGues
         debs=options.debs,
         progress=progress,
     )
-    return LiveGuest(images, options)
+    return LiveGuest(images, options, progress)

@@ -82,6 +82,9 @@ def render_report(report: VerifyReport, failed: tuple[RowResult, ...]) -> Render
     parts.append(
         Text(", ".join(f"{count} {status.value}" for status, count in counts.items() if count))
     )
+    if failed:  # last, for whoever looks at the end of it only
+        names = ", ".join(result.row.id for result in failed)
+        parts.append(Text(f"FAILED: {names}", style="bold red"))
     return Group(*parts)
 
 

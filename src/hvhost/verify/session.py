@@ -63,6 +63,7 @@ class Timing:
     heartbeat: float = HEARTBEAT_SECONDS
     no_contact: float = NO_CONTACT_SECONDS
     event: float = 30.0
+    bus: float = 5.0
     poll: float = 0.2
     silence: float = 3.0
     settle: float = 0.1
@@ -272,7 +273,7 @@ class Session:
 
     def _await_bus(self, probe: Probe) -> tuple[GuestDevice, ...]:
         # Drivers probe asynchronously: user space may be there before its devices are.
-        deadline = time.monotonic() + self.timing.event / 3
+        deadline = time.monotonic() + self.timing.bus
         while not (devices := read_devices(probe)) and time.monotonic() < deadline:
             time.sleep(self.timing.poll)
         return devices

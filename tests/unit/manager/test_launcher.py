@@ -111,6 +111,14 @@ def test_a_worker_that_never_comes_up(runtime: Path, config: MachineConfig) -> N
     assert MachineDirectory.of("m1").state() is NameState.FREE
 
 
+def test_a_start_given_up(runtime: Path, config: MachineConfig) -> None:
+    abandoned = threading.Event()
+    threading.Timer(0.3, abandoned.set).start()
+    with pytest.raises(HvHostError, match="the start of machine 'm1' was given up"):
+        launch(replace(config, command_line="never-open"), detach=True, abandoned=abandoned)
+    assert MachineDirectory.of("m1").state() is NameState.FREE
+
+
 def test_a_worker_that_tells_what_it_does_is_given_time(
     runtime: Path, config: MachineConfig
 ) -> None:

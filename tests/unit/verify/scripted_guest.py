@@ -266,7 +266,9 @@ class ScriptedMachine:
             memory=512 << 20,
             kernel="/k",
             command_line="console=ttyS0"
-            + (" initcall_blacklist=hv_acpi_init" if "blacklisted" in self.faults else ""),
+            + (" initcall_blacklist=hv_acpi_init" if "blacklisted" in self.faults else "")
+            + (" module_blacklist=x,hv_vmbus" if "forbidden" in self.faults else "")
+            + (" nopv" if "nopv" in self.faults else ""),
             transport="scripted",
             guest_os_id=0 if self.faults & {"undetected", "silent"} else 0x8100060100000000,
             vmbus_version="5.3" if negotiated and "no-version" not in self.faults else None,

@@ -77,6 +77,7 @@ def test_a_failure_is_shown_with_all_its_evidence() -> None:
     status, _, table, _ = run(VerifyOptions(rows=["smp"]), "wrong-cpu")
     assert status == 1
     assert "callback interrupts per CPU" in table
+    assert table.endswith("1 fails\nFAILED: smp\n"), "to be seen where only the end is"
 
 
 def test_a_guest_without_a_bus_fails_with_its_finding() -> None:

@@ -27,6 +27,8 @@ def _without_vmbus() -> ScriptedModules:
     ("faults", "headline", "stages"),
     [
         (("no-bus", "blacklisted"), "switches its driver off: initcall_blacklist=hv_acpi_init", 5),
+        (("no-bus", "forbidden"), "switches its driver off: module_blacklist=x,hv_vmbus", 5),
+        (("no-bus", "undetected", "nopv"), "the detection of hypervisors off: nopv", 5),
         (("no-bus",), "hv_vmbus is a module of this kernel and did not bind", 5),
         (("no-devices",), "did not bind", 5),
         (("no-version",), "did not bind", 5),

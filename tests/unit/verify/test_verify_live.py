@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,18 @@ def test_events_are_collected_once_and_in_order() -> None:
     assert log.after(3, 5.0) is None, "none will come"
 
 
+def test_a_start_that_is_interrupted_leaves_nothing(
+    config: MachineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = replace(config, command_line="never-open")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        LiveMachine(slow)
+    timer.join()
+    assert not list((tmp_path / "machines").iterdir())
+
+
 def test_no_news_is_no_end() -> None:
     over = threading.Event()
 
@@ -192,7 +206,7 @@ def test_the_guests_command_line(
     verbose: bool, append: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs: list[MachineConfig] = []
-    monkeypatch.setattr(live, "LiveMachine", configs.append)
+    monkeypatch.setattr(live, "LiveMachine", lambda config, progress: configs.append(config))
     images = GuestImages(Path("/k"), Path("/i"), None, "T", "6.1", ("hv_kvp_daemon",))
     guest = LiveGuest(images, VerifyOptions(append=append, cpus=3, memory=256 << 20))
     guest.start(verbose=verbose)
