@@ -1,0 +1,73 @@
+"""Real guests. All tests share one rig, in a runtime directory of their own; nothing stays of it.
+
+``HVHOST_TEST_GUESTS`` names the guests, comma separated; tests of the machine around the guest use
+the first of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guest.helpers import Guest, end_rig, processes_of
+from hvhost.guests.build import GuestImages, prepare_guest
+from hvhost.verify.live import LiveMachine
+
+GUESTS = os.environ.get("HVHOST_TEST_GUESTS", "debian-12").split(",")
+RIG_LINGER_SECONDS = 300
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.guest)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def runtime() -> Iterator[Path]:
+    """A runtime directory for these tests; its path is short, because sockets' paths are."""
+    path = Path(tempfile.mkdtemp(prefix="hvg"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HVHOST_RUNTIME_DIR", str(path))
+        patch.setenv("HVHOST_RIG_LINGER", str(RIG_LINGER_SECONDS))
+        yield path
+        end_rig(path)
+        assert not processes_of(path), "processes are left"
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="package", params=GUESTS)
+def images(request: pytest.FixtureRequest) -> GuestImages:
+    """Each guest in turn."""
+    name: str = request.param
+    return prepare_guest(name)
+
+
+@pytest.fixture(scope="package")
+def one() -> GuestImages:
+    """The first guest, for tests where any will do."""
+    return prepare_guest(GUESTS[0])
+
+
+Start = Callable[..., Guest]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts guests; see :meth:`Guest.start`. They end with the test."""
+    machines: list[LiveMachine] = []
+
+    def begin(images: GuestImages, **settings: object) -> Guest:
+        guest = Guest.start(images, **settings)  # type: ignore[arg-type]
+        machines.append(guest.machine)
+        return guest
+
+    yield begin
+    for machine in machines:
+        machine.kill()

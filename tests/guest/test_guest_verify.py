@@ -1,0 +1,149 @@
+"""``hvhost verify`` on real kernels: proven features, and findings a maintainer can act on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest.conftest import GUESTS
+from guest.helpers import command, hvhost, processes_of, wait_for
+from hvhost.guests.build import GuestImages
+from hvhost.verify.contract import ROWS, Status
+
+PROVEN = {"smp", "heartbeat", "shutdown", "nmi", "lsvmbus"}
+FINDING_SECONDS = 90.0
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("guest", GUESTS)
+def test_five_rows_are_proven(guest: str, tmp_path: Path) -> None:
+    result = hvhost("verify", "--guest", guest, "--json", tmp_path / "j", timeout=400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads((tmp_path / "j").read_text())
+    assert document["schema"] == 1
+    assert document["host"]["transport"] in ("local", "rig")
+    assert document["guest"]["os"].startswith("Debian ")
+    assert document["guest"]["kernel"] in result.stdout
+    assert [row["id"] for row in document["rows"]] == [row.id for row in ROWS]
+    for row in document["rows"]:
+        assert row.keys() == {"id", "group", "title", "status", "seconds", "evidence"}
+        assert row["status"] in {str(status) for status in Status}
+        assert row["evidence"]
+        assert row["id"] in result.stdout
+    status = {row["id"]: row["status"] for row in document["rows"]}
+    assert {status[row] for row in PROVEN} == {"works"}
+    heartbeat = " ".join(rows_of(tmp_path / "j")["heartbeat"]["evidence"])
+    assert "VP 0 at 0xffffffff" in heartbeat
+    assert "VP 1 at 0xffffffff" in heartbeat
+
+
+def test_rows_alone_and_in_a_pipe(images: GuestImages, tmp_path: Path) -> None:
+    """``| tail`` shows the verdict, and the status is there for ``set -o pipefail``."""
+    rows = "nmi,lsvmbus"
+    words = [*command("verify", "--guest", GUESTS[0], "--rows", rows, "--json", tmp_path / "j")]
+    result = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | tail -n 1', "_", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("2 works")
+    assert rows_of(tmp_path / "j").keys() == {"nmi", "lsvmbus"}
+
+
+def failing(tmp_path: Path, *words: str | Path) -> tuple[str, dict[str, Any]]:
+    """Output and the one row of a verification that fails, soon and with a finding."""
+    started = time.monotonic()
+    result = hvhost("verify", *words, "--rows", "heartbeat", "--json", tmp_path / "j", timeout=200)
+    seconds = time.monotonic() - started
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert seconds < FINDING_SECONDS
+    assert "Traceback" not in result.stdout + result.stderr
+    assert result.stdout.rstrip().endswith("FAILED: heartbeat")
+    return " ".join(result.stdout.split()), rows_of(tmp_path / "j")["heartbeat"]
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_a_kernel_whose_bus_driver_does_not_load(guest: str, tmp_path: Path) -> None:
+    """From Linux 6.18 on this is what a kernel is that lost HYPERV_VMBUS, but for the option."""
+    forbidden = "module_blacklist=hv_vmbus initcall_blacklist=hv_acpi_init"
+    output, row = failing(tmp_path, "--guest", guest, "--append", forbidden)
+    assert row["status"] == "fails"
+    assert "no VMBus" in row["evidence"][0]
+    assert "blacklist=hv_" in row["evidence"][0], "the finding names what was done"
+    text = "\n".join(row["evidence"])
+    assert "Hyper-V detected: yes" in text
+    assert "VMBus version negotiated: no" in text
+    assert "the probe answered" in text
+    assert "no VMBus" in output
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_a_kernel_that_does_not_see_its_hypervisor(guest: str, tmp_path: Path) -> None:
+    _, row = failing(tmp_path, "--guest", guest, "--append", "nopv")
+    assert row["status"] == "fails"
+    assert "nopv" in row["evidence"][0]
+    assert "guest never wrote its OS id" in "\n".join(row["evidence"])
+
+
+def test_a_kernel_without_the_bus_driver(one: GuestImages, tmp_path: Path) -> None:
+    tree = one.modules
+    assert tree is not None
+    if tree.is_builtin("hv_vmbus"):
+        pytest.skip("hv_vmbus is built into this kernel")
+    # A tree like the kernel's own, of links, without that one module.
+    less = tmp_path / "lib" / "modules" / one.release
+    shutil.copytree(tree.root, less, copy_function=os.symlink)
+    (driver,) = less.rglob("hv_vmbus.ko*")
+    driver.unlink()
+    output, row = failing(tmp_path, "--kernel", one.kernel, "--modules", less)
+    assert row["status"] == "guest-lacks"
+    assert "hv_vmbus" in row["evidence"][0]
+    assert "HYPERV_VMBUS" in row["evidence"][0]
+    assert "user space: the probe answered" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_verification_leaves_nothing(
+    number: signal.Signals, one: GuestImages, tmp_path: Path, runtime: Path
+) -> None:
+    before = processes_of(runtime)
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            command("verify", "--guest", GUESTS[0], "--rows", "smp"), stdout=out, stderr=out
+        )
+        try:
+            wait_for("the boot", lambda: "booting" in (tmp_path / "out").read_text(), seconds=60.0)
+            process.send_signal(number)
+            status = process.wait(20)
+        finally:
+            process.kill()
+    output = (tmp_path / "out").read_text()
+    assert status == 128 + number, output
+    assert "Traceback" not in output
+    wait_for(
+        "the end of its worker",
+        lambda: (
+            not [
+                line
+                for line in (processes_of(runtime).keys() - before.keys())
+                if "machine.worker" in processes_of(runtime).get(line, "")
+            ]
+        ),
+        20.0,
+    )
+    assert not list((runtime / "machines").iterdir())
