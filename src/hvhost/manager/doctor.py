@@ -205,7 +205,7 @@ def _check_capabilities(computer: Computer) -> Check:
             "kvm-hyperv",
             CheckStatus.MISSING,
             f"KVM lacks {', '.join(lacking)}",
-            "boot a distribution's kernel, 5.10 or newer, with kvm_intel or kvm_amd",
+            "boot a distribution's kernel, 5.11 or newer, with kvm_intel or kvm_amd",
         )
     return Check(
         "kvm-hyperv", CheckStatus.OK, f"KVM has all {len(KVM_CAPABILITIES)} abilities needed"
