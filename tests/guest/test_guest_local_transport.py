@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -19,8 +20,11 @@ def test_a_guest_boots_through_the_local_transport(one: GuestImages) -> None:
         *(sys.executable, "-m", "hvhost", "run", "--kvm", "local", "--name", "inside"),
         *("--kernel", str(one.kernel), "--initrd", str(one.initrd), "--cpus", "2"),
     ]
-    # The console's shell takes the last word, and init then powers the machine off.
-    script = f"(sleep 25; echo; echo poweroff; sleep {SECONDS}) | exec {' '.join(run)}"
+    script = (
+        f"{shlex.join(run)} </dev/null >/run/console & "
+        f"for second in $(seq {SECONDS}); do"
+        f" grep -q '{READY_LINE}' /run/console && break; sleep 1; done; cat /run/console; kill $!"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "hvhost", "rig", "exec", "--", "sh", "-c", script],
         stdin=subprocess.DEVNULL,

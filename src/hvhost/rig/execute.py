@@ -7,10 +7,11 @@ VMMs, run on computers without hardware virtualization.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from hvhost.rig import image, qemu
 
 DEFAULT_MEMORY_MIB = 4096
 SCRIPT = Path(__file__).with_name("execute.sh")
+_STARTED = b"started\n"
 STREAMS = ("stdin", "stdout", "stderr", "status")
 _MODULES = dict.fromkeys(
     ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "tun", "kvm_amd"), ""
@@ -87,8 +89,6 @@ class _Streams:
         selector = selectors.DefaultSelector()
         for name in ("stdout", "stderr", "status"):
             selector.register(self._connections[name], selectors.EVENT_READ, name)
-        with contextlib.suppress(PermissionError, ValueError, OSError):  # a file needs no waiting
-            selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "stdin")
         deadline = None
         while True:
             wait = 1.0 if deadline is None else max(0.0, deadline - time.monotonic())
@@ -105,6 +105,20 @@ class _Streams:
                     "the rig ended before the command did: " + (last[0] if last else "no output")
                 )
 
+    def _take_stdin(self, selector: selectors.DefaultSelector) -> None:
+        """From now on: what is sent before somebody reads there is lost."""
+        try:
+            selector.register(sys.stdin.fileno(), selectors.EVENT_READ, "stdin")
+        except PermissionError:  # epoll takes no files; they never block either
+            with (
+                open(sys.stdin.fileno(), "rb", closefd=False) as file,
+                self._connections["stdin"].makefile("wb") as port,
+            ):
+                shutil.copyfileobj(file, port)
+            self._connections["stdin"].shutdown(socket.SHUT_WR)
+        except (OSError, ValueError):  # there is no standard input
+            self._connections["stdin"].shutdown(socket.SHUT_WR)
+
     def _move(self, name: str, selector: selectors.DefaultSelector) -> None:
         if name == "stdin":
             data = os.read(sys.stdin.fileno(), 65536)
@@ -112,12 +126,15 @@ class _Streams:
                 self._connections["stdin"].sendall(data)
             else:
                 selector.unregister(sys.stdin.fileno())
-                self._connections["stdin"].close()
+                self._connections["stdin"].shutdown(socket.SHUT_WR)
             return
         data = self._connections[name].recv(65536)
         if not data:
             selector.unregister(self._connections[name])
         elif name == "status":
+            if data.startswith(_STARTED):
+                data = data.removeprefix(_STARTED)
+                self._take_stdin(selector)
             self._status += data
         else:
             target = sys.stdout if name == "stdout" else sys.stderr
@@ -136,6 +153,7 @@ def execute(
     It sees this computer's files and may change its own view of them; the changes are gone with
     it. :class:`HvHostError` when the host does not come up or dies.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # clean up first
     kernel, base = _base_image(progress)
     with tempfile.TemporaryDirectory(prefix="hvhost-exec-") as name:
         directory = Path(name)

@@ -37,6 +37,7 @@ $bb mount -t tmpfs shm /root/dev/shm
 $bb mount -t tmpfs run /root/run
 $bb ip link set lo up 2>/dev/null
 $bb cp /command /root/run/hvhost-command
+echo started >"$(port status)"
 $bb chroot /root /bin/sh /run/hvhost-command <"$(port stdin)" >"$(port stdout)" 2>"$(port stderr)"
 echo $? >"$(port status)"
 $bb sleep 5 # until the reader of the status has ended this emulator
