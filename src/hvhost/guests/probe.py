@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import logging
 import os
 import secrets
-import shutil
 import socket
-import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvhost.compiler import build_static
 from hvhost.errors import HvHostError
 from hvhost.guests import probe_protocol as protocol
 from hvhost.guests.probe_protocol import Decoder, Ending, Message, MessageType
-from hvhost.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -323,29 +319,4 @@ def build_probe() -> Path:
 
     Raises HvHostError when there is no C compiler or it fails.
     """
-    source = SOURCE.read_bytes()
-    target = cache_dir("probe") / f"hvhost-probe-{hashlib.sha256(source).hexdigest()[:16]}"
-    if target.exists():
-        return target
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        raise HvHostError(
-            "There is no C compiler for the program that runs inside guests; install gcc and "
-            "libc6-dev."
-        )
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        output = Path(directory) / "probe"
-        done = subprocess.run(
-            [compiler, "-static", "-Os", "-s", "-Wall", "-o", str(output), str(SOURCE)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise HvHostError(
-                f"{compiler} could not build the program that runs inside guests ({reason}); "
-                "install gcc and libc6-dev."
-            )
-        output.replace(target)
-    return target
+    return build_static(SOURCE)
