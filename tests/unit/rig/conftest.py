@@ -1,0 +1,3 @@
+from rig_fixtures import rig, stand_in
+
+__all__ = ["rig", "stand_in"]
