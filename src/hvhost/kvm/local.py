@@ -186,4 +186,4 @@ class LocalTransport:
             os.close(handle)
         self._handles.clear()
         # Views of it may live on for a while; its pages must not, the next boot wants them.
-        self._map.madvise(mmap.MADV_REMOVE)
+        self._map.madvise(mmap.MADV_DONTNEED)
