@@ -1,4 +1,7 @@
-"""Fuzz the integration services with atheris: ``python fuzz/fuzz_services.py [options]``."""
+"""Fuzz the integration services with atheris: ``python fuzz/fuzz_services.py [options]``.
+
+The first byte chooses between all services and a file being copied.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,16 @@ except ImportError:
     sys.exit("atheris is not installed; install it with: pip install 'hvhost[fuzz]'")
 
 with atheris.instrument_imports(include=["hvhost"]):
-    from simulated.targets import fuzz_services
+    from simulated.targets import fuzz_filecopy, fuzz_services
+
+TARGETS = (fuzz_services, fuzz_filecopy)
+
+
+def one_input(data: bytes) -> None:
+    if data:
+        TARGETS[data[0] % len(TARGETS)](data[1:])
+
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, fuzz_services)
+    atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()

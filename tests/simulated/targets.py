@@ -11,12 +11,22 @@ from contextlib import suppress
 
 from hvhost.errors import HvHostError, RemoteProtocolError
 from hvhost.machine.model import KvpPool
+from hvhost.services.filecopy import Copy, FileCopy
+from hvhost.services.filecopy_protocol import CopyFlags, parse_target
 from hvhost.services.heartbeat import Heartbeat
 from hvhost.services.kvp import Kvp
 from hvhost.services.kvp_protocol import KvpItem, enumerate_message, parse_enumerate
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync
 from hvhost.services.timesync_protocol import TimeSample
+from hvhost.sockets.device import SocketDevice
+from hvhost.sockets.protocol import (
+    HVS_MTU_SIZE,
+    decode_data,
+    offer_to_guest,
+    parse_connect_line,
+    service_id,
+)
 from hvhost.vmbus.gpadl import parse_ranges
 from hvhost.vmbus.protocol import InitiateContact, RequestOffers, decode, encode
 from hvhost.wire import Buffer
@@ -116,3 +126,81 @@ def fuzz_services(data: Buffer) -> None:
         with suppress(HvHostError):
             kvp.request(enumerate_message(KvpPool.GUEST, 0), lambda answer: None, parse_enumerate)
     assert len(guest.faults) <= len(devices)
+
+
+def fuzz_filecopy(data: Buffer) -> None:
+    """Pieces of *data* as a guest's packets while a file is copied to it.
+
+    The first byte chooses: negotiated before (1); pieces made answers to what was asked (2).
+    """
+    guest = SimulatedGuest(pages=32)
+    device = FileCopy()
+    guest.server.add_device(device)
+    guest.connect()
+    channel = guest.open(1)
+    first = data[0] if data else 0
+    ends: list[HvHostError | None] = []
+    if first & 1:
+        GuestService(channel, [(1, 1)]).run()
+        assert device.ready
+        target = parse_target("/a/b", "b")
+        device.start(Copy(target, CopyFlags(0), 20_000, lambda offset, n: bytes(n), ends.append))
+    for number, piece in enumerate(_pieces(bytes(data[1:]))):
+        channel.read()
+        unanswered = device.state.conversation.unanswered
+        if first & 2 and len(piece) >= 26 and unanswered:
+            message = bytearray(piece)
+            struct.pack_into("<H", message, 12, 7)
+            struct.pack_into("<BB", message, 24, min(unanswered), 5)
+            piece = bytes(message)
+        channel.write(piece)
+        device.tick(15.0 * number)
+        if number == 5:
+            device.cancel()
+    guest.server.reset()
+    assert len(ends) == (first & 1) and device.copy is None
+    assert len(guest.faults) <= 1
+
+
+def fuzz_sockets(data: Buffer) -> None:
+    """Pieces of *data* as a guest's packets on a socket connection; as connect lines, too."""
+    raw = bytes(data)
+    for parse in (decode_data, parse_connect_line):
+        with suppress(HvHostError):
+            parse(raw)
+
+    class Sink:
+        """Keeps what a guest sends; never wants more than it was promised."""
+
+        received_bytes = 0
+        over = 0
+
+        def connected(self) -> None: ...
+
+        def received(self, data: bytes) -> None:
+            assert 0 < len(data) <= HVS_MTU_SIZE
+            self.received_bytes += len(data)
+
+        def finished(self) -> None: ...
+
+        def settle(self) -> None:
+            if device.writable:
+                device.send(b"x" * device.data_size)
+
+        def disconnected(self) -> None:
+            self.over += 1
+
+    guest = SimulatedGuest(pages=32)
+    sink = Sink()
+    device = SocketDevice(offer_to_guest(service_id(1), service_id(2)), sink)
+    guest.server.add_device(device)
+    guest.connect()
+    channel = guest.open(1, out_pages=3, in_pages=3)
+    for number, piece in enumerate(_pieces(raw)):
+        if number % 2:
+            channel.read()
+        channel.write(piece)
+        channel.signal()
+        device.paused = number % 3 == 1
+    guest.server.reset()
+    assert sink.over == 1 and len(guest.faults) <= 1
