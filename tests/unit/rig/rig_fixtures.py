@@ -1,22 +1,16 @@
+"""Fixtures of tests that need a rig."""
+
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rig_process import HERE, Rig, alive, eventually
 
-from hvhost.paths import python_environment
 from hvhost.rig import client, image, layout, qemu
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -33,60 +27,6 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-class Rig:
-    """A runtime directory whose keeper, once somebody needs it, has a stand-in for QEMU."""
-
-    def __init__(self, directory: Path, stand_in: Path) -> None:
-        self.directory = directory / "rig"
-        self.directory.mkdir(mode=0o700)
-        self.stand_in = stand_in
-        self.settings: dict[str, object] = {
-            "command": [str(stand_in)],
-            "PING_SECONDS": 0.2,
-            "HANG_SECONDS": 2.0,
-            "DEVICE_SECONDS": 2.0,
-        }
-        self.linger = 0.2
-        self.keepers: list[subprocess.Popen[bytes]] = []
-
-    def start_keeper(self) -> subprocess.Popen[bytes]:
-        """In the place of :func:`hvhost.rig.client._start_keeper`."""
-        environment = python_environment()
-        environment["HVHOST_RIG_LINGER"] = str(self.linger)
-        environment["ASAN_OPTIONS"] = "detect_leaks=0"
-        with (self.directory / "rig.out").open("ab") as output:
-            keeper = subprocess.Popen(
-                [sys.executable, str(HERE / "keeper_process.py"), json.dumps(self.settings)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        self.keepers.append(keeper)
-        return keeper
-
-    @property
-    def keeper(self) -> subprocess.Popen[bytes]:
-        return self.keepers[-1]
-
-    def qemus(self) -> list[int]:
-        """Process ids of the keepers' children."""
-        found = []
-        for keeper in self.keepers:
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text()
-                found += [int(each) for each in text.split()]
-        return found
-
-    def log(self) -> str:
-        parts = (self.directory / "rig.log", self.directory / "rig.out")
-        return "".join(part.read_text() for part in parts if part.exists())
-
-    def ended(self, seconds: float = 10) -> int:
-        """Exit status of the last keeper, which ends by itself."""
-        return self.keeper.wait(seconds)
-
-
 @pytest.fixture
 def rig(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
@@ -101,23 +41,3 @@ def rig(tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             keeper.kill()
         keeper.wait()
     eventually(lambda: not any(alive(each) for each in qemus))
-
-
-def alive(process: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def stop(process: int) -> None:
-    os.kill(process, signal.SIGSTOP)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)

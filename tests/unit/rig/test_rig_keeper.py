@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig_fixtures import Rig, alive, eventually, stop
+from rig_process import Rig, alive, eventually, stop
 
 from hvhost.errors import HvHostError
 from hvhost.kvm.remote import RemoteTransport
 from hvhost.rig import client, layout, server
 from hvhost.rig.client import RigSession, close_session, open_session, reason_of_end
 from hvhost.rig.server import Keeper, Session
+
+pytest_plugins = ["rig_fixtures"]
 
 MIB = 1 << 20
 
