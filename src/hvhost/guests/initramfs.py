@@ -174,8 +174,17 @@ def libraries_of(programs: Iterable[Path], roots: Iterable[Path]) -> dict[str, P
 
 
 def present_modules(tree: ModuleTree, names: Iterable[str]) -> list[Module]:
-    """The loadable modules among ``names``, with all they need, in load order."""
-    return tree.closure([name for name in names if name in tree])
+    """The loadable modules among ``names`` that have all they need, with that, in load order."""
+    usable = []
+    for name in names:
+        if name in tree:
+            try:
+                tree.closure([name])
+            except HvHostError as error:
+                log.info("module %s is left out: %s", name, error)
+            else:
+                usable.append(name)
+    return tree.closure(usable)
 
 
 def _index_files(tree: ModuleTree, chosen: list[Module]) -> dict[str, bytes]:
@@ -240,7 +249,8 @@ def _entries(spec: InitramfsSpec) -> list[cpio.Entry]:
             add(cpio.file(f"{base}/{module.name}.ko", content))
         for name, content in _index_files(spec.modules, chosen).items():
             add(cpio.file(f"{base}/{name}", content))
-        first = [name for name in spec.load_first if spec.modules.module(name) is not None]
+        there = {module.name for module in chosen}
+        first = [name for name in spec.load_first if name in there]
     shell = "ttyS0::askfirst:-/bin/sh\n" if spec.console_shell else ""
     add(cpio.file("etc/inittab", _INITTAB.format(shell=shell).encode()))
     add(cpio.file("etc/rcS", _RC_S.encode(), 0o755))

@@ -136,6 +136,15 @@ def test_a_kernel_without_modules_has_no_modprobe_line(spec: InitramfsSpec) -> N
     assert b"modprobe" not in items["etc/load-drivers"].data
 
 
+def test_modules_whose_needs_are_gone_are_left_out(spec: InitramfsSpec) -> None:
+    assert spec.modules is not None
+    root = spec.modules.root
+    (root / "kernel/hv_vmbus.ko").unlink()
+    items = built(dataclasses.replace(spec, modules=ModuleTree(root)))
+    assert not [name for name in items if name.endswith(".ko")]
+    assert b"modprobe" not in items["etc/load-drivers"].data
+
+
 def test_built_in_drivers_are_not_loaded(spec: InitramfsSpec) -> None:
     assert spec.modules is not None
     (spec.modules.root / "modules.builtin").write_text("kernel/hv_vmbus.ko\n")
