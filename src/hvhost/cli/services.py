@@ -88,7 +88,7 @@ def services(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a machine's integration services, or switch them on and off.
+    """List a machine's services, or switch them on and off.
 
     A service that is switched off disappears from the guest, whose driver lets go of it; it stays
     off when the guest restarts.
