@@ -7,12 +7,14 @@ the first of them.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 from guest.helpers import Guest, end_rig, processes_of
 from hvhost.guests.build import GuestImages, prepare_guest
@@ -20,6 +22,7 @@ from hvhost.verify.live import LiveMachine
 
 GUESTS = os.environ.get("HVHOST_TEST_GUESTS", "debian-12").split(",")
 RIG_LINGER_SECONDS = 300
+RIG_LOST = re.compile(r"the rig's QEMU (died|hangs)|the rig did not start")
 HERE = Path(__file__).parent
 
 
@@ -27,6 +30,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.guest)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """One more try for a test whose rig died or hung under it, said aloud: emulators do that."""
+    if HERE not in item.path.parents:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    lost = [r for r in reports if r.failed and RIG_LOST.search(r.longreprtext)]
+    if lost:
+        words = RIG_LOST.search(lost[0].longreprtext)
+        print(f"\n{item.nodeid}: one more try, because {words[0] if words else ''}")
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 @pytest.fixture(scope="package", autouse=True)
