@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +22,6 @@ from hvhost.verify.rows import PROOFS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 WRITTEN = [page for page in PAGES if page.name != "cli.md"]
 
 
@@ -32,22 +30,28 @@ def code_blocks(page: Path, *languages: str) -> list[str]:
     return [text for language, text in blocks if language in languages]
 
 
-def shell_lines(page: Path) -> Iterator[list[str]]:
+def shell_commands(page: Path) -> list[list[str]]:
     """Words of each command in a page: in its blocks, and in single backticks."""
     text = page.read_text()
-    inline = re.findall(r"`((?:hvhost|make) [^`\n]+)`", text)
-    lines = [line for block in code_blocks(page, "sh", "yaml") for line in block.splitlines()]
-    for line in [*lines, *inline]:
-        for part in re.split(r"&&|\|", re.sub(r"^\s*(- run: |\$ )", "", line)):
-            words = shlex.split(part.strip(), comments=True)
-            if words:
-                yield [words[0].removeprefix(".venv/bin/").removeprefix("hvhost/"), *words[1:]]
+    lines = re.findall(r"`((?:hvhost|make) [^`\n]+)`", text)
+    for block in code_blocks(page, "sh", "yaml"):
+        lines += [re.sub(r"^\s*- run: ", "", line) for line in block.splitlines()]
+    commands: list[list[str]] = []
+    for line in lines:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word.strip("|&;"):
+                words.append(word)
+            elif words:
+                commands.append([words[0].rpartition("/")[2], *words[1:]])
+                words = []
+    return commands
 
 
-def hvhost_lines(page: Path) -> list[list[str]]:
-    return [
-        words[1:] for words in shell_lines(page) if words[0].removeprefix(".venv/bin/") == "hvhost"
-    ]
+def hvhost_commands(page: Path) -> list[list[str]]:
+    return [words[1:] for words in shell_commands(page) if words[0] == "hvhost"]
 
 
 def check_command(words: list[str]) -> None:
@@ -78,12 +82,12 @@ def check_command(words: list[str]) -> None:
             assert set(value.split(",")) <= {row.id for row in ROWS}, words
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=str)
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_commands_in_the_docs_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for words in hvhost_lines(page):
+    for words in hvhost_commands(page):
         check_command(words)
-    for words in shell_lines(page):
+    for words in shell_commands(page):
         if words[0] == "make" and "linux" not in words:  # which has a Makefile of its own
             named = {word for word in words[1:] if re.fullmatch(r"[a-z][a-z-]*", word)}
             assert named - {"hvhost"} <= targets, words
@@ -93,7 +97,7 @@ def test_the_check_of_commands_can_fail() -> None:
     for wrong in ("verfy", "verify --gest debian-12", "rig start", "verify --guest debian-7"):
         with pytest.raises(AssertionError, match="there is no"):
             check_command(wrong.split())
-    readme = hvhost_lines(ROOT / "README.md")
+    readme = hvhost_commands(ROOT / "README.md")
     assert ["doctor"] in readme and any("--deb" in words for words in readme)
 
 
@@ -103,7 +107,7 @@ def anchors(page: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("https://", "#")):
