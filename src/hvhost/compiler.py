@@ -32,17 +32,20 @@ def build_static(source: Path, headers: Sequence[Path] = (), options: Sequence[s
         )
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         output = Path(directory) / "program"
-        done = subprocess.run(
-            [compiler, "-static", "-Os", "-s", "-Wall", *options, "-o", str(output), str(source)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        command = [compiler, "-static", "-Os", "-s", "-Wall", *options]
+        try:
+            subprocess.run(
+                [*command, "-o", str(output), str(source)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            reason = (said.strip().splitlines() or ["it said nothing"])[-1]
             raise HvHostError(
                 f"{compiler} could not build {source.name} ({reason}); "
                 "run `apt-get install gcc libc6-dev`."
-            )
+            ) from error
         output.replace(target)
     return target

@@ -11,11 +11,13 @@ _FACTORS = {"": MIB, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 
 
 def parse_size(text: str, *, what: str = "size") -> int:
-    """Bytes for ``512``, ``512M``, ``2G``, ``1.5GiB``; a bare number means MiB, as in virsh.
+    """Bytes for ``512M``, ``2G``, ``1.5GiB``, ``4096B``; a bare number means MiB, as in virsh.
 
     :class:`HvHostError` for what is no size, zero included.
     """
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
+    match = re.fullmatch(
+        r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(B|[KMGT]?)(?:(?<=[KMGT])I?B)?\s*", text.upper()
+    )
     if match is None or (size := int(float(match[1]) * _FACTORS[match[2]])) <= 0:
         raise HvHostError(f"{what} {text!r} is not a size; write it like 512M or 2G.")
     return size
