@@ -8,7 +8,7 @@ import logging
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ import httpx
 import msgspec
 
 from hvhost.errors import HvHostError
+from hvhost.guests.probe import ExecResult
 from hvhost.machine.model import (
     CopyProgress,
     CopyState,
@@ -37,6 +38,7 @@ from hvhost.manager.console import Console
 from hvhost.manager.definition import define, define_guest
 from hvhost.manager.directory import MachineDirectory, NameState, running_directory
 from hvhost.manager.launcher import Worker, launch
+from hvhost.manager.probe import connect_probe
 from hvhost.sockets.protocol import Service
 from hvhost.sockets.streams import Listener, Serve, open_connection
 
@@ -254,6 +256,18 @@ class Machine:
     async def set_ip(self, settings: IpSettings) -> None:
         """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
         await self._do("ip/set", asdict(settings), _KVP_SECONDS)
+
+    async def execute(self, arguments: Sequence[str], timeout: float = 60.0) -> ExecResult:
+        """Run a program in a guest that carries hvhost's probe, for at most *timeout* seconds."""
+
+        def run() -> ExecResult:
+            probe = connect_probe(self._directory)
+            try:
+                return probe.run([*arguments], timeout)
+            finally:
+                probe.close()
+
+        return await asyncio.to_thread(run)
 
     async def open_connection(
         self, service: Service, timeout: float = 30.0

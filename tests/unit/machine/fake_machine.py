@@ -188,7 +188,8 @@ class FakeMachine:
 
     def copy_cancel(self) -> None:
         self.calls.append("copy_cancel")
-        assert self.copied is not None
+        if self.copied is None:
+            return
         self.copied = CopyProgress(
             self.copied.source,
             self.copied.destination,
