@@ -68,6 +68,8 @@ def _keep_logs(session: Session, directory: Path) -> None:
         _write(directory / f"console{suffix}.log", console)
     events = [asdict(event) for event in session.events]
     _write(directory / "events.json", json.dumps(events, indent=2) + "\n")
+    for name, text in session.attachments.items():
+        _write(directory / name, text)
     for machine in session.machines:
         machine.keep_logs(directory)
 

@@ -21,6 +21,7 @@ from hvhost.machine.model import (
     ShutdownAction,
 )
 from hvhost.sockets.protocol import Service
+from hvhost.verify.services import Services
 
 
 class RowFailed(HvHostError):  # noqa: N818 — an outcome, not an accident
@@ -51,6 +52,10 @@ class Probe(Protocol):
 
     def read(self, path: str) -> str:
         """A file of the guest as text; :class:`HvHostError` with its error if unreadable."""
+        ...
+
+    def read_bytes(self, path: str) -> bytes:
+        """As :meth:`read`, for files that are not text."""
         ...
 
     def read_all(self, *patterns: str) -> dict[str, str]:
@@ -125,6 +130,11 @@ class Machine(Protocol):
 
         Cancelled if *watch*, which sees the progress now and then, raises.
         """
+        ...
+
+    @property
+    def services(self) -> Services:
+        """Time and key-value pairs."""
         ...
 
     def vp_seconds(self) -> float | None:

@@ -36,6 +36,7 @@ from hvhost.paths import runtime_dir
 from hvhost.sockets.protocol import Service, listen_name, service_id
 from hvhost.verify.guest import CommandResult, Machine, Modules, Probe
 from hvhost.verify.options import VerifyOptions
+from hvhost.verify.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,9 @@ class LiveProbe:
 
     def read(self, path: str) -> str:
         return self._client.read_file(path).decode("utf-8", "replace")
+
+    def read_bytes(self, path: str) -> bytes:
+        return self._client.read_file(path)
 
     def read_all(self, *patterns: str) -> dict[str, str]:
         # One request for all of them; what grep cannot read it leaves out. Patterns are ours.
@@ -321,6 +325,10 @@ class LiveMachine:
         return self._client.copy(
             source, destination, create_path=create_path, overwrite=overwrite, watch=watch
         )
+
+    @property
+    def services(self) -> Services:
+        return self._client
 
     def vp_seconds(self) -> float | None:
         if self.info().transport != Transport.LOCAL:

@@ -72,7 +72,8 @@ class Timing:
 class Session:
     """The guest under test and everything that was done to it.
 
-    *announce* is told in a few words what happens now.
+    *announce* is told in a few words what happens now. ``attachments`` are files, by name, for
+    those who keep logs.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Session:
         self.consoles: list[str] = []
         self.machines: list[Machine] = []
         self.notes: list[str] = []
+        self.attachments: dict[str, str] = {}
         self.boots = 0
         self.verbose = False
         self.transports: set[str] = set()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripted_services import ScriptedServices
+
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     ChannelInfo,
@@ -24,6 +26,7 @@ from hvhost.verify.contract import (
     HV_HEART_BEAT_GUID,
     HV_KVP_GUID,
     HV_SHUTDOWN_GUID,
+    HV_TS_GUID,
     ROWS,
     Row,
     vmbus_alias,
@@ -37,9 +40,16 @@ FAST = Timing(boot=0.3, heartbeat=0.1, no_contact=0.1, event=0.1, poll=0.005, si
 INSTANCES = {
     HV_SHUTDOWN_GUID: "b6650ff7-33bc-4840-8048-e0676786f393",
     HV_HEART_BEAT_GUID: "fd149e91-82e0-4a7d-afa6-2a4166cbd7c0",
+    HV_TS_GUID: "2dd1ce17-079e-403c-b352-a1921ee207ee",
     HV_KVP_GUID: "242ff919-07db-4180-9c2e-b86cb68c8c55",
 }
 HEARTBEAT_CHANNEL = 2
+TIMESYNC_CHANNEL = 3
+UNBOUND = {
+    HV_HEART_BEAT_GUID: {"unbound"},
+    HV_TS_GUID: {"timesync-unbound"},
+    HV_KVP_GUID: {"kvp-unbound"},
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class ScriptedGuest:
 
     @property
     def daemons(self) -> frozenset[str]:
-        return frozenset({"hv_kvp_daemon"})
+        return frozenset({"hv_kvp_daemon", "chronyd"})
 
     @property
     def release(self) -> str:
@@ -117,6 +127,7 @@ class ScriptedMachine:
         self.killed = False
         self.worker_dead = False
         self.spun = 0.0
+        self.services = ScriptedServices(self.faults)
         self.looks = 0
         self._boot_id = str(uuid.uuid4())
         self._boot()
@@ -218,6 +229,7 @@ class ScriptedMachine:
                 f"  0:  {counts}  IO-APIC timer\nHYP:  {counts}  Hypervisor callback interrupts\n"
             ),
         }
+        files |= self.services.files()
         if not self.bus:
             return files
         for channel, (interface, instance) in enumerate(INSTANCES.items(), 1):
@@ -227,7 +239,7 @@ class ScriptedMachine:
                 continue
             directory = f"/sys/bus/vmbus/devices/{instance}"
             modalias = vmbus_alias(interface)
-            bound = "unbound" not in self.faults or interface != HV_HEART_BEAT_GUID
+            bound = not self.faults & UNBOUND.get(interface, set())
             files |= {
                 f"{directory}/class_id": f"{{{interface}}}\n",
                 f"{directory}/device_id": f"{{{instance}}}\n",
@@ -269,7 +281,9 @@ class ScriptedMachine:
             + (" initcall_blacklist=hv_acpi_init" if "blacklisted" in self.faults else "")
             + (" module_blacklist=x,hv_vmbus" if "forbidden" in self.faults else "")
             + (" nopv" if "nopv" in self.faults else ""),
-            transport="scripted",
+            transport="rig" if "rig" in self.faults else "scripted",
+            timesync_ready=self.bus and "no-timesync" not in self.faults,
+            kvp_ready=self.bus and "no-kvp" not in self.faults,
             guest_os_id=0 if self.faults & {"undetected", "silent"} else 0x8100060100000000,
             vmbus_version="5.3" if negotiated and "no-version" not in self.faults else None,
             heartbeat=self.heartbeat,
@@ -389,7 +403,14 @@ class ScriptedProbe:
             raise HvHostError(f"{path}: No such file or directory (in the guest)")
         return files[path]
 
+    def read_bytes(self, path: str) -> bytes:
+        return self._there().services.read_bytes(path)
+
     def read_all(self, *patterns: str) -> dict[str, str]:
+        if any("interrupts" in pattern for pattern in patterns):
+            machine = self._there()
+            machine.interrupts[TIMESYNC_CHANNEL - 1][0] += machine.services.interrupt()
+
         def matches(path: str, pattern: str) -> bool:
             parts, wanted = path.split("/"), pattern.split("/")
             return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
@@ -407,6 +428,8 @@ class ScriptedProbe:
                 raise HvHostError(f"{path}: Input/output error (in the guest)")
             if "move-ignored" not in machine.faults:
                 machine.channel_cpu[int(path.split("/")[-2])] = int(text)
+        elif machine.services.write(path, text):
+            pass
         elif path == "/dev/kmsg":
             machine.kernel_log.append(text.strip())
         elif path.endswith("unknown_nmi_panic"):
@@ -434,7 +457,7 @@ class ScriptedProbe:
                     for number, (interface, instance) in enumerate(listed, 1)
                 ),
             )
-        return CommandResult(127, "")
+        return machine.services.run(command) or CommandResult(127, "")
 
     def fire(self, path: str, text: str) -> None:
         assert (path, text) == ("/proc/sysrq-trigger", "c")

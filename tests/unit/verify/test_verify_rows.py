@@ -133,7 +133,7 @@ def test_lsvmbus_says_who_listed() -> None:
     ours, script = (run_one(ScriptedGuest(*faults), "lsvmbus") for faults in ((), ("python",)))
     assert "our probe" in ours.evidence[0]
     assert "lsvmbus -vv" in script.evidence[0]
-    assert "3 devices" in ours.evidence[0] and "3 devices" in script.evidence[0]
+    assert "4 devices" in ours.evidence[0] and "4 devices" in script.evidence[0]
 
 
 def test_an_empty_bus_is_nothing_to_list() -> None:
@@ -243,9 +243,9 @@ def test_a_probe_lost_between_rows_is_noted() -> None:
 
 def test_missing_rows_say_what_the_guest_has() -> None:
     guest = ScriptedGuest()
-    kvp, backup = run(guest, "kvp", "live-backup").results[::-1]
-    assert {kvp.status, backup.status} == {Status.MISSING}
-    assert "has its drivers and daemons" in kvp.evidence[1]
+    backup, mouse = run(guest, "mouse", "live-backup").results[::-1]
+    assert {mouse.status, backup.status} == {Status.MISSING}
+    assert "has its drivers and daemons" in mouse.evidence[1]
     assert "no hv_vss_daemon" in backup.evidence[0]
     assert not guest.machines, "nothing to prove, so nothing to boot"
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hvhost.verify.rows import filecopy, heartbeat, hvsocket, lsvmbus, nmi, shutdown, smp
+from hvhost.verify.rows import (
+    accurate_time,
+    filecopy,
+    heartbeat,
+    hvsocket,
+    kvp,
+    lsvmbus,
+    nmi,
+    shutdown,
+    smp,
+    time_sync,
+)
 from hvhost.verify.session import Session
 
 
@@ -28,6 +39,9 @@ class Proof:
 PROOFS: tuple[Proof, ...] = (
     Proof("lsvmbus", lsvmbus.prove, 180.0),
     Proof("smp", smp.prove, 240.0),
+    Proof("kvp", kvp.prove, 240.0),
+    Proof("time-sync", time_sync.prove, 240.0),
+    Proof("accurate-time", accurate_time.prove, 300.0),
     Proof("file-copy", filecopy.prove, 300.0),
     Proof("hvsocket", hvsocket.prove, 300.0),
     Proof("heartbeat", heartbeat.prove, 420.0),

@@ -1,0 +1,132 @@
+"""``time-sync``: the host sets the guest's clock when asked and when a driver comes, not else.
+
+The guest's clock is put wrong by the guest itself, and read by the host in the guest's memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from hvhost.errors import HvHostError
+from hvhost.verify.clocks import Watch, guest_clock, offset
+from hvhost.verify.contract import HV_TS_GUID
+from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.session import Session
+from hvhost.verify.sysfs import GuestDevice, read_counters, read_devices
+
+WRONG = 3600.0
+RIGHT = 0.5
+LIMIT = 10.0
+"""Seconds in which a requested sync must be done."""
+SAMPLES = 2
+SAMPLE_SECONDS = 25.0
+"""Seconds in which so many samples must have come."""
+DRIVER = "/sys/bus/vmbus/drivers/hv_utils"
+
+
+def timesync_device(probe: Probe) -> GuestDevice:
+    """The guest's time synchronization device; :class:`RowFailed` when it has no driver."""
+    for device in read_devices(probe):
+        if device.interface_type == HV_TS_GUID and device.driver and device.channels:
+            return device
+    raise RowFailed("no driver of the guest bound to the time synchronization device")
+
+
+def await_ready(session: Session) -> None:
+    """Wait until the guest's driver takes the time."""
+    deadline = time.monotonic() + session.timing.event
+    while not session.machine.info().timesync_ready:
+        if time.monotonic() >= deadline:
+            raise RowFailed("the guest's time synchronization driver did not open its channel")
+        time.sleep(session.timing.poll)
+
+
+def _set_wrong(probe: Probe, watch: Watch, seconds: float) -> None:
+    now = int(probe.run(["date", "+%s"], 10.0).output)
+    result = probe.run(["date", "-s", f"@{now + round(seconds)}"], 10.0)
+    if result.status != 0 or abs(offset(watch(1, 0.0)[0]) - seconds) > 60:
+        raise RowFailed(f"the guest's clock could not be put wrong: {result.output.strip()}")
+
+
+def _await_right(session: Session, watch: Watch) -> tuple[float, float]:
+    """Seconds until the clock was right, and by how much it is off; infinite if it never was."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < LIMIT:
+        off = offset(watch(1, 0.0)[0])
+        if abs(off) < RIGHT:
+            return passed, off
+        time.sleep(session.timing.poll)
+    return float("inf"), off
+
+
+def _requested(session: Session, probe: Probe, watch: Watch, wrong: float) -> str:
+    _set_wrong(probe, watch, wrong)
+    session.step(f"asking for a sync with the guest's clock {wrong:+.0f} s wrong")
+    try:
+        session.machine.services.time_sync()
+    except HvHostError as error:
+        raise RowFailed(f"the requested sync was not taken: {error}") from error
+    seconds, off = _await_right(session, watch)
+    if seconds > LIMIT:
+        raise RowFailed(
+            f"the clock was {wrong:+.0f} s wrong and {LIMIT:g} s after a requested sync still "
+            f"{off:+.1f} s"
+        )
+    return (
+        f"{wrong:+.0f} s wrong: right {seconds:.2f} s after one requested sync "
+        f"({off * 1e3:+.2f} ms)"
+    )
+
+
+def _samples_leave_it(session: Session, probe: Probe, watch: Watch, channel: int) -> str:
+    _set_wrong(probe, watch, WRONG)
+    session.step("watching whether samples leave the guest's clock alone")
+    before = read_counters(probe)[channel].interrupts
+    deadline = time.monotonic() + SAMPLE_SECONDS
+    came = 0
+    while came < SAMPLES:
+        if time.monotonic() >= deadline:
+            raise RowFailed(
+                f"the guest's driver was interrupted by {came} time samples in "
+                f"{SAMPLE_SECONDS:g} s, not {SAMPLES}"
+            )
+        time.sleep(session.timing.poll)
+        came = read_counters(probe)[channel].interrupts - before
+    off = offset(watch(1, 0.0)[0])
+    if abs(off - WRONG) > 60:
+        raise RowFailed(
+            f"a sample set the guest's clock: it was {WRONG:+.0f} s off, now {off:+.1f} s"
+        )
+    return f"{came} samples came and left a clock alone that was {off:+.0f} s wrong"
+
+
+def _set_on_open(session: Session, probe: Probe, watch: Watch, device: GuestDevice) -> str:
+    session.step("letting the guest's driver open its channel anew")
+    for verb in ("unbind", "bind"):
+        try:
+            probe.write(f"{DRIVER}/{verb}", device.interface_instance)
+        except HvHostError as error:
+            raise RowFailed(f"the guest's driver could not {verb}", [str(error)]) from error
+    await_ready(session)
+    seconds, off = _await_right(session, watch)
+    if seconds > LIMIT:
+        raise RowFailed(
+            f"the guest's driver came anew and its clock was not set: it is {off:+.1f} s wrong"
+        )
+    return f"set when the driver opened its channel anew ({off * 1e3:+.2f} ms)"
+
+
+def prove(session: Session) -> Iterator[str]:
+    """One requested sync puts the clock right, both ways; samples do not; a new driver does."""
+    probe = session.running()
+    session.step("waiting for the guest's time driver")
+    device = timesync_device(probe)
+    await_ready(session)
+    with guest_clock(session, "realtime") as watch:
+        ahead = _requested(session, probe, watch, WRONG)
+        yield ahead
+        yield _requested(session, probe, watch, -WRONG)
+        yield _samples_leave_it(session, probe, watch, min(device.channels))
+        yield _set_on_open(session, probe, watch, device)
+    yield f"{ahead}; samples leave it alone; a new driver gets the time"

@@ -1,0 +1,31 @@
+"""What the rows of the integration services ask of the machine; its client has all of it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hvhost.machine.model import ClockSample, IpSettings, KvpPool, KvpRecord
+
+
+class Services(Protocol):
+    """Time and key-value pairs. All methods raise :class:`hvhost.errors.HvHostError`."""
+
+    def time_sync(self) -> float:
+        """Have the guest set its clock now; seconds until its driver took it."""
+        ...
+
+    def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        """Samples of a clock that a program of the guest keeps at this physical address."""
+        ...
+
+    def kvp_list(self, pool: KvpPool | None = None) -> list[KvpRecord]: ...
+
+    def kvp_get(self, key: str, pool: KvpPool | None = None) -> KvpRecord: ...
+
+    def kvp_set(self, key: str, value: str, pool: KvpPool = KvpPool.EXTERNAL) -> None: ...
+
+    def kvp_delete(self, key: str, pool: KvpPool = KvpPool.EXTERNAL) -> None: ...
+
+    def set_ip(self, settings: IpSettings) -> None:
+        """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
+        ...
