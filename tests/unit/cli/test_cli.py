@@ -33,6 +33,8 @@ COMMANDS = [
     ["stop"],
     ["restart"],
     ["nmi"],
+    ["time"],
+    ["kvp"],
     ["doctor"],
     ["rig"],
     ["rig", "status"],
@@ -167,6 +169,7 @@ def test_run_detached_and_the_rest_of_its_life(
     assert json.loads(hvhost("info", "m1", "--json").out)["channels"][0]["name"] == "heartbeat"
 
     assert hvhost("nmi", "m1").status == 0
+    assert "took the time after 0.5 ms" in hvhost("time", "m1", "sync").out
     assert hvhost("restart", "m1").status == 0
     assert hvhost("restart", "--force", "m1").status == 0
     assert MachineClient("m1").info().boots == 3
@@ -174,6 +177,23 @@ def test_run_detached_and_the_rest_of_its_life(
     assert hvhost("stop", "m1").status == 0
     assert MachineDirectory.of("m1").state() is NameState.FREE
     assert "no running machine 'm1'" in hvhost.sentence("info", "m1")
+
+
+def test_key_value_pairs(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:
+    worker = launch(config, detach=True)
+    assert hvhost("kvp", "m1", "set", "role", "web").status == 0
+    assert hvhost("kvp", "m1", "set", "[red]x", "a\x1b[2Jb", "--pool", "guest").status == 0
+    table = hvhost("kvp", "m1", "list").out
+    for word in ("POOL", "external", "role", "web", "guest", "[red]x", "a\ufffd[2Jb"):
+        assert word in table
+    assert "web" not in hvhost("kvp", "m1", "list", "--pool", "guest").out
+    [record] = json.loads(hvhost("kvp", "m1", "list", "--pool", "external", "--json").out)
+    assert record == {"pool": "external", "key": "role", "value": "web"}
+    assert hvhost("kvp", "m1", "get", "role").out == "web\n"
+    assert json.loads(hvhost("kvp", "m1", "get", "role", "--json").out) == record
+    assert hvhost("kvp", "m1", "delete", "role").status == 0
+    assert "no item 'role'" in hvhost.sentence("kvp", "m1", "get", "role")
+    worker.stop()
 
 
 def test_what_ps_says_of_the_dead(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:

@@ -102,6 +102,49 @@ def test_heartbeats_are_measured(api: Api) -> None:
     assert (status, json.loads(answer)) == (200, {"seconds": [0.001] * 3})
 
 
+def test_a_time_sync_says_how_long_it_took(api: Api) -> None:
+    status, answer = api.ask("POST", "/v1/machine/time/sync")
+    assert (status, json.loads(answer)) == (200, {"seconds": 0.0005})
+
+
+def test_a_clock_in_the_guests_memory_is_watched(api: Api) -> None:
+    status, answer = api.ask("POST", "/v1/machine/debug/clock", b'{"address":7,"count":2}')
+    assert (status, json.loads(answer)) == (200, [{"host": 1000, "guest": 1007, "error": 5}] * 2)
+
+
+def test_key_value_pairs(api: Api) -> None:
+    path = "/v1/machine/kvp"
+    for body in (b'{"key":"a","value":"1"}', b'{"key":"b","value":"2","pool":"guest"}'):
+        assert api.ask("POST", f"{path}/set", body) == (204, b"")
+    external, guest = (
+        {"pool": "external", "key": "a", "value": "1"},
+        {"pool": "guest", "key": "b", "value": "2"},
+    )
+    assert json.loads(api.ask("GET", path)[1]) == [external, guest]
+    assert json.loads(api.ask("GET", f"{path}?pool=guest")[1]) == [guest]
+    assert json.loads(api.ask("GET", f"{path}/item?key=b")[1]) == guest
+    assert api.refusal("GET", f"{path}/item?key=b&pool=external")[0] == 409
+    assert api.refusal("GET", f"{path}/item")[0] == 400
+    assert api.refusal("GET", f"{path}?pool=other")[0] == 400
+    assert api.ask("POST", f"{path}/delete", b'{"key":"a"}') == (204, b"")
+    assert json.loads(api.ask("GET", path)[1]) == [guest]
+
+
+def test_addresses(api: Api) -> None:
+    status, answer = api.ask("GET", "/v1/machine/ip?adapter=00:15:5D:00:00:01")
+    assert (status, json.loads(answer)["addresses"]) == (200, "192.0.2.7")
+    assert api.refusal("POST", "/v1/machine/ip/set", b'{"adapter":"{1}"}')[0] == 409
+    assert api.refusal("POST", "/v1/machine/ip/set", b"{}")[0] == 400
+
+
+def test_what_must_be_given_is_described_so() -> None:
+    paths = openapi()["paths"]
+    (key, pool) = paths["/v1/machine/kvp/item"]["get"]["parameters"]
+    assert (key["name"], key["required"], pool["required"]) == ("key", True, False)
+    assert paths["/v1/machine/kvp/set"]["post"]["requestBody"]["required"] is True
+    assert paths["/v1/machine/shutdown"]["post"]["requestBody"]["required"] is False
+
+
 def test_what_the_machine_refuses_is_a_conflict(tmp_path: Path) -> None:
     api = Api(tmp_path / "api.sock", "no-heartbeat")
     status, sentence = api.refusal("POST", "/v1/machine/heartbeat/measure")

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import HeartbeatStatus, MachineConfig
+from hvhost.machine.model import (
+    ClockSample,
+    HeartbeatStatus,
+    IpSettings,
+    KvpPool,
+    KvpRecord,
+    MachineConfig,
+)
 from hvhost.manager import client as client_module
 from hvhost.manager import control
 from hvhost.manager.client import MachineClient
@@ -65,6 +72,24 @@ def test_all_else_a_client_can_ask(runtime: Path, config: MachineConfig) -> None
     assert [event.kind for event in client.events(timeout=5)] == ["started", "heartbeat"]
     assert client.events(2, 0.05) == []
     assert client.measure_heartbeats(2) == [0.001] * 2
+    worker.stop()
+
+
+def test_time_and_key_value_pairs(runtime: Path, config: MachineConfig) -> None:
+    worker = launch(config, detach=True)
+    client = MachineClient("m1")
+    assert client.time_sync() == 0.0005
+    assert client.watch_clock(8, 1, 0.0) == [ClockSample(1000, 1008, 5)]
+    client.kvp_set("ä&b=", "värde")
+    record = KvpRecord(KvpPool.EXTERNAL, "ä&b=", "värde")
+    assert client.kvp_list() == client.kvp_list(KvpPool.EXTERNAL) == [record]
+    assert client.kvp_list(KvpPool.GUEST) == []
+    assert client.kvp_get("ä&b=") == client.kvp_get("ä&b=", KvpPool.EXTERNAL) == record
+    client.kvp_delete("ä&b=")
+    assert client.kvp_list() == []
+    assert client.ip_settings("00:15:5D:00:00:01").addresses == "192.0.2.7"
+    with pytest.raises(HvHostError, match="did not configure adapter"):
+        client.set_ip(IpSettings("{x}"))
     worker.stop()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import hvhost
 from hvhost import HeartbeatStatus, HvHostError, Machine
-from hvhost.machine.model import MachineConfig, ShutdownAction
+from hvhost.machine.model import IpSettings, KvpPool, KvpRecord, MachineConfig, ShutdownAction
 from hvhost.manager import console as console_module
 from hvhost.manager.client import MachineClient
 from hvhost.manager.console import Console
@@ -69,6 +69,24 @@ def test_every_control(runtime: Path, config: MachineConfig) -> None:
         assert await machine.measure_heartbeats(2) == [0.001] * 2
         await machine.force_stop()
         assert MachineDirectory.of("m1").state() is NameState.FREE
+
+    run(config, body)
+
+
+def test_time_and_key_value_pairs(runtime: Path, config: MachineConfig) -> None:
+    async def body(machine: Machine) -> None:
+        assert await machine.time_sync() == 0.0005
+        await machine.kvp_set("a b", "c")
+        await machine.kvp_set("d", "e", "guest")
+        assert await machine.kvp_list("guest") == [KvpRecord(KvpPool.GUEST, "d", "e")]
+        assert len(await machine.kvp_list()) == 2
+        assert await machine.kvp_get("a b") == "c"
+        await machine.kvp_delete("a b")
+        with pytest.raises(HvHostError, match="no item 'a b'"):
+            await machine.kvp_get("a b", KvpPool.EXTERNAL)
+        assert (await machine.ip_settings("00:15:5D:00:00:01")).family == 1
+        with pytest.raises(HvHostError, match="did not configure adapter"):
+            await machine.set_ip(IpSettings("{x}"))
 
     run(config, body)
 
