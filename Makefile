@@ -12,6 +12,7 @@ help:
 	@echo 'make test         style, types and every test; guest tests on the Debian 12 cloud kernel'
 	@echo 'make check        the same without guest tests: needs no KVM and no rig'
 	@echo 'make test-matrix  guest tests on the kernels of Debian 11, 12, 13 and sid'
+	@echo 'make setup        only set up; hvhost is then .venv/bin/hvhost'
 	@echo 'make bench        measure; prints a table and writes bench-results.json'
 	@echo 'make fuzz         fuzz every protocol module for a minute each'
 	@echo 'make docs         write anew what the docs take from the program'
