@@ -65,7 +65,9 @@ kvm_translation physical_address|kvm_enable_cap args|kvm_userspace_memory_region
 kvm_userspace_memory_region guest_phys_addr|kvm_userspace_memory_region memory_size
 kvm_irq_routing_entry u|kvm_irq_routing_entry type|kvm_irq_routing_hv_sint vcpu
 kvm_irq_routing_hv_sint sint|kvm_irq_routing_irqchip pin|kvm_irqfd gsi|kvm_irqfd flags
-kvm_irqfd resamplefd|kvm_hyperv_eventfd fd|kvm_hyperv_eventfd flags|kvm_msr_filter ranges
+kvm_irqfd resamplefd|kvm_vcpu_events exception.injected|kvm_vcpu_events exception.pending
+kvm_vcpu_events interrupt.injected|kvm_vcpu_events nmi.injected|kvm_vcpu_events nmi.pending
+kvm_hyperv_eventfd fd|kvm_hyperv_eventfd flags|kvm_msr_filter ranges
 kvm_msr_filter_range nmsrs|kvm_msr_filter_range base|kvm_msr_filter_range bitmap
 kvm_coalesced_mmio_ring coalesced_mmio|kvm_coalesced_mmio len|kvm_coalesced_mmio data
 kvm_coalesced_mmio_zone size|kvm_coalesced_mmio_zone pio|kvm_clock_data clock
@@ -223,6 +225,11 @@ def test_members(header: dict[str, int]) -> None:
         "kvm_irqfd gsi": 4,
         "kvm_irqfd flags": 8,
         "kvm_irqfd resamplefd": 12,
+        "kvm_vcpu_events exception.injected": 0,
+        "kvm_vcpu_events exception.pending": 3,
+        "kvm_vcpu_events interrupt.injected": 8,
+        "kvm_vcpu_events nmi.injected": 12,
+        "kvm_vcpu_events nmi.pending": 13,
         "kvm_hyperv_eventfd fd": 4,
         "kvm_hyperv_eventfd flags": 8,
         "kvm_msr_filter ranges": 8,

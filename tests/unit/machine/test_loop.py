@@ -64,7 +64,9 @@ def test_a_second_callback_replaces_the_first(loop: Loop, pipe: tuple[int, int])
     assert set(seen) == {2}
 
 
-def test_a_descriptor_removed_by_another_callback_is_left_alone(loop: Loop) -> None:
+def test_a_descriptor_removed_by_another_callback_is_left_alone(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
     """Both are ready in the same round; the first one takes the other away."""
     ends = [os.eventfd(1) for _ in range(2)]
     seen: list[int] = []
@@ -79,6 +81,7 @@ def test_a_descriptor_removed_by_another_callback_is_left_alone(loop: Loop) -> N
         loop.add_reader(mine, lambda mine=mine, other=other: callback(mine, other))  # type: ignore[misc]
     finish(loop)
     assert len(seen) == 1
+    assert not caplog.records
     for end in ends:
         loop.remove(end)
         os.close(end)

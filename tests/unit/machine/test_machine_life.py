@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -569,6 +570,35 @@ def test_a_failure_of_the_last_boot_does_not_end_this_one() -> None:
         one.wait_for(lambda: one.machine.info().boots == 2)
         time.sleep(0.05)
         assert one.machine.info().state is MachineState.RUNNING
+
+
+def test_processors_that_fail_at_once_tell_once() -> None:
+    together = threading.Barrier(4)
+    told: list[str] = []
+
+    def guest(kvm: FakeTransport) -> Script:
+        together.wait(10)
+        yield Other(Exit.INTERNAL_ERROR, 1)
+
+    with life((guest, guest, guest), cpus=3) as one:
+        computer = one.machine._computer
+        assert computer is not None
+        computer._notices = replace(computer._notices, failed=told.append)
+        together.wait(10)
+        for processor in computer.processors:
+            processor._thread.join(10)
+        assert len(told) == 1
+
+
+def test_stops_that_come_together_are_one() -> None:
+    with life() as one:
+        loop_is_busy = threading.Event()
+        one.loop.call_soon_threadsafe(lambda: loop_is_busy.wait(10))
+        for _ in range(3):
+            one.machine.force_stop()
+        loop_is_busy.set()
+        one.ended()
+        assert [kind for kind, _ in one.kinds()].count("stopped") == 1
 
 
 def test_after_the_end_there_is_nothing_to_ask() -> None:

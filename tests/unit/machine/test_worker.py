@@ -221,6 +221,17 @@ def test_one_machine_of_a_name_at_a_time(worker: WorkerProcess, tmp_path: Path) 
     assert worker.files == LEFT
 
 
+def test_a_directory_too_deep_for_sockets(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 100)
+    directory.mkdir()
+    worker = WorkerProcess(directory)
+    worker.start("")
+    status, output = worker.end()
+    assert status == 1
+    assert output.splitlines()[-2].startswith("error: ")
+    assert worker.files == LEFT
+
+
 def test_a_directory_that_is_removed_meanwhile(worker: WorkerProcess) -> None:
     worker.start("")
     worker.up()

@@ -101,8 +101,9 @@ def test_no_jump_and_no_kernel() -> None:
     guest = Guest()
     guest.map(TEXT, 0x10000)
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
-    guest.transport.vcpus[0].msrs[MSR_LSTAR] = 0
-    assert find_self_jump(guest.vcpus[0], guest.memory) is None
+    guest.transport.vcpus[0].msrs[MSR_LSTAR] = 0x400000
+    guest.map(0x400000, 0x20000, JUMP)
+    assert find_self_jump(guest.vcpus[0], guest.memory) is None, "a program's text is no kernel's"
 
 
 def test_a_search_that_ends() -> None:

@@ -81,6 +81,15 @@ def test_a_full_rig_says_so(shared: Memory) -> None:
     shared.free(offset)
 
 
+def test_the_first_gap_that_is_large_enough(shared: Memory) -> None:
+    first, second, third = (shared.allocate(size) for size in (600 * MIB, 200 * MIB, GIB))
+    shared.free(first)
+    assert shared.allocate(400 * MIB) == first
+    assert shared.allocate(200 * MIB) == first + 400 * MIB
+    for offset in (first, first + 400 * MIB, second, third):
+        shared.free(offset)
+
+
 def test_freeing_what_is_not_lent_does_nothing(shared: Memory) -> None:
     used = list(shared._used)
     shared.free(12345 * ALIGNMENT)
