@@ -72,13 +72,14 @@ def _show(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us" if seconds < 10e-3 else f"{seconds:.3f} s"
 
 
-def judge(samples: Sequence[ClockSample], exact: float) -> Offsets:
+def judge(samples: Sequence[ClockSample], exact: float, least: int) -> Offsets:
     """The differences of the samples whose error is at most *exact* seconds.
 
-    :class:`RowFailed` if that leaves fewer than half of them.
+    How exact a reading is has nothing to do with what it reads, so leaving others out favours
+    nobody. :class:`RowFailed` if that leaves fewer than *least*.
     """
     good = [sample for sample in samples if sample.error <= exact * 1e9]
-    if len(good) * 2 < len(samples):
+    if len(good) < least:
         raise RowFailed(
             f"only {len(good)} of {len(samples)} readings of the clock were good to "
             f"{_show(exact)}; the computer is too busy to tell"

@@ -115,12 +115,22 @@ def test_a_plot_of_nothing_but_zero() -> None:
 def test_readings_that_are_not_exact_are_left_out_and_counted() -> None:
     samples = [ClockSample(0, 1000 * n, 100) for n in range(100)]
     samples += [ClockSample(0, 10**9, 10**9)] * 10
-    found = judge(samples, 1e-6)
+    found = judge(samples, 1e-6, 100)
     assert (found.count, found.blurred) == (100, 10)
     assert (found.p99, found.worst, found.blur[1]) == (99e-6, 99e-6, 1.0)
     assert found.median == pytest.approx(49.5e-6)
-    with pytest.raises(RowFailed, match="only 9 of 19"):
-        judge(samples[91:], 1e-6)
+    with pytest.raises(RowFailed, match="only 100 of 110"):
+        judge(samples, 1e-6, 101)
+
+
+def test_a_busy_computer_is_looked_at_again_until_time_is_up() -> None:
+    blurred = [ClockSample(0, 0, 10**9)] * 20
+    assert not accurate_time._settled(blurred, last=False)
+    with pytest.raises(RowFailed, match="only 0 of 20"):
+        accurate_time._settled(blurred, last=True)
+    near = [ClockSample(0, 1000, 100)] * 5 + blurred[:15]
+    assert accurate_time._settled(near, last=False)
+    assert not accurate_time._settled([ClockSample(0, 10**6, 100)] * 20, last=False)
 
 
 def test_a_pools_file_is_records_and_anything_between() -> None:
