@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scripted_services import ScriptedServices
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     ChannelInfo,
+    CopyProgress,
     CrashReport,
     HeartbeatStatus,
     MachineEvent,
@@ -22,6 +24,7 @@ from hvhost.machine.model import (
     ProcessorState,
     ShutdownAction,
 )
+from hvhost.sockets.protocol import Service
 from hvhost.verify.contract import (
     HV_HEART_BEAT_GUID,
     HV_KVP_GUID,
@@ -33,6 +36,7 @@ from hvhost.verify.contract import (
 )
 from hvhost.verify.guest import CommandResult, Machine, Probe
 from hvhost.verify.results import RowResult
+from hvhost.verify.rows import PROOFS
 from hvhost.verify.session import Timing
 
 RELEASE = "6.1.0-test-amd64"
@@ -43,6 +47,8 @@ INSTANCES = {
     HV_TS_GUID: "2dd1ce17-079e-403c-b352-a1921ee207ee",
     HV_KVP_GUID: "242ff919-07db-4180-9c2e-b86cb68c8c55",
 }
+# The other two speak through real sockets with the real probe: tests/guest has them.
+SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in ("file-copy", "hvsocket"))
 HEARTBEAT_CHANNEL = 2
 TIMESYNC_CHANNEL = 3
 UNBOUND = {
@@ -118,6 +124,23 @@ class ScriptedGuest:
 
 
 class ScriptedMachine:
+    def connect(self, service: Service, timeout: float) -> socket.socket:
+        raise NotImplementedError("sockets are not scripted")
+
+    def listen(self, service: Service) -> socket.socket:
+        raise NotImplementedError("sockets are not scripted")
+
+    def copy(
+        self,
+        source: Path,
+        destination: str,
+        *,
+        create_path: bool = False,
+        overwrite: bool = False,
+        watch: Callable[[CopyProgress], None] = lambda progress: None,
+    ) -> CopyProgress:
+        raise NotImplementedError("file copy is not scripted")
+
     def __init__(self, guest: ScriptedGuest) -> None:
         self.faults = set(guest.faults)
         self.cpus = guest.cpus

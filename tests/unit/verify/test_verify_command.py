@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from scripted_guest import FAST, ScriptedGuest, full_modules
+from scripted_guest import FAST, SCRIPTED_PROOFS, ScriptedGuest, full_modules
 
 from hvhost.errors import HvHostError
 from hvhost.verify import command
@@ -17,12 +18,16 @@ from hvhost.verify.command import verify_guest
 from hvhost.verify.contract import GROUPS, ROWS
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.results import VerifyReport
-from hvhost.verify.rows import PROOFS, heartbeat
+from hvhost.verify.rows import heartbeat
+from hvhost.verify.runner import run_rows
+
+NEED_HV_UTILS = ["smp", "heartbeat", "shutdown", "kvp", "time-sync", "accurate-time"]
 
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "SPIN_SECONDS", 0.01)
+    monkeypatch.setattr(command, "run_rows", functools.partial(run_rows, proofs=SCRIPTED_PROOFS))
 
 
 def run(
@@ -58,13 +63,15 @@ def test_everything_once(tmp_path: Path) -> None:
         for row in document["rows"]
     )
     working = {row["id"] for row in document["rows"] if row["status"] == "works"}
-    assert working == {proof.row_id for proof in PROOFS}
+    assert working == {proof.row_id for proof in SCRIPTED_PROOFS}
     positions = [table.index(group) for group in GROUPS]
     assert positions == sorted(positions)
-    assert "5 works, 30 missing" in table
+    assert f"{len(SCRIPTED_PROOFS)} works, {35 - len(SCRIPTED_PROOFS)} missing" in table
     assert "heartbeat: waiting for the host to notice" in progress
     kept = {file.name for file in (tmp_path / "logs").iterdir()}
-    assert kept == {"console.log", "events.json", "report.json", "worker.log"}
+    assert kept == {
+        *("accurate-time.svg", "console.log", "events.json", "report.json", "worker.log")
+    }
     assert "Linux version" in (tmp_path / "logs" / "console.log").read_text()
     kinds = [event["kind"] for event in json.loads((tmp_path / "logs/events.json").read_text())]
     assert kinds[0] == "started" and "crash" in kinds and kinds[-1] == "stopped"
@@ -123,14 +130,14 @@ def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
         (VerifyOptions(guest="debian-13"), False),
         (VerifyOptions(kernel=Path("/k")), False),
         (VerifyOptions(debs=[Path("/d")]), False),
-        (VerifyOptions(kernel=Path("/k"), allow_lacks=["smp", "heartbeat", "shutdown"]), True),
-        (VerifyOptions(kernel=Path("/k"), allow_lacks=["smp", "heartbeat"]), False),
+        (VerifyOptions(kernel=Path("/k"), allow_lacks=NEED_HV_UTILS), True),
+        (VerifyOptions(kernel=Path("/k"), allow_lacks=NEED_HV_UTILS[1:]), False),
     ],
 )
 def test_lacks_are_excused_by_the_guests_baseline_or_by_name(
     options: VerifyOptions, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {"debian-12": frozenset({"smp", "heartbeat", "shutdown"})}
+    known = {"debian-12": frozenset(NEED_HV_UTILS)}
     monkeypatch.setattr(command, "shipped_baseline", lambda name: known.get(name, frozenset()))
     whole = full_modules()
     aliases = {alias: name for alias, name in whole.aliases.items() if name != "hv_utils"}
