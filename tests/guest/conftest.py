@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
-from guest.helpers import Guest, end_rig, processes_of
+from guest.helpers import Guest, end_rig, processes_of, tell
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.verify.live import LiveMachine
 
@@ -91,4 +91,5 @@ def start() -> Iterator[Start]:
 
     yield begin
     for machine in machines:
+        tell(machine)
         machine.kill()

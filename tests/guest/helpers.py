@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
 from hvhost.machine.model import HeartbeatStatus, MachineInfo
 from hvhost.manager.definition import define
@@ -85,7 +86,7 @@ class Guest:
         try:
             return cls(machine, cls._connect(machine))
         except BaseException:
-            print(machine.console()[-4000:])
+            tell(machine)
             machine.kill()
             raise
 
@@ -95,8 +96,9 @@ class Guest:
         assert probe is not None, "the guest did not come up"
         return probe
 
-    def booted_again(self) -> None:
-        """After a reset: wait for the probe of the new boot."""
+    def booted_again(self, boots: int) -> None:
+        """Wait until the machine has booted *boots* times and for the probe of that boot."""
+        wait_for(f"boot {boots}", lambda: self.machine.info().boots == boots)
         self.probe.close()
         self.probe = self._connect(self.machine)
 
@@ -109,6 +111,21 @@ class Guest:
     def await_heartbeat(self, status: HeartbeatStatus, seconds: float = 30.0) -> MachineInfo:
         wait_for(status.value, lambda: self.machine.info().heartbeat is status, seconds)
         return self.machine.info()
+
+
+def tell(machine: LiveMachine) -> None:
+    """For whoever reads of a failed test: what happened to the machine and what it said last."""
+    try:
+        for event in machine.events(0, 0.0):
+            print(f"{event.seconds:.1f} {event.kind} {event.detail}"[:200])
+    except HvHostError as error:
+        print(error)
+    print(machine.console()[-4000:])
+
+
+def machines_of(runtime: Path) -> set[str]:
+    """Names under which machines have left something, or run."""
+    return {path.name for path in (runtime / "machines").glob("*")}
 
 
 def keeper_of(runtime: Path) -> int | None:

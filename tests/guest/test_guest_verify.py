@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from guest.conftest import GUESTS
-from guest.helpers import command, hvhost, processes_of, wait_for
+from guest.helpers import command, hvhost, machines_of, processes_of, wait_for
 from hvhost.guests.build import GuestImages
 from hvhost.verify.contract import ROWS, Status
 
@@ -117,11 +117,15 @@ def test_a_kernel_without_the_bus_driver(one: GuestImages, tmp_path: Path) -> No
     assert "user space: the probe answered" in output
 
 
+def workers_of(runtime: Path) -> set[str]:
+    return {line for line in processes_of(runtime).values() if "hvhost.machine.worker" in line}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_verification_leaves_nothing(
     number: signal.Signals, one: GuestImages, tmp_path: Path, runtime: Path
 ) -> None:
-    before = processes_of(runtime)
+    before, running = machines_of(runtime), workers_of(runtime)
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(
             command("verify", "--guest", GUESTS[0], "--rows", "smp"), stdout=out, stderr=out
@@ -135,15 +139,5 @@ def test_an_interrupted_verification_leaves_nothing(
     output = (tmp_path / "out").read_text()
     assert status == 128 + number, output
     assert "Traceback" not in output
-    wait_for(
-        "the end of its worker",
-        lambda: (
-            not [
-                line
-                for line in (processes_of(runtime).keys() - before.keys())
-                if "machine.worker" in processes_of(runtime).get(line, "")
-            ]
-        ),
-        20.0,
-    )
-    assert not list((runtime / "machines").iterdir())
+    assert machines_of(runtime) <= before
+    wait_for("the end of its worker", lambda: not workers_of(runtime) - running, 20.0)
