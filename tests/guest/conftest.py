@@ -7,7 +7,6 @@ the first of them.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,11 +17,12 @@ from _pytest.runner import runtestprotocol
 
 from guest.helpers import Guest, end_rig, processes_of, tell
 from hvhost.guests.build import GuestImages, prepare_guest
+from hvhost.kvm.detect import why_not_local
 from hvhost.verify.live import LiveMachine
 
 GUESTS = os.environ.get("HVHOST_TEST_GUESTS", "debian-12").split(",")
 RIG_LINGER_SECONDS = 300
-RIG_LOST = re.compile(r"the rig's QEMU (died|hangs)|the rig did not start")
+TRIED_TWICE: list[tuple[str, str]] = []
 HERE = Path(__file__).parent
 
 
@@ -34,20 +34,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """One more try for a test whose rig died or hung under it, said aloud: emulators do that."""
+    """One more try for a test that failed on emulated processors, said aloud and counted.
+
+    Emulators lose a guest, or themselves, now and then. Real processors do not: there a failure
+    is a failure.
+    """
     if HERE not in item.path.parents:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    lost = [r for r in reports if r.failed and RIG_LOST.search(r.longreprtext)]
-    if lost:
-        words = RIG_LOST.search(lost[0].longreprtext)
-        print(f"\n{item.nodeid}: one more try, because {words[0] if words else ''}")
+    failures = [report for report in reports if report.failed]
+    if failures and why_not_local() is not None:
+        lines = failures[0].longreprtext.splitlines() or ["no reason given"]
+        TRIED_TWICE.append((item.nodeid, "\n".join(lines[-25:])))
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not TRIED_TWICE:
+        return
+    terminalreporter.section(f"{len(TRIED_TWICE)} tried twice on emulated processors")
+    for name, reason in TRIED_TWICE:
+        terminalreporter.write_line(f"{name} failed first:\n{reason}\n")
 
 
 @pytest.fixture(scope="package", autouse=True)
