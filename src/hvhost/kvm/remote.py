@@ -13,6 +13,7 @@ import os
 import select
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from hvhost.rig import layout
 from hvhost.rig.client import RigSession, close_session, open_session, reason_of_end
 
 _CALL_SECONDS = 20.0
+_FIRST_LOOK_SECONDS = 0.02
 _FIXUP = struct.Struct("<IIQ")
 _FIXUP_KINDS = {
     FixupKind.MEMORY_ADDRESS: layout.FIXUP_ADD_BAR,
@@ -75,11 +77,15 @@ class _Mailbox:
     def wait(self, seconds: float = -1) -> None:
         """Until the agent answered; :class:`HvHostError` when the rig is gone or hangs."""
         words, state, done = self._words, self._state, self._done
+        patience = -1.0 if seconds < 0 else _FIRST_LOOK_SECONDS
+        deadline = time.monotonic() + seconds
         while words[state] != done:
-            ready = self._epoll.poll(seconds, 2)
+            ready = self._epoll.poll(patience, 2)
             if words[state] == done:
                 return
-            if not ready:
+            if not ready and time.monotonic() < deadline:
+                patience *= 2  # a doorbell may have been lost, see RemoteTransport._meet
+            elif not ready:
                 # The mailbox stays the agent's: an answer that comes later is to no other call.
                 self._failure = (
                     f"the rig has not answered a call for {seconds:.0f} s; start the machine again."
@@ -195,8 +201,26 @@ class RemoteTransport:
         self._loop: EventLoop | None = None
         self._tail = 0
         self._closed = False
+        self._meet()
 
     # --- calls ---------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """Call the agent until its doorbell is heard.
+
+        QEMU learns of our doorbells one by one while the agent works already, and those it does
+        not know yet are lost. The one that answers calls is the last: with it, all are known.
+        """
+        deadline = time.monotonic() + _CALL_SECONDS
+        while time.monotonic() < deadline:
+            self.drain_coalesced()
+            try:
+                os.eventfd_read(self._session.events[layout.CONTROL_DOORBELL])
+            except BlockingIOError:
+                continue
+            return
+        self.close()
+        raise HvHostError("the rig's QEMU does not pass doorbells on; start the machine again.")
 
     def _keep(
         self, operation: int, target: Handle = 0, request: int = 0, argument: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from hvhost.paths import python_environment, runtime_dir
 from hvhost.rig import image, layout, qemu
 
 ANSWER_SECONDS = 180.0
+KEEPER_SECONDS = 20.0
 STATUS_SECONDS = 5.0
 _MAXIMUM_DESCRIPTORS = 250
 
@@ -63,7 +65,7 @@ def _start_keeper() -> subprocess.Popen[bytes]:
 
 def _connect(progress: Callable[[str], None]) -> socket.socket:
     directory = runtime_dir("rig")
-    deadline = time.monotonic() + 20
+    deadline = math.inf
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two workers must not start two keepers
         keeper: subprocess.Popen[bytes] | None = None
@@ -78,11 +80,14 @@ def _connect(progress: Callable[[str], None]) -> socket.socket:
                 qemu.find_qemu(progress)  # both here, where somebody sees the progress
                 image.rig_image(progress)
                 keeper = _start_keeper()
-                deadline = time.monotonic() + 20
-            if keeper.poll() is not None or time.monotonic() > deadline:
+                deadline = min(deadline, time.monotonic() + KEEPER_SECONDS)
+            status = keeper.poll()
+            if status or time.monotonic() > deadline:
                 raise HvHostError(
                     f"the rig's keeper did not start; see {directory / 'rig.out'} for its errors."
                 )
+            if status == 0:
+                keeper = None  # there was another one, just coming or just leaving
             time.sleep(0.02)
 
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import gc
 import os
+import select
 import signal
 import struct
 import threading
@@ -390,6 +391,25 @@ def test_a_callback_that_fails_does_not_hide_the_next_event(rig: Rig) -> None:
     assert seen == ["first", "second"]
     transport.close()
     loop.close()
+
+
+def test_doorbells_lost_at_the_start_cost_no_time(rig: Rig) -> None:
+    """A busy QEMU learns of a peer's doorbells while the agent rings them already."""
+    rig.settings["command"] = ["/bin/sh", "-c", f'exec {rig.stand_in} "$0" slow']
+    transport = RemoteTransport(MEMORY, 1)
+    doorbell = transport._session.events[layout.CONTROL_DOORBELL]
+    for _ in range(5):
+        transport.drain_coalesced()
+        assert select.select([doorbell], [], [], 1)[0], "from now on every answer rings"
+        os.eventfd_read(doorbell)
+    transport.close()
+
+
+def test_a_qemu_that_passes_no_doorbells_on(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_CALL_SECONDS", 0.1)
+    rig.settings["command"] = ["/bin/sh", "-c", f'exec {rig.stand_in} "$0" slow']
+    with pytest.raises(HvHostError, match="does not pass doorbells on"):
+        RemoteTransport(MEMORY, 1)
 
 
 def test_a_call_that_is_not_answered_is_the_last(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

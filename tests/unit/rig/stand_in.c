@@ -2,7 +2,8 @@
  * and runs the agent itself on top, as a process of this computer. MSI-X vectors are the keeper's
  * eventfds as they come; the doorbell raises the eventfds of the peer it names.
  *
- * stand_in SOCKET [no-agent]: with "no-agent" it connects and then does nothing. */
+ * stand_in SOCKET [no-agent|slow]: with "no-agent" it connects and then does nothing; with "slow" it
+ * takes its time to learn of peers, as a busy QEMU does while the agent works already. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -42,7 +43,7 @@ static ssize_t ring(int fd, const void *data, size_t size, off_t offset);
 static int peers[MAXIMUM_PEERS][VECTORS];
 static unsigned peer_vectors[MAXIMUM_PEERS];
 static pthread_mutex_t peers_lock = PTHREAD_MUTEX_INITIALIZER;
-static int connection;
+static int connection, slow;
 
 static void fail(const char *what)
 {
@@ -111,8 +112,11 @@ static void *listen_to_keeper(void *unused)
 	int64_t number;
 	int descriptor;
 	(void)unused;
-	while (receive(&number, &descriptor))
+	while (receive(&number, &descriptor)) {
+		if (slow)
+			usleep(5000);
 		peer_message(number, descriptor);
+	}
 	return NULL; /* as QEMU: it goes on without its server */
 }
 
@@ -151,6 +155,7 @@ int main(int count, char **arguments)
 	}
 	printf("stand-in: connected\n");
 	fflush(stdout);
+	slow = count > 2 && !strcmp(arguments[2], "slow");
 	if (count > 2 && !strcmp(arguments[2], "no-agent"))
 		for (;;)
 			pause();

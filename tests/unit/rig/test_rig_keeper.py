@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -330,6 +331,36 @@ def test_a_keeper_that_does_not_start(rig: Rig, monkeypatch: pytest.MonkeyPatch)
     )
     with pytest.raises(HvHostError, match=r"keeper did not start; see .*rig\.out"):
         open_session(MIB, 1)
+
+
+def test_a_keeper_that_is_not_alone_leaves(rig: Rig, session: RigSession) -> None:
+    """It would take the other's socket away, now or at its end."""
+    first = rig.keeper
+    second = rig.start_keeper()
+    assert second.wait(10) == 0
+    close_session(open_session(MIB, 1))
+    assert first.poll() is None
+    assert len(rig.keepers) == 2
+
+
+def test_a_keeper_that_is_just_leaving_is_waited_for(rig: Rig) -> None:
+    close_session(open_session(MIB, 1))
+    assert rig.ended() == 0
+    with (rig.directory / "keeper.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer = threading.Timer(1.0, lambda: fcntl.flock(lock, fcntl.LOCK_UN))
+        timer.start()
+        close_session(open_session(MIB, 1))
+        timer.join()
+    assert rig.ended() == 0
+
+
+def test_a_keeper_that_never_leaves(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "KEEPER_SECONDS", 1.0)
+    with (rig.directory / "keeper.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(HvHostError, match="keeper did not start"):
+            open_session(MIB, 1)
 
 
 def test_a_keeper_that_never_answers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
