@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -525,12 +526,29 @@ def test_a_wedged_client_does_not_hold_the_keeper(
         assert not keeper.clients
 
 
-def test_a_qemu_that_takes_nothing_any_more_is_a_sentence(keeper: Keeper) -> None:
-    assert keeper.device is not None
-    keeper.device.settimeout(0.05)
-    with pytest.raises(HvHostError, match="QEMU hangs: it takes no messages"):
-        for _ in range(100_000):
-            keeper.send_device(1)
+def test_a_qemu_that_takes_nothing_any_more_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SHARED_SIZE", layout.CONTROL_AREA)
+    monkeypatch.setattr(server, "DEVICE_SECONDS", 0.05)
+    keeper = Keeper(tmp_path, 1.0)
+    keeper.door = socket.socket(socket.AF_UNIX)
+    keeper.door.bind(str(tmp_path / "shared.sock"))
+    keeper.door.listen(1)
+    keeper.selector.register(keeper.door, selectors.EVENT_READ, keeper.on_qemu)
+    keeper.process = subprocess.Popen(["/bin/sleep", "60"], stdout=subprocess.PIPE)
+    assert keeper.process.stdout is not None
+    os.set_blocking(keeper.process.stdout.fileno(), False)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(tmp_path / "shared.sock"))
+        keeper.on_qemu()
+        with pytest.raises(HvHostError, match="QEMU hangs: it takes no messages"):
+            for _ in range(100_000):
+                keeper.send_device(1)
+    keeper.stop_qemu()
+    keeper.selector.close()
+    keeper.memory.close()
+    assert not (tmp_path / "shared.sock").exists()
 
 
 def test_a_qemu_that_is_gone_is_a_sentence(keeper: Keeper) -> None:
