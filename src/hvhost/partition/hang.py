@@ -12,12 +12,17 @@ from dataclasses import replace
 
 from hvhost.errors import GuestMemoryError, HvHostError
 from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
-from hvhost.kvm.vcpu import Vcpu
+from hvhost.kvm.vcpu import SpecialRegisters, Vcpu
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory
 from hvhost.partition.processor import Processor
 
 MSR_LSTAR = 0xC0000082
 RFLAGS_IF = 1 << 9
+CR4_LA57 = 1 << 12
+_PRESENT = 1
+_LARGE = 1 << 7
+_NO_EXECUTE = 1 << 63
+_ADDRESS = 0xFFFFFFFFFF000
 _SELF_JUMP = b"\xeb\xfe"
 _SEARCH = 4 << 20
 _ATTEMPTS = 400
@@ -25,19 +30,39 @@ _RING_SECONDS = 0.005
 _CHECK_SECONDS = 0.2
 
 
+def executable_page(special: SpecialRegisters, memory: GuestMemory, address: int) -> int | None:
+    """Where the page of a linear address lies in guest memory, None if no code may run there.
+
+    Walks the guest's page tables ([AMD64] volume 2, 5.3). :class:`GuestMemoryError` if they lie
+    outside memory.
+    """
+    table = special.cr3 & _ADDRESS
+    for shift in range(48 if special.cr4 & CR4_LA57 else 39, 11, -9):
+        index = address >> shift & 511
+        entry = int.from_bytes(memory.read(table + 8 * index, 8), "little")
+        if not entry & _PRESENT or entry & _NO_EXECUTE:
+            return None
+        table = entry & _ADDRESS
+        if shift in (21, 30) and entry & _LARGE:
+            offset = (1 << shift) - 1
+            return table & ~offset | address & offset & ~(PAGE_SIZE - 1)
+    return table
+
+
 def find_self_jump(vcpu: Vcpu, memory: GuestMemory) -> int | None:
     """Linear address of a self-jump in the kernel text around the system call entry."""
     entry = vcpu.msrs([MSR_LSTAR])[0]
     if not entry >> 63:
         return None
+    special = vcpu.special_registers()
     page = entry & ~(PAGE_SIZE - 1)
     for direction in (1, -1):
         for distance in range(0, _SEARCH, PAGE_SIZE):
             address = page + direction * distance
-            physical = vcpu.translate(address)
-            if physical is None:
-                break
             try:
+                physical = executable_page(special, memory, address)
+                if physical is None:
+                    break  # the end of the text
                 place = memory.read(physical, PAGE_SIZE).find(_SELF_JUMP)
             except GuestMemoryError:
                 break

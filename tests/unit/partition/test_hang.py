@@ -4,6 +4,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from fake_transport import Fails, FakeTransport, Halt, In, Script
@@ -12,13 +13,15 @@ from hvhost.errors import HvHostError
 from hvhost.kvm import constants as k
 from hvhost.kvm.vcpu import Vcpu
 from hvhost.partition import hang as module
-from hvhost.partition.hang import MSR_LSTAR, RFLAGS_IF, find_self_jump, hang
+from hvhost.partition.hang import CR4_LA57, MSR_LSTAR, RFLAGS_IF, find_self_jump, hang
 from hvhost.partition.memory import GuestMemory, MemoryRegion
 from hvhost.partition.processor import Handlers, Processor
 
 TEXT = 0xFFFFFFFF81000000
 ENTRY = TEXT + 0x800
 JUMP = b"\xeb\xfe"
+TABLES = 0x80000
+NO_EXECUTE = 1 << 63
 
 
 class Ports:
@@ -43,9 +46,12 @@ class Guest:
     """Kernel text at TEXT, *processors* of which all but the first have not started."""
 
     def __init__(
-        self, processors: int = 1, script: Callable[[FakeTransport], Script] | None = None
+        self,
+        processors: int = 1,
+        script: Callable[[FakeTransport], Script] | None = None,
+        memory: int = 1 << 20,
     ):
-        self.transport = FakeTransport(1 << 20, *([script] * processors if script else []))
+        self.transport = FakeTransport(memory, *([script] * processors if script else []))
         vm = self.transport.ioctl_handle(self.transport.open_kvm(), k.KVM_CREATE_VM)
         self.memory = GuestMemory([MemoryRegion(0, self.transport.memory)])
         self.vcpus = [Vcpu(self.transport, vm, index) for index in range(processors)]
@@ -62,10 +68,46 @@ class Guest:
             self.stops.append,
         )
         self.processors = [Processor(vcpu, handlers) for vcpu in self.vcpus]
+        self.next_table = TABLES + 0x1000
+        self.set_control(TABLES)
 
-    def map(self, linear: int, physical: int, content: bytes = b"") -> None:
-        self.transport.tables[linear] = physical
-        self.memory.write(physical, content)
+    def set_control(self, cr3: int, cr4: int = 0) -> None:
+        for vcpu in self.vcpus:
+            special = vcpu.special_registers()
+            vcpu.set_special_registers(replace(special, cr3=cr3, cr4=cr4))
+
+    def map(
+        self,
+        linear: int,
+        physical: int,
+        content: bytes = b"",
+        *,
+        levels: int = 4,
+        size: int = 0x1000,
+        no_execute_at: int | None = None,
+    ) -> None:
+        """Enter *linear* into the page tables, which grow as needed; fill the page."""
+        table = TABLES
+        for shift in range(12 + 9 * (levels - 1), 11, -9):
+            place = table + 8 * (linear >> shift & 511)
+            no_execute = NO_EXECUTE if shift == no_execute_at else 0
+            if 1 << shift == size:
+                large = 0x80 if size > 0x1000 else 0
+                self.write_entry(place, physical | 0x63 | large | no_execute)
+                break
+            if not self.entry(place):
+                self.write_entry(place, self.next_table | 0x67)
+                self.next_table += 0x1000
+            self.write_entry(place, self.entry(place) | no_execute)
+            table = self.entry(place) & 0xFFFFFFFFFF000
+        if content:
+            self.memory.write(physical, content)
+
+    def entry(self, place: int) -> int:
+        return int.from_bytes(self.memory.read(place, 8), "little")
+
+    def write_entry(self, place: int, entry: int) -> None:
+        self.memory.write(place, entry.to_bytes(8, "little"))
 
     def set_ring(self, ring: int, index: int = 0) -> None:
         vcpu = self.vcpus[index]
@@ -90,10 +132,43 @@ def test_a_jump_before_the_entry() -> None:
     assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT - 0x1000 + 5
 
 
+def test_large_pages_and_five_levels() -> None:
+    for size, levels in ((2 << 20, 4), (1 << 30, 4), (2 << 20, 5)):
+        guest = Guest(memory=32 << 20)
+        guest.set_control(TABLES, CR4_LA57 if levels == 5 else 0)
+        guest.map(TEXT & -size, 0, levels=levels, size=size)
+        guest.memory.write((TEXT & size - 1) + 0x1234, JUMP)
+        assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT + 0x1234
+
+
 @pytest.mark.parametrize("physical", [0x100000, 1 << 40])
 def test_text_that_is_not_in_memory(physical: int) -> None:
     guest = Guest()
-    guest.transport.tables[TEXT] = physical
+    guest.map(TEXT, physical)
+    assert find_self_jump(guest.vcpus[0], guest.memory) is None
+
+
+def test_tables_that_are_not_in_memory() -> None:
+    guest = Guest()
+    guest.set_control(1 << 40)
+    assert find_self_jump(guest.vcpus[0], guest.memory) is None
+
+
+def test_data_behind_the_text_is_not_taken_for_code() -> None:
+    """The system call entry may be at the very end of the text."""
+    guest = Guest()
+    guest.map(TEXT - 0x1000, 0x10000, b"\x90" * 7 + JUMP)
+    guest.map(TEXT, 0x11000, b"\x90")
+    guest.map(TEXT + 0x1000, 0x12000, JUMP, no_execute_at=12)
+    assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT - 0x1000 + 7
+
+
+@pytest.mark.parametrize("level", [12, 21, 30, 39])
+def test_every_level_may_forbid_execution(level: int) -> None:
+    guest = Guest()
+    guest.map(TEXT, 0x10000, JUMP)
+    assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT
+    guest.map(TEXT, 0x10000, no_execute_at=level)
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
 
 
@@ -101,21 +176,21 @@ def test_no_jump_and_no_kernel() -> None:
     guest = Guest()
     guest.map(TEXT, 0x10000)
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
-    guest.transport.vcpus[0].msrs[MSR_LSTAR] = 0x400000
-    guest.map(0x400000, 0x20000, JUMP)
-    assert find_self_jump(guest.vcpus[0], guest.memory) is None, "a program's text is no kernel's"
-
-
-def test_a_search_that_ends() -> None:
-    guest = Guest()
-
-    class Endless(dict[int, int]):
-        def get(self, key: int, default: object = None) -> int:
-            return 0x10000
-
-    guest.transport.tables = Endless()
+    guest.transport.vcpus[0].msrs[MSR_LSTAR] = 0
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
-    assert len(guest.transport.requests(k.KVM_TRANSLATE)) == 2 * 1024
+
+
+def test_a_search_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest()
+    looked: list[int] = []
+
+    def page(special: object, memory: object, address: int) -> int:
+        looked.append(address)
+        return 0x10000
+
+    monkeypatch.setattr(module, "executable_page", page)
+    assert find_self_jump(guest.vcpus[0], guest.memory) is None
+    assert len(looked) == 2 * 1024
 
 
 def test_every_started_processor_spins_with_interrupts_off(
