@@ -21,6 +21,7 @@ _USERSPACE = re.compile(r"Run \S+ as init process|hvhost-guest:")
 _DRIVER_OFF = re.compile(
     r"(?:initcall_blacklist|module_blacklist|modprobe\.blacklist)=\S*(?:hv_|hyperv|vmbus)\S*"
 )
+_OUR_SHELL = "Please press Enter to activate this console."
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -49,7 +50,7 @@ class Sighting:
 
 def console_tail(console: str, lines: int = CONSOLE_LINES) -> tuple[str, ...]:
     """The last lines of a console, without control characters and empty lines."""
-    clean = (_CONTROL.sub("", line).rstrip() for line in console.splitlines())
+    clean = (_CONTROL.sub("", line).replace(_OUR_SHELL, "").strip() for line in console.splitlines())
     return tuple(line for line in clean if line)[-lines:]
 
 

@@ -85,7 +85,7 @@ class LiveProbe:
 
     def fire(self, path: str, text: str) -> None:
         # Late enough for the answer to this command to get out first.
-        script = f"sleep 1; echo {shlex.quote(text)} > {shlex.quote(path)}"
+        script = f"sleep 0.3; echo {shlex.quote(text)} > {shlex.quote(path)}"
         self._client.run(f"setsid sh -c {shlex.quote(script)} </dev/null >/dev/null 2>&1 &")
 
     def answers(self, timeout: float) -> bool:

@@ -92,6 +92,11 @@ def test_console_tail_is_clean_and_short() -> None:
     text = "a\r\n\x1b[1;31mred\x1b[0m\x07\r\n\r\n" + "\n".join(map(str, range(20)))
     assert console_tail("a\r\n\x1b[1;31mred\x1b[0m\x07\r\n\r\n") == ("a", "red")
     assert console_tail(text, 3) == ("17", "18", "19")
+    shell = "Please press Enter to activate this console. "
+    assert console_tail(f"a\r\n{shell}hvhost-guest: ready\n{shell}\r\n") == (
+        "a",
+        "hvhost-guest: ready",
+    ), "no words of our own shell"
 
 
 def test_panic_line() -> None:
