@@ -50,7 +50,9 @@ class Sighting:
 
 def console_tail(console: str, lines: int = CONSOLE_LINES) -> tuple[str, ...]:
     """The last lines of a console, without control characters and empty lines."""
-    clean = (_CONTROL.sub("", line).replace(_OUR_SHELL, "").strip() for line in console.splitlines())
+    clean = (
+        _CONTROL.sub("", line).replace(_OUR_SHELL, "").strip() for line in console.splitlines()
+    )
     return tuple(line for line in clean if line)[-lines:]
 
 
