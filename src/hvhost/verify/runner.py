@@ -99,6 +99,18 @@ def _prove(proof: Proof, row: Row, session: Session) -> RowResult:
     return RowResult(row, status, seconds, evidence)
 
 
+def _prove_surely(proof: Proof, row: Row, session: Session) -> RowResult:
+    """:func:`_prove`, and once more, with a note, if emulated processors lost the guest."""
+    mark = session.heard()
+    result = _prove(proof, row, session)
+    if result.status is Status.FAILS and (loss := session.emulation_loss(mark)):
+        session.notes.append(
+            f"{row.id} was tried twice: at first {loss}, as happens on emulated processors"
+        )
+        result = _prove(proof, row, session)
+    return result
+
+
 def _boot(session: Session) -> tuple[str | None, tuple[str, ...]]:
     """The release the guest reports, or the finding of a guest that did not come up.
 
@@ -164,7 +176,7 @@ def run_rows(
                 done(RowResult(row, Status.FAILS, evidence=finding))
             else:
                 observer.row_started(row)
-                done(_prove(proof, row, session))
+                done(_prove_surely(proof, row, session))
     finally:
         session.drop()
         inspect(session)

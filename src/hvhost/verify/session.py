@@ -6,6 +6,7 @@ cheaply as can be: what the row before left behind is used where it fits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from hvhost.machine.model import (
     MachineInfo,
     MachineState,
     ProcessorInfo,
+    Transport,
 )
 from hvhost.verify.diagnose import Sighting, explain, kernel_panic
 from hvhost.verify.guest import Machine, PreparedGuest, Probe, RowFailed
@@ -284,6 +286,23 @@ class Session:
         """The sequence of the newest event so far, for :meth:`await_event`."""
         self._hear(self.machine, 0.0)
         return self._heard
+
+    def heard(self) -> int:
+        """How many events there were so far, of all machines."""
+        if self._machine is not None:
+            with contextlib.suppress(HvHostError):  # a machine that is gone has no more to say
+                self._hear(self._machine, 0.0)
+        return len(self.events)
+
+    def emulation_loss(self, mark: int) -> str | None:
+        """How the rig lost the guest, or itself, since :meth:`heard` gave *mark*; if it did."""
+        self.heard()
+        for event in self.events[mark:] if Transport.RIG in self.transports else ():
+            if (event.kind, event.detail) == ("reset", "triple fault"):
+                return "the guest died of a triple fault"
+            if event.kind == "stopped" and event.detail.startswith("the rig"):
+                return event.detail.rstrip(".")
+        return None
 
     def await_event(
         self,

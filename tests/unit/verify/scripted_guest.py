@@ -142,6 +142,7 @@ class ScriptedMachine:
         raise NotImplementedError("file copy is not scripted")
 
     def __init__(self, guest: ScriptedGuest) -> None:
+        self.guest = guest
         self.faults = set(guest.faults)
         self.cpus = guest.cpus
         self.console_text = ""
@@ -380,6 +381,16 @@ class ScriptedMachine:
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
         self._alive()
+        if "triple-fault" in self.faults:
+            self.faults -= set() if "again-and-again" in self.faults else {"triple-fault"}
+            self._event("reset", "triple fault")
+            self._boot()
+            raise HvHostError("the guest's probe was started again.")
+        if "rig-dies" in self.faults:
+            self.guest.faults -= {"rig-dies"}
+            self._event("stopped", "the rig's QEMU died: abort.")
+            self.worker_dead = True
+            self._alive()
         for _ in range(count):
             self.deliver(HEARTBEAT_CHANNEL)
         return [0.001] * count

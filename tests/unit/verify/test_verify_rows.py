@@ -159,6 +159,24 @@ def test_lsvmbus_output_is_read() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fault", "loss"),
+    [("triple-fault", "died of a triple fault"), ("rig-dies", "the rig's QEMU died: abort,")],
+)
+def test_a_row_whose_guest_the_emulator_lost_is_tried_again(fault: str, loss: str) -> None:
+    outcome = run(ScriptedGuest("rig", fault), "smp")
+    assert [result.status for result in outcome.results] == [Status.WORKS]
+    assert outcome.notes[0].startswith("smp was tried twice: at first ")
+    assert loss in outcome.notes[0]
+
+
+@pytest.mark.parametrize("faults", [("triple-fault",), ("rig", "triple-fault", "again-and-again")])
+def test_what_fails_on_real_processors_or_twice_fails(faults: tuple[str, ...]) -> None:
+    outcome = run(ScriptedGuest(*faults), "smp")
+    assert [result.status for result in outcome.results] == [Status.FAILS]
+    assert "was started again" in outcome.results[0].evidence[0]
+
+
 def test_a_failed_row_does_not_take_the_next_with_it() -> None:
     outcome = run(ScriptedGuest("wrong-cpu", "contact-stays"), *ROW_IDS)
     statuses = {result.row.id: result.status for result in outcome.results}

@@ -135,7 +135,7 @@ def _hung(session: Session) -> Iterator[str]:
                 f"the hung guest used {spent:.2f} s of CPU in {SPIN_SECONDS:.0f} s: its VPs do "
                 "not spin"
             )
-        line += f"; its VPs used {spent:.1f} s of the host's CPUs in {SPIN_SECONDS:.0f} s"
+        line += f"; what runs its VPs used {spent:.1f} s of CPU in {SPIN_SECONDS:.0f} s"
     yield line
 
 
