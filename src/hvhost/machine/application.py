@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hvhost.errors import HvHostError
+from hvhost.machine.endpoint import Endpoint, Nothing
 from hvhost.machine.model import (
     ClockSample,
     CopyProgress,
@@ -43,10 +44,6 @@ MAXIMUM_BODY = 64 << 10
 
 _GRACE_SECONDS = 1
 _JSON = "application/json"
-
-
-class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A request without parameters."""
 
 
 class EventsQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,22 +154,6 @@ class Problem:
     """Why a request was refused: one sentence for the user."""
 
     error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One route: *call* gets the machine and the decoded parameters, in a thread of its own.
-
-    Parameters of a GET come from the query, those of a POST from the JSON body.
-    """
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    call: Callable[[LiveMachine, Any], object]
-    parameters: type = Nothing
-    result: Any = None
 
 
 def _shut_down(machine: LiveMachine, request: ShutdownRequest) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from hvhost.errors import HvHostError
 from hvhost.firmware.image import KernelImage
@@ -37,6 +38,7 @@ from hvhost.machine.model import (
     ServiceInfo,
     ShutdownAction,
 )
+from hvhost.machine.peripheral import Peripheral
 from hvhost.services.filecopy import FileCopy
 from hvhost.services.heartbeat import INTERVAL, Heartbeat
 from hvhost.services.kvp import Kvp
@@ -54,6 +56,7 @@ _TIME_SYNC_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 _GONE = (ChannelState.RESCINDED, ChannelState.RELEASED)
 _SOCKETS = "sockets"
+Family = TypeVar("Family")
 _Service = Heartbeat | Shutdown | TimeSync | Kvp | FileCopy
 
 
@@ -94,6 +97,11 @@ class Machine:
         self._copier = Copier(self._file_copy)
         self._switched_off: set[str] = set()
         self._os_id = 0
+        self._peripherals: list[Peripheral] = []
+
+    def plug(self, peripherals: list[Peripheral]) -> None:
+        """Give the machine device families; before it is powered on."""
+        self._peripherals += peripherals
 
     # --- life; on the loop's thread --------------------------------------------------------------
 
@@ -114,7 +122,7 @@ class Machine:
         self._shutdown = Shutdown()
         boot = self._boots + 1
         notices = Notices(
-            event=self._event,
+            event=self.record,
             crashed=self._crashed,
             power_off=lambda: self._soon(
                 boot, lambda: self._stop(MachineState.STOPPED, "the guest powered off")
@@ -139,10 +147,12 @@ class Machine:
         self._crash = None
         self._os_id = 0
         self._state = MachineState.RUNNING
-        self._event("started", f"boot {self._boots}")
+        self.record("started", f"boot {self._boots}")
         computer = self._computer
         if self._sockets is not None:
             self._sockets.attach(computer.bus, computer.lock)
+        for peripheral in self._peripherals:
+            peripheral.attach(computer)
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         self._computer.start()
 
@@ -161,6 +171,8 @@ class Machine:
             self._timesync.tick(now)
             self._kvp.tick(now)
             self._file_copy.tick(now)
+            for peripheral in self._peripherals:
+                peripheral.tick(now)
         computer.tick()
 
     def _power_down(self) -> None:
@@ -169,12 +181,14 @@ class Machine:
             self._sockets.detach()
         if computer is not None:
             computer.close()
+            for peripheral in self._peripherals:
+                peripheral.detach()
 
     def _restart(self, why: str) -> None:
         if self._state in (MachineState.STOPPED, MachineState.FAILED):
             return
         self._power_down()
-        self._event("reset", why)
+        self.record("reset", why)
         try:
             self.power_on()
         except HvHostError as error:
@@ -191,16 +205,19 @@ class Machine:
             if state is MachineState.FAILED:
                 self.error = why
                 log.error("%s", why)
-            self._event("stopped", why)
+            self.record("stopped", why)
             self._loop.stop()
 
     def close(self) -> None:
         """Whatever happened, leave nothing behind; after the loop has ended."""
         self._power_down()
+        for peripheral in self._peripherals:
+            peripheral.close()
 
     # --- what happens ----------------------------------------------------------------------------
 
-    def _event(self, kind: str, detail: str = "") -> None:
+    def record(self, kind: str, detail: str = "") -> None:
+        """Add an event; from any thread."""
         with self._changed:
             self._sequence += 1
             seconds = time.monotonic() - self._born
@@ -209,12 +226,12 @@ class Machine:
         log.info("%s %s", kind, detail)
 
     def _heartbeat_changed(self, status: HeartbeatStatus) -> None:
-        self._event("heartbeat", status.value)
+        self.record("heartbeat", status.value)
 
     def _crashed(self, report: CrashReport) -> None:
         self._crash = replace(report, seconds=time.monotonic() - self._born)
         self._state = MachineState.CRASHED
-        self._event("crash", report.text or "")
+        self.record("crash", report.text or "")
         self._heartbeat.set_crashed(True)
 
     # --- LiveMachine; any thread -----------------------------------------------------------------
@@ -222,6 +239,15 @@ class Machine:
     @property
     def config(self) -> MachineConfig:
         return self._config
+
+    def peripheral(self, kind: type[Family]) -> Family:
+        for peripheral in self._peripherals:
+            if isinstance(peripheral, kind):
+                return peripheral
+        raise HvHostError(
+            f"machine {self._config.name!r} was started without a {kind.__name__}; "
+            "define it with one and start it again."
+        )
 
     def _running(self) -> Computer:
         computer = self._computer

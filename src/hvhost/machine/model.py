@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+Family = TypeVar("Family")
 
 
 class MachineState(StrEnum):
@@ -248,6 +250,10 @@ class LiveMachine(Protocol):
 
     @property
     def config(self) -> MachineConfig: ...
+
+    def peripheral(self, kind: type[Family]) -> Family:
+        """The machine's device family of this class (see :mod:`hvhost.machine.peripheral`)."""
+        ...
 
     def info(self) -> MachineInfo: ...
 

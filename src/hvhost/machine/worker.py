@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import resource
@@ -19,19 +18,14 @@ from hvhost.firmware.extract import open_for_boot
 from hvhost.kvm.detect import connect
 from hvhost.kvm.transport import Transport as KvmTransport
 from hvhost.machine.api import ApiServer
+from hvhost.machine.config_file import load_config
 from hvhost.machine.loop import Loop
 from hvhost.machine.machine import Machine
-from hvhost.machine.model import MachineConfig, Transport
+from hvhost.machine.peripheral import Surroundings, build_peripherals
 from hvhost.machine.serial import CONSOLE_SCROLLBACK, SerialSocket
 from hvhost.sockets.bridge import SocketBridge
 
 log = logging.getLogger(__name__)
-
-
-def _read_config(path: Path) -> MachineConfig:
-    values = json.loads(path.read_text())
-    values["transport"] = Transport(values["transport"])
-    return MachineConfig(**values)
 
 
 def _stopped_early(number: int, frame: object) -> None:
@@ -56,7 +50,7 @@ def run(config_file: Path) -> None:
 
     Once the machine runs, SIGTERM and SIGINT power it off.
     """
-    config = _read_config(config_file)
+    config = load_config(config_file.read_text())
     directory = config_file.parent
     kernel = open_for_boot(Path(config.kernel))
     loop = Loop()
@@ -83,6 +77,8 @@ def run(config_file: Path) -> None:
     machines.append(machine)
     api = ApiServer(machine, directory / "api.sock")
     try:
+        around = Surroundings(config, loop, directory, machine.record)
+        machine.plug(build_peripherals(around))
         machine.power_on()
         sockets.open()
         _on_stop_signals(lambda *_: machine.force_stop())

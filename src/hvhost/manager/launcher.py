@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import re
@@ -13,10 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from hvhost.errors import HvHostError
+from hvhost.machine.config_file import dump_config
 from hvhost.machine.model import MachineConfig
 from hvhost.manager.directory import MachineDirectory
 from hvhost.paths import python_environment
@@ -121,7 +121,7 @@ def launch(
     check(config)
     directory = MachineDirectory.of(config.name)
     with directory.claim():
-        directory.config_file.write_text(json.dumps(asdict(config), indent=1) + "\n")
+        directory.config_file.write_text(dump_config(config))
         worker = Worker(directory, _spawn(directory, program or WORKER, detach=detach))
         try:
             _wait_until_open(worker, timeout, progress, abandoned or threading.Event())

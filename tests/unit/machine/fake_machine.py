@@ -15,6 +15,7 @@ from hvhost.machine.model import (
     ClockSample,
     CopyProgress,
     CopyState,
+    Family,
     HeartbeatStatus,
     IpSettings,
     KvpPool,
@@ -58,6 +59,9 @@ class FakeMachine:
             seconds = time.monotonic() - self._started
             self._log.append(MachineEvent(len(self._log) + 1, seconds, kind, detail))
             self._changed.notify_all()
+
+    def peripheral(self, kind: type[Family]) -> Family:
+        raise HvHostError(f"there is no {kind.__name__}.")
 
     def info(self) -> MachineInfo:
         return MachineInfo(

@@ -637,7 +637,7 @@ def test_old_events_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_module, "MAXIMUM_EVENTS", 5)
     with life() as one:
         for _ in range(10):
-            one.machine._event("fault", "x")
+            one.machine.record("fault", "x")
         events = one.machine.events(0, 0)
         assert len(events) == 5
         assert [event.sequence for event in events] == [7, 8, 9, 10, 11]

@@ -8,7 +8,6 @@ Words on the command line choose what goes wrong: ``fail``, ``fail-silently``, `
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "machine"))
 from fake_machine import FakeMachine, SmallLoop
 
 from hvhost.machine.api import ApiServer
+from hvhost.machine.config_file import load_config
 from hvhost.machine.model import MachineConfig
 from hvhost.machine.serial import SerialSocket
 
@@ -26,7 +26,7 @@ from hvhost.machine.serial import SerialSocket
 def main() -> None:
     config_file = Path(sys.argv[1])
     directory = config_file.parent
-    config = MachineConfig(**json.loads(config_file.read_text()))
+    config = load_config(config_file.read_text())
     words = config.command_line.split()
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

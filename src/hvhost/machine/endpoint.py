@@ -1,0 +1,31 @@
+"""One route of a worker's API. A device family's routes are in its own ``machine/*_api.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from hvhost.machine.model import LiveMachine
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request without parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One route: *call* gets the machine and the decoded parameters, in a thread of its own.
+
+    Parameters of a GET come from the query, those of a POST from the JSON body.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    call: Callable[[LiveMachine, Any], object]
+    parameters: type = Nothing
+    result: Any = None

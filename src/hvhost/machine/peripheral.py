@@ -1,0 +1,59 @@
+"""The plug between a machine and a family of devices (storage, network, memory, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hvhost.machine.loop import Loop
+from hvhost.machine.model import MachineConfig
+
+if TYPE_CHECKING:
+    from hvhost.machine.computer import Computer
+
+
+class Peripheral(Protocol):
+    """A family's devices in one machine; it outlives resets, as disks and cables do.
+
+    All methods are called on the loop's thread.
+    """
+
+    def attach(self, computer: Computer) -> None:
+        """A new boot whose processors do not run yet: offer devices on ``computer.bus``.
+
+        From now on whoever touches a device or its channel holds ``computer.lock``.
+        """
+
+    def detach(self) -> None:
+        """The computer is over: its bus was reset, its memory must not be touched again."""
+
+    def tick(self, now: float) -> None:
+        """Every two seconds, with ``computer.lock`` held; *now* is monotonic seconds."""
+
+    def close(self) -> None:
+        """The machine is over; give back what the constructor took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a peripheral may use of its machine.
+
+    ``directory`` is the machine's own, for sockets and the like; ``event`` records a
+    :class:`hvhost.machine.model.MachineEvent`, kind and detail, from any thread.
+    """
+
+    config: MachineConfig
+    loop: Loop
+    directory: Path
+    event: Callable[[str, str], None]
+
+
+def build_peripherals(around: Surroundings) -> list[Peripheral]:
+    """The peripherals that the machine's configuration asks for.
+
+    A family's modules are imported only if the machine has such devices: a start costs no more
+    than what it uses. :class:`hvhost.errors.HvHostError` when one cannot be had.
+    """
+    return []

@@ -1,0 +1,1 @@
+"""Storage: virtual disks, and the SCSI controller that gives them to the guest."""
