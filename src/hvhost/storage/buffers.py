@@ -42,6 +42,6 @@ def zeros(length: int) -> list[memoryview]:
     return [_ZEROS] * whole + ([_ZEROS[:rest]] if rest else [])
 
 
-def only_zeros(data: bytes | memoryview) -> bool:
-    """Whether *data* (up to 1 MiB) has nothing but zeros."""
-    return bytes(_ZEROS[: len(data)]) == data if len(data) < 4096 else _ZEROS[: len(data)] == data
+def only_zeros(data: bytes | bytearray | memoryview) -> bool:
+    """Whether *data* has nothing but zeros."""
+    return bytes(data) == bytes(len(data))
