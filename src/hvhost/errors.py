@@ -21,3 +21,7 @@ class RemoteProtocolError(HvHostError):
 
 class GuestMemoryError(RemoteProtocolError):
     """The guest named memory that it does not have."""
+
+
+class DiskError(HvHostError):
+    """A virtual disk that is damaged, or of a kind that cannot be used."""

@@ -1,8 +1,9 @@
 """The one way to declare wire formats.
 
 A message is a frozen dataclass deriving from :class:`Record`; each field's annotation carries its
-:mod:`struct` code. Records are little-endian and unpadded: padding is a
-field like any other, so that the declaration reads like the document it comes from::
+:mod:`struct` code. Records are little-endian (:class:`BigEndianRecord`: the other way round) and
+unpadded: padding is a field like any other, so that the declaration reads like the document it
+comes from::
 
     @dataclass(frozen=True, slots=True)
     class ChannelMessageHeader(Record):  # linux/hyperv.h: struct vmbus_channel_message_header
@@ -43,6 +44,7 @@ class Record:
     """Base of every wire record: size, pack, unpack. Holds no state and no other behaviour."""
 
     __slots__ = ()
+    _order: ClassVar[str] = "<"
     _struct: ClassVar[struct.Struct | None] = None
     _guids: ClassVar[tuple[int, ...]] = ()
 
@@ -57,7 +59,7 @@ class Record:
                 if kind is uuid.UUID:
                     guids.append(index)
                 codes.append(code)
-            layout = struct.Struct("<" + "".join(codes))
+            layout = struct.Struct(cls._order + "".join(codes))
             cls._struct, cls._guids = layout, tuple(guids)
         return layout
 
@@ -87,3 +89,10 @@ class Record:
         for index in self._guids:
             values[index] = values[index].bytes_le
         return layout.pack(*values)
+
+
+class BigEndianRecord(Record):
+    """A record whose numbers have their most significant byte first, as in SCSI and VHD."""
+
+    __slots__ = ()
+    _order = ">"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvhost.errors import RemoteProtocolError
-from hvhost.wire import I32, U8, U16, U32, U64, Bytes6, Guid, Record
+from hvhost.wire import I32, U8, U16, U32, U64, BigEndianRecord, Bytes6, Guid, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,12 @@ class Small(Record):
     value: U16 = 7
 
 
+@dataclass(frozen=True, slots=True)
+class Turned(BigEndianRecord):
+    value: U16
+    longer: U32
+
+
 RECORDS = st.builds(
     Example,
     st.integers(0, 2**8 - 1),
@@ -46,6 +52,11 @@ SIZE = 1 + 1 + 2 + 4 + 8 + 4 + 6 + 16
 def test_sizes_are_those_of_the_documents() -> None:
     assert Example.wire_size() == SIZE, "no padding but what is declared"
     assert Small.wire_size() == 2
+
+
+def test_the_other_byte_order() -> None:
+    assert Turned(0x0102, 0x03040506).pack() == bytes(range(1, 7))
+    assert Turned.unpack(bytes(range(1, 7))) == Turned(0x0102, 0x03040506)
 
 
 @given(RECORDS, st.binary(max_size=20), st.binary(max_size=20))
