@@ -18,17 +18,20 @@ class GuestRecipe:
     daemons: str = "hyperv-daemons"
     busybox: str = "busybox-static"
     time_daemon: str = "chrony"
+    network_tool: str = "ethtool"
     libraries: tuple[str, ...] = ("libc6",)
 
     @property
     def userland(self) -> tuple[str, ...]:
         """What to download besides the kernel."""
-        return (self.daemons, self.busybox, self.time_daemon, *self.libraries)
+        return (self.daemons, self.busybox, self.time_daemon, self.network_tool, *self.libraries)
 
 
-# What chronyd is linked with. Packages got new names when time became 64 bits wide ("t64").
+# What chronyd and ethtool are linked with. Packages got new names when time became 64 bits wide
+# ("t64").
 _LIBRARIES = (
-    "libc6", "libcap2", "libgmp10", "libidn2-0", "libp11-kit0", "libseccomp2", "libtasn1-6",
+    "libc6", "libcap2", "libgmp10", "libidn2-0", "libmnl0", "libp11-kit0",
+    "libseccomp2", "libtasn1-6",
 )  # fmt: skip
 _NETTLE = ("libgnutls30", "libhogweed6", "libnettle8")
 _NETTLE_T64 = ("libgnutls30t64", "libhogweed6t64", "libnettle8t64")

@@ -194,11 +194,13 @@ class Channel:
         transaction_id: int = 0,
         completion_requested: bool = False,
         header: bytes = b"",
+        more: bool = False,
     ) -> bool:
         """Send one packet; it waits if the ring is full. False if the channel is not open.
 
-        *header* stands between descriptor and payload (``TransferPages.pack()``). A guest whose
-        ring is broken or never emptied faults the channel.
+        *header* stands between descriptor and payload (``TransferPages.pack()``). *more* leaves it
+        to a later :meth:`flush` to interrupt the guest. A guest whose ring is broken or never
+        emptied faults the channel.
         """
         if self.state is not ChannelState.OPEN:
             return False
@@ -214,11 +216,17 @@ class Channel:
             return True
         try:
             self._append(packet)
-            self._interrupt()
+            if not more:
+                self._interrupt()
         except RemoteProtocolError as error:
             self.fault(str(error))
             return False
         return True
+
+    def flush(self) -> None:
+        """Interrupt the guest for what was sent with *more*; does nothing where that is due."""
+        if not self._processing:
+            self._interrupt()
 
     def send_completion(self, transaction_id: int, payload: Buffer = b"") -> bool:
         """Answer the packet which carried *transaction_id*; as :meth:`send`."""

@@ -42,6 +42,7 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "busybox-static": {"bin/busybox": b"#!/bin/sh\necho sh\n"},
         "hyperv-daemons": {"usr/sbin/hv_kvp_daemon": daemon, "usr/sbin/other": b"x"},
         "chrony": {"usr/sbin/chronyd": daemon, "usr/bin/chronyc": b"x"},
+        "ethtool": {"usr/sbin/ethtool": daemon},
         "libc6": {
             "lib/x86_64-linux-gnu/libc.so.6": tiny_elf.program(),
             "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2": tiny_elf.program(),
@@ -70,7 +71,7 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     assert images.kernel.name == f"vmlinuz-{RELEASE}"
     assert images.release == RELEASE
     assert images.title == "Debian 12, cloud kernel"
-    assert images.daemons == ("hv_kvp_daemon", "chronyd")
+    assert images.daemons == ("hv_kvp_daemon", "chronyd", "ethtool")
     assert images.modules is not None
     assert images.modules.driver_for("acpi:VMBUS:") == "hv_vmbus"
     items = read_cpio.read(images.initrd.read_bytes())

@@ -88,6 +88,16 @@ def test_many_answers_are_one_interrupt() -> None:
     assert [packet.transaction_id for packet in bench.channel.read()] == list(range(300))
 
 
+def test_packets_with_more_to_come_are_one_interrupt() -> None:
+    bench = Bench(recorder)
+    assert bench.host.send(b"first", more=True) and bench.host.send(b"second", more=True)
+    assert bench.interrupts == []
+    bench.host.flush()
+    assert bench.interrupts == [(0, 1)]
+    bench.host.flush()
+    assert bench.interrupts == [] and len(bench.channel.read()) == 2
+
+
 def test_a_guest_that_reads_is_not_interrupted() -> None:
     bench = Bench(Echo)
     bench.channel.incoming.set_word(2, 1)
