@@ -442,6 +442,8 @@ class VmbusServer:
         self._offered.clear()
         self._gpadls = GpadlTable(self._memory)
         for channel in self.channels:
+            if self._channels.get(channel.channel_id) is not channel:
+                continue  # a sub-channel, which went with the channel before it
             if channel.state is ChannelState.RESCINDED:
                 channel.release()
                 del self._channels[channel.channel_id]

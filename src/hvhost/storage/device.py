@@ -1,0 +1,369 @@
+"""A storage controller as a device of the bus, for SCSI and for fibre channel.
+
+Requests arrive on the controller's channel and on the sub-channels that the guest asked for. Each
+is checked and looked up here, under the bus's lock, and executed by its unit's worker, so that no
+disk ever holds the bus up. What the guest may rely on:
+
+* Commands to one unit take effect in the order of each channel; between channels there is none.
+  For flushes and the write cache see ``block.py``.
+* Units live at path 0, target 0. Anything else has none: INQUIRY says so with qualifier 3, every
+  other command fails with sense, never with INVALID_LUN, upon which Linux removes the unit of the
+  same number at path 0. A unit that was removed answers INVALID_LUN: so the guest learns of it.
+* When units come, go or change, the guest is sent ENUMERATE_BUS and looks for itself.
+* A channel that closes, by whatever cause, takes the requests with it that have not begun; those
+  that have are waited for, since they use the guest's memory.
+
+Saving a controller is saving :class:`ControllerState` once no request is under way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+from hvhost.errors import RemoteProtocolError
+from hvhost.partition.memory import GuestMemory
+from hvhost.storage import inquiry, protocol, scsi
+from hvhost.storage.buffers import section, total
+from hvhost.storage.protocol import (
+    ChannelProperties,
+    Operation,
+    ProtocolVersion,
+    ScsiRequest,
+    SrbStatus,
+    StorageVersion,
+    SubChannelCount,
+    WorldWideNames,
+    complete,
+    complete_request,
+)
+from hvhost.storage.scsi import OpCode, ScsiStatus
+from hvhost.storage.unit import UnitState
+from hvhost.storage.worker import Request, UnitWorker
+from hvhost.vmbus.channel import Channel, Offer, Packet, PacketType
+
+MAXIMUM_LUNS: Final = 64
+#: Requests of one channel that may be under way; more stay in the guest's ring.
+MAXIMUM_OUTSTANDING: Final = 512
+#: Virtual processors for each sub-channel beyond the first one.
+PROCESSORS_PER_CHANNEL: Final = 4
+
+
+class Phase(IntEnum):
+    """How far the guest's initialization came."""
+
+    CLOSED = 0
+    BEGUN = 1
+    NEGOTIATED = 2
+    READY = 3
+
+
+@dataclass(slots=True)
+class ControllerState:
+    """Everything needed to resume a controller: ``units`` by LUN, ``version`` of VSTOR, 0: none."""
+
+    phase: Phase = Phase.CLOSED
+    version: int = 0
+    sub_channels: int = 0
+    units: dict[int, UnitState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What a controller needs of its machine.
+
+    *add_sub_channels* puts so many on the bus, *remove_sub_channels* takes all off again.
+    """
+
+    memory: GuestMemory
+    lock: threading.RLock
+    processors: int
+    add_sub_channels: Callable[[int], None]
+    remove_sub_channels: Callable[[], None]
+
+
+class ChannelSession:
+    """The time a channel is open; see :class:`hvhost.storage.worker.Session`."""
+
+    def __init__(self, channel: Channel, lock: threading.RLock) -> None:
+        self.alive = True
+        self.outstanding = 0
+        self._workers: set[UnitWorker] = set()
+        self._channel, self._lock = channel, lock
+        self._answers: deque[tuple[int, bytes]] = deque()
+        channel.settle = self._settle
+
+    def submit(self, worker: UnitWorker, request: Request) -> None:
+        """Have a request executed."""
+        self._workers.add(worker)
+        self.outstanding += 1
+        if self.outstanding >= MAXIMUM_OUTSTANDING:
+            self._channel.paused = True
+        worker.submit(request)
+
+    def end(self) -> None:
+        """The channel closed: drop what has not begun, and wait for what has."""
+        self.alive = False
+        for worker in self._workers:
+            with worker.running:
+                pass
+
+    def answer(self, request: Request, payload: bytes) -> None:
+        self._answers.append((request.transaction_id, payload))
+
+    def deliver(self) -> None:
+        with self._lock:
+            while self.alive and (self._channel.process() or self._resumed()):
+                pass
+
+    def _settle(self) -> None:
+        """At the end of each look into the ring, so that one interrupt is for all answers."""
+        answers, send = self._answers, self._channel.send_completion
+        while answers:
+            send(*answers.popleft())
+            self.outstanding -= 1
+
+    def _resumed(self) -> bool:
+        if not self._channel.paused or self.outstanding > MAXIMUM_OUTSTANDING // 2:
+            return False
+        self._channel.paused = False
+        return True
+
+
+class StorageController:
+    """The controller offered with *offer*; fibre channel if it has *names*.
+
+    ``units`` are its logical units by LUN; change them through :meth:`add` and :meth:`remove`.
+    All methods are called with the bus's lock held.
+    """
+
+    def __init__(self, offer: Offer, surface: Surface, names: WorldWideNames | None = None) -> None:
+        self.offer = offer
+        self.state = ControllerState()
+        self.units: dict[int, UnitWorker] = {}
+        self._surface, self._names = surface, names
+        self._channel: Channel | None = None
+        self._session: ChannelSession | None = None
+        self._packet_size = protocol.PACKET_SIZE
+        self._operations: dict[Operation, Callable[[Packet], bytes]] = {
+            Operation.BEGIN_INITIALIZATION: self._begin,
+            Operation.QUERY_PROTOCOL_VERSION: self._query_version,
+            Operation.QUERY_PROPERTIES: self._query_properties,
+            Operation.FCHBA_DATA: self._fchba_data,
+            Operation.END_INITIALIZATION: self._end,
+            Operation.CREATE_SUB_CHANNELS: self._create_sub_channels,
+            # Whatever was sent before is answered all the same, so nothing is left to be reset.
+            Operation.RESET_LUN: lambda packet: complete(packet.payload),
+            Operation.RESET_ADAPTER: lambda packet: complete(packet.payload),
+            Operation.RESET_BUS: lambda packet: complete(packet.payload),
+        }
+
+    # Units.
+
+    def add(self, lun: int, worker: UnitWorker) -> None:
+        """A unit from now on; call :meth:`announce` when all is done."""
+        self.units[lun] = worker
+        self.state.units[lun] = worker.unit.state
+
+    def remove(self, lun: int) -> None:
+        """No new requests for it; call :meth:`announce` when all is done."""
+        del self.units[lun], self.state.units[lun]
+
+    def announce(self) -> None:
+        """Have the guest look for units that came, went or have something to tell."""
+        if self._channel is not None and self.state.phase is Phase.READY:
+            self._channel.send(protocol.notice(Operation.ENUMERATE_BUS, self._packet_size))
+
+    # For the channel.
+
+    def opened(self, channel: Channel) -> None:
+        self._channel = channel
+        self._session = ChannelSession(channel, self._surface.lock)
+        self.state.phase, self.state.version = Phase.CLOSED, 0
+
+    def closed(self) -> None:
+        session, self._session, self._channel = self._session, None, None
+        self.state.phase, self.state.version, self.state.sub_channels = Phase.CLOSED, 0, 0
+        self._surface.remove_sub_channels()
+        if session is not None:
+            session.end()
+
+    def received(self, packet: Packet) -> None:
+        session = self._session
+        assert session is not None and self._channel is not None
+        operation = self.operation(packet)
+        if operation is Operation.EXECUTE_SRB:
+            answer = self.execute(session, packet)
+            if answer is None:
+                return
+        else:
+            handler = self._operations.get(operation)
+            if handler is None:
+                raise RemoteProtocolError(f"{operation.name} is for hosts to send.")
+            answer = handler(packet)
+        self._channel.send_completion(packet.transaction_id, answer)
+
+    @staticmethod
+    def operation(packet: Packet) -> Operation:
+        """What a packet asks; :class:`RemoteProtocolError` if it cannot be."""
+        if packet.type not in (PacketType.DATA_INBAND, PacketType.DATA_USING_GPA_DIRECT):
+            raise RemoteProtocolError(f"a storage controller got a packet {packet.type.name}.")
+        return protocol.parse_operation(packet.payload)
+
+    # Initialization.
+
+    def _need(self, phase: Phase, what: str) -> None:
+        if self.state.phase < phase:
+            raise RemoteProtocolError(f"{what} came too early: not yet {phase.name}.")
+
+    def _begin(self, packet: Packet) -> bytes:
+        self.state.phase, self.state.version = Phase.BEGUN, 0
+        return complete(packet.payload)
+
+    def _query_version(self, packet: Packet) -> bytes:
+        self._need(Phase.BEGUN, "QUERY_PROTOCOL_VERSION")
+        number = ProtocolVersion.unpack(packet.payload, protocol.HEADER_SIZE).major_minor
+        if number not in StorageVersion.__members__.values():
+            return complete(packet.payload, protocol.STATUS_REVISION_MISMATCH)
+        self.state.phase, self.state.version = Phase.NEGOTIATED, number
+        self._packet_size = (
+            protocol.PACKET_SIZE if number >= StorageVersion.WIN8 else protocol.OLD_PACKET_SIZE
+        )
+        return complete(packet.payload)
+
+    def _query_properties(self, packet: Packet) -> bytes:
+        self._need(Phase.NEGOTIATED, "QUERY_PROPERTIES")
+        count = self._maximum_sub_channels()
+        return complete(
+            packet.payload,
+            body=ChannelProperties(
+                max_channel_count=count,
+                flags=protocol.SUPPORTS_MULTI_CHANNEL if count else 0,
+                max_transfer_bytes=inquiry.MAXIMUM_TRANSFER,
+            ),
+        )
+
+    def _maximum_sub_channels(self) -> int:
+        if self.state.version < StorageVersion.WIN8:
+            return 0
+        return (self._surface.processors - 1) // PROCESSORS_PER_CHANNEL
+
+    def _fchba_data(self, packet: Packet) -> bytes:
+        if self._names is None:
+            return complete(packet.payload, protocol.STATUS_INVALID_DEVICE_REQUEST)
+        return complete(packet.payload, body=self._names)
+
+    def _end(self, packet: Packet) -> bytes:
+        self._need(Phase.NEGOTIATED, "END_INITIALIZATION")
+        self.state.phase = Phase.READY
+        return complete(packet.payload)
+
+    def _create_sub_channels(self, packet: Packet) -> bytes:
+        self._need(Phase.READY, "CREATE_SUB_CHANNELS")
+        count = SubChannelCount.unpack(packet.payload, protocol.HEADER_SIZE).count
+        if not 0 < count <= self._maximum_sub_channels() or self.state.sub_channels:
+            return complete(packet.payload, protocol.STATUS_INVALID_PARAMETER)
+        self.state.sub_channels = count
+        self._surface.add_sub_channels(count)
+        return complete(packet.payload)
+
+    # Commands.
+
+    def execute(self, session: ChannelSession, packet: Packet) -> bytes | None:
+        """Begin a command; its answer if there is one at once."""
+        self._need(Phase.READY, "EXECUTE_SRB")
+        request = protocol.parse_request(packet.payload)
+        data = self._buffers(packet, request.data_transfer_length)
+        if request.path_id or request.target_id:
+            return self._nobody(packet.payload, request, data)
+        worker = self.units.get(request.lun)
+        if worker is None:
+            return self._absent(packet.payload, request, data)
+        command = Request(session, packet.transaction_id, packet.payload, request.cdb, data)
+        try:
+            scsi.check_length(request.cdb, request.cdb_length)
+        except scsi.CheckCondition as condition:
+            return command.failed(condition.sense)
+        if request.cdb[0] == OpCode.REPORT_LUNS:
+            return self._report_luns(packet.payload, request, data, sorted(self.units))
+        session.submit(worker, command)
+        return None
+
+    def _buffers(self, packet: Packet, length: int) -> Sequence[memoryview]:
+        """The guest's buffers: pages of one range or many, in order, of *length* bytes."""
+        memory = self._surface.memory
+        views = [view for item in packet.ranges for view in item.views(memory)]
+        there = total(views)
+        if there == length:
+            return views
+        if there < length:
+            raise RemoteProtocolError(
+                f"a SCSI request of {length} bytes names memory of {there} bytes."
+            )
+        return section(views, 0, length)
+
+    def _report_luns(
+        self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview], luns: Sequence[int]
+    ) -> bytes:
+        allocation = int.from_bytes(request.cdb[6:10], "big")
+        count = scsi.give(data, scsi.report_luns(luns), allocation)
+        return complete_request(payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, count)
+
+    def _absent(self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]) -> bytes:
+        """No unit of that number, at the place where the others are."""
+        match request.cdb[0]:
+            case OpCode.INQUIRY:
+                return self._inquire_nothing(payload, request, data)
+            case OpCode.REPORT_LUNS:
+                return self._report_luns(payload, request, data, sorted(self.units))
+        return complete_request(payload, SrbStatus.INVALID_LUN, ScsiStatus.GOOD, 0)
+
+    def _nobody(self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]) -> bytes:
+        """A path or target that does not exist."""
+        match request.cdb[0]:
+            case OpCode.INQUIRY:
+                return self._inquire_nothing(payload, request, data)
+            case OpCode.REPORT_LUNS:
+                return self._report_luns(payload, request, data, ())
+        sense = scsi.LOGICAL_UNIT_NOT_SUPPORTED.pack()
+        return complete_request(payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense)
+
+    def _inquire_nothing(
+        self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]
+    ) -> bytes:
+        allocation = inquiry.allocation_length(request.cdb)
+        count = scsi.give(data, inquiry.absent(), allocation)
+        return complete_request(payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, count)
+
+
+class SubChannel:
+    """One more channel of *controller*: commands only."""
+
+    def __init__(self, offer: Offer, controller: StorageController, lock: threading.RLock) -> None:
+        self.offer = offer
+        #: All there is to resume is the controller's.
+        self.state = controller.state
+        self._controller, self._lock = controller, lock
+        self._session: ChannelSession | None = None
+        self._channel: Channel | None = None
+
+    def opened(self, channel: Channel) -> None:
+        self._channel = channel
+        self._session = ChannelSession(channel, self._lock)
+
+    def closed(self) -> None:
+        session, self._session, self._channel = self._session, None, None
+        if session is not None:
+            session.end()
+
+    def received(self, packet: Packet) -> None:
+        assert self._session is not None and self._channel is not None
+        if self._controller.operation(packet) is not Operation.EXECUTE_SRB:
+            raise RemoteProtocolError("a sub-channel of a storage controller takes commands only.")
+        answer = self._controller.execute(self._session, packet)
+        if answer is not None:
+            self._channel.send_completion(packet.transaction_id, answer)

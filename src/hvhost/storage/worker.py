@@ -1,0 +1,240 @@
+"""A thread for each logical unit: requests run there in their order, outside the bus's lock.
+
+Locks: ``running`` is held while a command touches guest memory and the medium, and never while the
+bus's lock is taken; so whoever holds the bus's lock may wait for it, as a channel does that closes.
+Answers are collected and handed over under the bus's lock, many at once when there are many.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Final, Protocol, TypeVar
+
+from hvhost.errors import HvHostError
+from hvhost.storage.buffers import total
+from hvhost.storage.limits import Limiter
+from hvhost.storage.protocol import SrbStatus, complete_request
+from hvhost.storage.scsi import (
+    INTERNAL_TARGET_FAILURE,
+    CheckCondition,
+    OpCode,
+    ScsiStatus,
+    Sense,
+    is_out_of_space,
+    sense_of_error,
+)
+from hvhost.storage.unit import LogicalUnit
+
+log = logging.getLogger(__name__)
+
+#: Answers wait at most so long, and at most so many, for others to go with them.
+BATCH_SECONDS: Final = 0.0005
+BATCH_ANSWERS: Final = 64
+FULL_RETRY_SECONDS: Final = 1.0
+COMPLAINT_SECONDS: Final = 60.0
+_READS = frozenset({OpCode.READ_6, OpCode.READ_10, OpCode.READ_12, OpCode.READ_16})
+Result = TypeVar("Result")
+
+
+class Session(Protocol):
+    """The time during which a channel is open; requests belong to it and die with it."""
+
+    alive: bool
+
+    def answer(self, request: Request, payload: bytes) -> None:
+        """Take an answer to be sent; any thread."""
+
+    def deliver(self) -> None:
+        """Send all answers that were taken; takes the bus's lock."""
+
+
+class Request:
+    """One command on its way: *payload* is its packet, *data* the guest's buffers."""
+
+    __slots__ = ("cdb", "data", "payload", "session", "transaction_id")
+
+    def __init__(
+        self,
+        session: Session,
+        transaction_id: int,
+        payload: bytes,
+        cdb: bytes,
+        data: Sequence[memoryview],
+    ) -> None:
+        self.session, self.transaction_id, self.payload = session, transaction_id, payload
+        self.cdb, self.data = cdb, data
+
+    def succeeded(self, transferred: int) -> bytes:
+        """The answer to a command that did what it was asked."""
+        return complete_request(self.payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, transferred)
+
+    def failed(self, sense: Sense) -> bytes:
+        """The answer to a command that ended with *sense*."""
+        return complete_request(
+            self.payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense.pack()
+        )
+
+
+class UnitWorker:
+    """Runs the commands of *unit*; its thread starts with the first one.
+
+    *event* is told, kind and detail, what an administrator should know. ``pause_when_full``: where
+    the host has no room left, wait for it instead of failing the guest's write.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unit: LogicalUnit,
+        event: Callable[[str, str], None],
+        *,
+        pause_when_full: bool = False,
+    ) -> None:
+        self.name, self.unit = name, unit
+        self.running = threading.Lock()
+        self.limiter: Limiter | None = None
+        self.pause_when_full = pause_when_full
+        self.full = False
+        self._event = event
+        self._queue: SimpleQueue[Request | None] = SimpleQueue()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._complained = -COMPLAINT_SECONDS
+
+    def submit(self, request: Request) -> None:
+        """Have a command executed; with the bus's lock held."""
+        self._queue.put(request)
+        if self._thread is None:
+            self._start()
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run *function* between two commands, and return what it does; not with the bus's lock.
+
+        It goes before the commands that wait.
+        """
+        done = threading.Event()
+        results: list[Result] = []
+        errors: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                results.append(function())
+            except BaseException as error:
+                errors.append(error)
+            done.set()
+
+        if self._thread is None:
+            self._start()
+        self._jobs.append(job)
+        self._wake.set()
+        self._queue.put(None)
+        done.wait()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def stop(self) -> None:
+        """Execute what waits, without its limits, and end; then close the unit."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+        self.unit.close()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        answered: dict[Session, None] = {}
+        count, first = 0, 0.0
+        while True:
+            if self._jobs:
+                self._work()
+            if answered and (
+                self._queue.empty()
+                or count >= BATCH_ANSWERS
+                or time.monotonic() - first > BATCH_SECONDS
+            ):
+                for session in answered:
+                    session.deliver()
+                answered, count = {}, 0
+            request = self._queue.get()
+            if request is None:
+                if self._stopping and self._queue.empty() and not self._jobs:
+                    break
+                continue
+            if not answered:
+                first = time.monotonic()
+            answer = self._execute(request)
+            if answer is not None:
+                request.session.answer(request, answer)
+                answered[request.session] = None
+                count += 1
+        for session in answered:
+            session.deliver()
+
+    def _work(self) -> None:
+        self._wake.clear()
+        while self._jobs:
+            job = self._jobs.popleft()
+            with self.running:
+                job()
+
+    def _execute(self, request: Request) -> bytes | None:
+        """The answer, or ``None`` if the channel was closed meanwhile."""
+        if self.limiter is not None:
+            self._wait(request, self.limiter.delay(time.monotonic(), total(request.data)))
+        while True:
+            try:
+                with self.running:
+                    if not request.session.alive:
+                        return None
+                    transferred = self.unit.execute(request.cdb, request.data)
+                self.full = False
+                return request.succeeded(transferred)
+            except CheckCondition as condition:
+                return request.failed(condition.sense)
+            except OSError as error:
+                if is_out_of_space(error) and self.pause_when_full and not self._stopping:
+                    self._say_full()
+                    self._wait(request, FULL_RETRY_SECONDS)
+                    continue
+                self._complain(error)
+                return request.failed(sense_of_error(error, writing=request.cdb[0] not in _READS))
+            except HvHostError as error:
+                self._complain(error)
+                return request.failed(INTERNAL_TARGET_FAILURE)
+            except Exception:
+                log.exception("%s: command %#x", self.name, request.cdb[0])
+                return request.failed(INTERNAL_TARGET_FAILURE)
+
+    def _wait(self, request: Request, seconds: float) -> None:
+        """Let time pass, doing what else is asked meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._stopping and request.session.alive:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            if self._wake.wait(left):
+                self._work()
+
+    def _say_full(self) -> None:
+        if not self.full:
+            self._event("disk-full", f"{self.name} waits for room on the host")
+        self.full = True
+
+    def _complain(self, error: Exception) -> None:
+        """One line a minute: a guest must not fill the log by reading a bad sector."""
+        now = time.monotonic()
+        if now - self._complained >= COMPLAINT_SECONDS:
+            self._complained = now
+            self._event("disk-error", f"{self.name}: {error}")
