@@ -1,0 +1,1 @@
+"""The network adapter (netvsc), the virtual switch and its uplinks."""

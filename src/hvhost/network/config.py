@@ -1,0 +1,184 @@
+"""How an adapter is described: plain data for configurations, and its short form for people."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from hvhost.errors import HvHostError
+
+#: The organisation whose addresses Hyper-V gives its adapters.
+HYPERV_OUI: Final = "00:15:5d"
+MAXIMUM_QUEUES: Final = 64
+_MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Uplink(StrEnum):
+    """What an adapter is plugged into.
+
+    ``nat``: the network of this computer, through ``passt``, which needs no rights. ``host-only``:
+    a network namespace of its own, in which this computer's kernel is the only other member.
+    ``tap``: a tap device that exists. ``switch``: a virtual switch. ``none``: nothing.
+    """
+
+    NAT = "nat"
+    HOST_ONLY = "host-only"
+    TAP = "tap"
+    SWITCH = "switch"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class PortForward:
+    """A port of this computer that leads into the guest; ``udp`` instead of TCP."""
+
+    host: int
+    guest: int
+    udp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """One network adapter.
+
+    ``target`` names the tap device or the switch, ``address`` is the kernel's own in a host-only
+    network, with its prefix length. ``queues`` is the number of channels, 0: as many as processors.
+    ``spoofing`` lets the guest send from addresses other than ``mac``, and change it. ``vlan`` is
+    the access VLAN of a switch port; with ``trunk`` the port carries those VLANs tagged, and
+    ``vlan`` untagged. ``rate`` limits what a switch port sends, in Mbit/s.
+    """
+
+    name: str
+    mac: str
+    uplink: Uplink = Uplink.NAT
+    target: str = ""
+    address: str = ""
+    queues: int = 0
+    spoofing: bool = False
+    vlan: int = 0
+    trunk: tuple[int, ...] = ()
+    isolated: bool = False
+    rate: int = 0
+    forwards: tuple[PortForward, ...] = ()
+
+
+def new_mac() -> str:
+    """A random address of Hyper-V's."""
+    return ":".join([HYPERV_OUI, *(f"{byte:02x}" for byte in os.urandom(3))])
+
+
+def parse_forward(text: str) -> PortForward:
+    """``[tcp:|udp:]HOST:GUEST``, or one number for both."""
+    kind, _, rest = text.partition(":")
+    udp = kind == "udp"
+    host, _, guest = (rest if kind in ("tcp", "udp") else text).partition(":")
+    guest = guest or host
+    if not (host.isdecimal() and guest.isdecimal()):
+        raise HvHostError(f"{text!r} is no port forward; write one like 2222:22 or udp:5353:53.")
+    ports = int(host), int(guest)
+    if not all(0 < port < 65536 for port in ports):
+        raise HvHostError(f"{text!r} names a port that does not exist; ports are 1 to 65535.")
+    return PortForward(*ports, udp)
+
+
+def parse_vlans(text: str) -> tuple[int, ...]:
+    """``10+20-22``: the VLANs 10, 20, 21 and 22."""
+    vlans: set[int] = set()
+    for part in text.split("+"):
+        first, _, last = part.partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal()):
+            raise HvHostError(f"{text!r} is no list of VLANs; write one like 10+20-29.")
+        vlans.update(_vlan(first, number) for number in range(int(first), int(last) + 1))
+    return tuple(sorted(vlans))
+
+
+def _vlan(text: str, number: int) -> int:
+    if not 0 < number < 4095:
+        raise HvHostError(f"VLAN {text!r} does not exist; VLANs are 1 to 4094.")
+    return number
+
+
+def _number(key: str, text: str, limit: int) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= limit:
+        raise HvHostError(f"{key}={text!r} is wrong; give a number from 1 to {limit}.")
+    return int(text)
+
+
+def parse_adapter(text: str, *, name: str, forwards: tuple[PortForward, ...] = ()) -> AdapterConfig:
+    """The adapter that ``UPLINK[:TARGET][,KEY=VALUE…]`` describes; it gets a MAC if it names none.
+
+    :class:`HvHostError` for what it does not understand.
+    """
+    first, *options = text.split(",")
+    word, _, target = first.partition(":")
+    try:
+        uplink = Uplink(word)
+    except ValueError:
+        raise HvHostError(
+            f"{word!r} is nothing to plug an adapter into; use one of {', '.join(Uplink)}."
+        ) from None
+    if (uplink in (Uplink.TAP, Uplink.SWITCH)) != bool(target):
+        raise HvHostError(
+            f"--nic {word} takes {'a name, like ' + word + ':NAME' if not target else 'no name'}."
+        )
+    if target and not _NAME.fullmatch(target):
+        raise HvHostError(f"{target!r} cannot be the name of a {word}.")
+    values: dict[str, object] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        values.update(_option(key, value))
+    if forwards and uplink is not Uplink.NAT:
+        raise HvHostError(f"ports are forwarded through nat, not through {uplink}.")
+    return AdapterConfig(
+        **{"name": name, "mac": new_mac(), **values},  # type: ignore[arg-type] # by _option
+        uplink=uplink,
+        target=target,
+        forwards=forwards,
+    )
+
+
+def parse_adapters(nics: Sequence[str], forwards: Sequence[str]) -> tuple[AdapterConfig, ...]:
+    """The adapters of ``--nic`` and ``-p`` options, net0, net1…; ports lead to the first nat."""
+    ports = tuple(parse_forward(text) for text in forwards)
+    if ports and not any(text.startswith(Uplink.NAT) for text in nics):
+        nics = [*nics, Uplink.NAT]
+    adapters = []
+    for number, text in enumerate(nics):
+        mine = ports if text.startswith(Uplink.NAT) else ()
+        adapters.append(parse_adapter(text, name=f"net{number}", forwards=mine))
+        ports = () if mine else ports
+    return tuple(adapters)
+
+
+def _option(key: str, value: str) -> dict[str, object]:
+    if key == "mac":
+        mac = value.lower().replace("-", ":")
+        if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
+            raise HvHostError(f"mac={value!r} is no address of an adapter, like 00:15:5d:01:02:03.")
+        return {"mac": mac}
+    if key == "name":
+        if not _NAME.fullmatch(value):
+            raise HvHostError(f"name={value!r} is no name; use letters, digits, '.', '_', '-'.")
+        return {"name": value}
+    if key == "address":
+        return {"address": value}
+    if key == "queues":
+        return {"queues": _number(key, value, MAXIMUM_QUEUES)}
+    if key == "vlan":
+        return {"vlan": _number(key, value, 4094)}
+    if key == "trunk":
+        return {"trunk": parse_vlans(value)}
+    if key == "rate":
+        return {"rate": _number(key, value, 1_000_000)}
+    if key in ("spoofing", "isolated") and value in ("", "on", "off"):
+        return {key: value != "off"}
+    raise HvHostError(
+        f"--nic has no option {key!r}; there are mac, name, address, queues, vlan, trunk, rate, "
+        "spoofing and isolated."
+    )

@@ -1,0 +1,455 @@
+"""netvsc: a network adapter as a device of the bus.
+
+Source: ``drivers/net/hyperv`` of Linux 6.1 for what a guest expects, in which order.
+
+Life of an adapter: the guest negotiates NVSP, tells its MTU, lends a receive and a send buffer,
+initialises RNDIS, asks what there is, opens sub-channels if it wants to spread its load, and sets
+a packet filter; from then on frames move. Closing the first channel ends all of it.
+
+Frames go from guest memory to the wire and back without a copy in between. A frame that the wire
+does not take at once keeps its memory, because the guest gets its completion only afterwards; while
+one waits, nothing more is taken from the guest. The guest's receive buffer holds back the other
+direction: what does not fit stays in the wire.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from hvhost.errors import RemoteProtocolError
+from hvhost.network import protocol, rndis, transmit
+from hvhost.network.buffers import SEND_SECTION_SIZE, ReceiveBuffer, SendBuffer, Span
+from hvhost.network.control import ControlSide
+from hvhost.network.protocol import (
+    NETVSC_INVALID_INDEX,
+    NETVSC_RECEIVE_BUFFER_ID,
+    Capability,
+    MessageType,
+    NvspVersion,
+    Status,
+)
+from hvhost.network.receive import Receiver, Source
+from hvhost.network.rndis import RndisStatus
+from hvhost.network.state import AdapterState
+from hvhost.network.toeplitz import FlowTable
+from hvhost.partition.memory import GuestMemory
+from hvhost.vmbus.channel import Channel, ChannelDevice, Offer, Packet, PacketType
+from hvhost.vmbus.ring import TransferPages
+from hvhost.wire import Record
+
+#: Control messages that may wait for a free section of the receive buffer.
+CONTROL_LIMIT: Final = 64
+#: Largest MTU a guest may ask for; smallest frame buffers are made for.
+MAXIMUM_MTU: Final = 65535 - 14
+MINIMUM_MTU: Final = 68
+_MAXIMUM_MDL_CHAIN = 34
+_RNDIS_DATA = protocol.encode(
+    MessageType.SEND_RNDIS_PKT, protocol.SendRndisPacket(protocol.RMC_DATA)
+)
+_RNDIS_CONTROL = protocol.encode(
+    MessageType.SEND_RNDIS_PKT, protocol.SendRndisPacket(protocol.RMC_CONTROL)
+)
+_DONE = protocol.encode(
+    MessageType.SEND_RNDIS_PKT_COMPLETE, protocol.SendRndisPacketComplete(Status.SUCCESS)
+)
+_SUB_NAMESPACE = uuid.UUID("c7f0b2a5-6a0f-4c6c-a0a5-6e6574767363")
+
+
+class Wire(Source, Protocol):
+    """What an adapter is plugged into; nothing of it ever blocks."""
+
+    def send(self, buffers: transmit.Buffers) -> bool:
+        """Take one frame with its offload header; false, and nothing done, if it cannot now."""
+        ...
+
+    def watch(self, *, read: bool, write: bool) -> None:
+        """Which of the two the adapter waits for."""
+        ...
+
+
+class Bus(Protocol):
+    """Where an adapter puts its sub-channels."""
+
+    def add_device(self, device: ChannelDevice) -> Channel: ...
+
+    def remove_device(self, channel: Channel) -> None: ...
+
+
+class NetworkAdapter:
+    """One adapter; all of it is called with the bus's lock held."""
+
+    def __init__(
+        self,
+        name: str,
+        mac: bytes,
+        memory: GuestMemory,
+        bus: Bus,
+        wire: Wire,
+        *,
+        queues: int = 1,
+        may_spoof: bool = False,
+        instance: uuid.UUID | None = None,
+    ) -> None:
+        self.state = AdapterState(mac)
+        instance = instance or uuid.uuid5(_SUB_NAMESPACE, mac.hex())
+        self.offer = Offer(protocol.HV_NIC_GUID, instance, f"network adapter {name}")
+        self.wire = wire
+        self.queues = max(1, min(queues, protocol.VRSS_CHANNEL_MAX))
+        self._memory, self._bus, self._may_spoof = memory, bus, may_spoof
+        self._control = ControlSide(
+            self.state,
+            mac=mac,
+            name=name,
+            queues=self.queues,
+            may_change_mac=may_spoof,
+            changed=self._control_changed,
+        )
+        self._channel: Channel | None = None
+        self._subchannels: dict[int, tuple[SubChannel, Channel]] = {}
+        self._receiver: Receiver | None = None
+        self._receive_buffer: ReceiveBuffer | None = None
+        self._send_buffer: SendBuffer | None = None
+        self._waiting: deque[tuple[transmit.Buffers | None, Channel, int]] = deque()
+        self._controls: deque[bytes] = deque()
+        self._watching = (False, False)
+        #: Set by the machine: handles a channel anew, outside of what is being done now.
+        self.process_later: Callable[[Channel], None] = lambda channel: None
+
+    @property
+    def is_open(self) -> bool:
+        return self._channel is not None
+
+    # For the machine.
+
+    def set_link(self, up: bool) -> None:
+        """Plug the adapter in, or pull its plug, and tell the guest."""
+        if self.state.link == up:
+            return
+        self.state.link = up
+        if self.state.initialized:
+            status = RndisStatus.MEDIA_CONNECT if up else RndisStatus.MEDIA_DISCONNECT
+            self._send_control(rndis.indication(status))
+            self._flush()
+        self._watch()
+
+    def readable(self) -> bool:
+        """The wire has frames; true if there may be more for which there is room."""
+        receiver = self._receiver
+        if receiver is None or self._blocked:
+            self._watch()
+            return False
+        more = receiver.pull(self.wire)
+        self._flush()
+        self._watch()
+        return more and not self._blocked
+
+    def writable(self) -> None:
+        """The wire takes frames again."""
+        self._drain()
+        if not self._waiting:
+            for channel in self._channels():
+                channel.paused = False
+                self.process_later(channel)
+        self._flush()
+        self._watch()
+
+    # For the channel.
+
+    def opened(self, channel: Channel) -> None:
+        self._channel = channel
+        channel.settle = self.settle
+
+    def closed(self) -> None:
+        self._channel = None
+        for number in list(self._subchannels):
+            _, channel = self._subchannels.pop(number)
+            self._bus.remove_device(channel)
+        state = self.state
+        state.version = None
+        state.receive_buffer = state.send_buffer = None
+        state.initialized = state.merging = False
+        state.filter = rndis.PacketFilter(0)
+        state.subchannels = 0
+        self._receiver = self._receive_buffer = self._send_buffer = None
+        self._waiting.clear()
+        self._controls.clear()
+        self._watch()
+
+    def received(self, packet: Packet) -> None:
+        assert self._channel is not None
+        self.take(self._channel, packet)
+
+    # Packets, of all channels.
+
+    def take(self, channel: Channel, packet: Packet) -> None:
+        """A packet on *channel*, the first one or another."""
+        kind = packet.type
+        if kind is PacketType.COMP:
+            if self._receive_buffer is None:
+                raise RemoteProtocolError("the guest completed a packet without a receive buffer.")
+            self._receive_buffer.take_back(packet.transaction_id)
+            return
+        if kind is not PacketType.DATA_INBAND and kind is not PacketType.DATA_USING_GPA_DIRECT:
+            raise RemoteProtocolError(f"a network adapter got a packet {kind.name}.")
+        message = protocol.message_type(packet.payload)
+        if message == MessageType.SEND_RNDIS_PKT:
+            self._rndis(channel, packet)
+        elif channel is self._channel:
+            self._nvsp(channel, message, packet)
+        else:
+            raise RemoteProtocolError(f"NVSP message {message} came on a sub-channel.")
+
+    def _rndis(self, channel: Channel, packet: Packet) -> None:
+        channel_type, index, size = protocol.rndis_section(packet.payload)
+        pieces: list[memoryview] = []
+        if index != NETVSC_INVALID_INDEX:
+            if self._send_buffer is None:
+                raise RemoteProtocolError("the guest names a section, but has no send buffer.")
+            pieces = self._send_buffer.pieces(index, size)
+        for item in packet.ranges:
+            pieces += item.views(self._memory)
+        span = Span(pieces)
+        if channel_type == protocol.RMC_CONTROL:
+            message = span.read(0, rndis.CONTROL_LIMIT)
+            channel.send_completion(packet.transaction_id, _DONE)
+            answer = self._control.answer(message)
+            if answer is not None:
+                self._send_control(answer)
+            return
+        if self.state.version is None or not self.state.initialized:
+            raise RemoteProtocolError("a frame came before RNDIS was initialised.")
+        for start, message_of_frame in transmit.messages(span):
+            buffers = transmit.frame_buffers(
+                self.state, span, start, message_of_frame, may_spoof=self._may_spoof
+            )
+            if buffers is None or not self.state.link:
+                continue
+            if self._waiting or not self.wire.send(buffers):
+                self._waiting.append((buffers, channel, 0))
+        if self._waiting:
+            self._waiting.append((None, channel, packet.transaction_id))
+            for other in self._channels():
+                other.paused = True
+            self._watch()
+        else:
+            channel.send_completion(packet.transaction_id, _DONE)
+
+    def _drain(self) -> None:
+        """Write what waits; a completion stands behind the frames that it is for."""
+        waiting = self._waiting
+        while waiting:
+            buffers, channel, transaction = waiting[0]
+            if buffers is None:
+                channel.send_completion(transaction, _DONE)
+            elif not self.wire.send(buffers):
+                return
+            waiting.popleft()
+
+    # NVSP.
+
+    def _nvsp(self, channel: Channel, kind: int, packet: Packet) -> None:
+        payload, offset = packet.payload, protocol.body_offset()
+        if kind == MessageType.INIT:
+            self._reply(packet, MessageType.INIT_COMPLETE, self._negotiate(payload))
+        elif self.state.version is None:
+            raise RemoteProtocolError(f"NVSP message {kind} came before a version was agreed on.")
+        elif kind == MessageType.SEND_NDIS_CONFIG:
+            config = protocol.SendNdisConfig.unpack(payload, offset)
+            mtu = config.mtu - 14
+            if not MINIMUM_MTU <= mtu <= MAXIMUM_MTU:
+                raise RemoteProtocolError(f"the guest wants an MTU of {mtu} bytes.")
+            self.state.mtu, self.state.capabilities = mtu, Capability(config.capability)
+        elif kind == MessageType.SEND_NDIS_VER:
+            protocol.SendNdisVersion.unpack(payload, offset)
+        elif kind == MessageType.SEND_RECV_BUF:
+            body = protocol.SendBuffer.unpack(payload, offset)
+            self._reply(packet, MessageType.SEND_RECV_BUF_COMPLETE, self._lend_receive(body))
+        elif kind == MessageType.SEND_SEND_BUF:
+            body = protocol.SendBuffer.unpack(payload, offset)
+            if self._send_buffer is not None:
+                raise RemoteProtocolError("the guest lent a second send buffer.")
+            self._send_buffer = SendBuffer(channel.gpadl(body.gpadl_handle), self._memory)
+            self.state.send_buffer = body.gpadl_handle
+            answer = protocol.SendSendBufferComplete(Status.SUCCESS, SEND_SECTION_SIZE)
+            self._reply(packet, MessageType.SEND_SEND_BUF_COMPLETE, answer)
+        elif kind == MessageType.REVOKE_RECV_BUF:
+            self._receiver = self._receive_buffer = self.state.receive_buffer = None
+            self._controls.clear()
+            self._watch()
+        elif kind == MessageType.REVOKE_SEND_BUF:
+            self._send_buffer = self.state.send_buffer = None
+            self._finish_waiting()
+        elif kind == MessageType.SUBCHANNEL:
+            request = protocol.SubchannelRequest.unpack(payload, offset)
+            self._open_subchannels(packet, request)
+        elif kind == MessageType.SWITCH_DATA_PATH:
+            channel.send_completion(packet.transaction_id)
+        else:
+            raise RemoteProtocolError(f"NVSP message {kind} is unknown or for hosts to send.")
+
+    def _reply(self, packet: Packet, kind: MessageType, body: Record) -> None:
+        assert self._channel is not None
+        self._channel.send_completion(packet.transaction_id, protocol.encode(kind, body))
+
+    def _negotiate(self, payload: bytes) -> protocol.InitComplete:
+        request = protocol.Init.unpack(payload, protocol.body_offset())
+        if self._receive_buffer is not None:
+            raise RemoteProtocolError("the guest negotiates anew with its buffers lent.")
+        known = [
+            version
+            for version in NvspVersion
+            if request.min_protocol_ver <= version <= request.max_protocol_ver
+        ]
+        self.state.version = max(known, default=None)
+        status = Status.SUCCESS if known else Status.PROTOCOL_UNSUPPORTED
+        return protocol.InitComplete(self.state.version or 0, _MAXIMUM_MDL_CHAIN, status)
+
+    def _lend_receive(self, body: protocol.SendBuffer) -> protocol.SendReceiveBufferComplete:
+        assert self._channel is not None
+        if self._receive_buffer is not None:
+            raise RemoteProtocolError("the guest lent a second receive buffer.")
+        if body.id != NETVSC_RECEIVE_BUFFER_ID:
+            raise RemoteProtocolError(f"a receive buffer came as number {body.id:#x}.")
+        gpadl = self._channel.gpadl(body.gpadl_handle)
+        buffer = ReceiveBuffer(gpadl, self._memory, self.state.mtu)
+        self._receive_buffer = buffer
+        self._receiver = Receiver(self.state, buffer, self._deliver)
+        self.state.receive_buffer = body.gpadl_handle
+        size = buffer.section_size
+        return protocol.SendReceiveBufferComplete(
+            Status.SUCCESS, 1, 0, size, buffer.count, size * buffer.count
+        )
+
+    def _finish_waiting(self) -> None:
+        """The guest takes its send buffer back: frames that still wait are lost, not unfinished."""
+        lost, self._waiting = self._waiting, deque()
+        for buffers, channel, transaction in lost:
+            if buffers is None:
+                channel.send_completion(transaction, _DONE)
+
+    # Sub-channels.
+
+    def _open_subchannels(self, packet: Packet, request: protocol.SubchannelRequest) -> None:
+        if request.op != protocol.SubchannelOperation.ALLOCATE or self._subchannels:
+            raise RemoteProtocolError("the guest asks for sub-channels in a way there is none.")
+        count = min(request.num_subchannels, self.queues - 1)
+        self.state.subchannels = count
+        self._reply(
+            packet, MessageType.SUBCHANNEL, protocol.SubchannelComplete(Status.SUCCESS, count)
+        )
+        for number in range(1, count + 1):
+            device = SubChannel(self, number)
+            self._subchannels[number] = device, self._bus.add_device(device)
+        if count and (self.state.version or 0) >= NvspVersion.V5:
+            assert self._channel is not None
+            entries = [number % (count + 1) for number in range(protocol.VRSS_SEND_TAB_SIZE)]
+            self._channel.send(protocol.indirection_table(entries))
+
+    def _channels(self) -> list[Channel]:
+        found = [] if self._channel is None else [self._channel]
+        return found + [item.channel for item, _ in self._subchannels.values() if item.channel]
+
+    # Towards the guest.
+
+    @property
+    def _blocked(self) -> bool:
+        """The guest does not empty a ring."""
+        return any(channel.queued for channel in self._channels())
+
+    def _deliver(self, number: int, ranges: list[tuple[int, int]], sections: list[int]) -> None:
+        if self._channel is None or self._receive_buffer is None:
+            return  # it just faulted
+        channel, payload = self._channel, _RNDIS_DATA
+        if number > 0:
+            found = self._subchannels.get(number)
+            if found is not None and found[0].channel is not None:
+                channel = found[0].channel
+        elif number < 0:
+            payload = _RNDIS_CONTROL
+        channel.send(
+            payload,
+            packet_type=PacketType.DATA_USING_XFER_PAGES,
+            transaction_id=self._receive_buffer.lend(sections),
+            completion_requested=True,
+            header=TransferPages(NETVSC_RECEIVE_BUFFER_ID, 0, tuple(ranges)).pack(),
+            more=True,
+        )
+
+    def _send_control(self, message: bytes) -> None:
+        if len(self._controls) >= CONTROL_LIMIT:
+            raise RemoteProtocolError("the guest asks and asks, and takes no answers.")
+        self._controls.append(message)
+        self._send_controls()
+
+    def _send_controls(self) -> None:
+        receiver, buffer = self._receiver, self._receive_buffer
+        if receiver is None or buffer is None:
+            return
+        while self._controls and buffer.free:
+            receiver.control(self._controls.popleft())
+
+    def _flush(self) -> None:
+        for channel in self._channels():
+            channel.flush()
+
+    def settle(self) -> None:
+        """The guest's packets were handled: sections may have come back."""
+        if self._controls:
+            self._send_controls()
+        self._watch()
+
+    def _watch(self) -> None:
+        receiver = self._receiver
+        read = (
+            receiver is not None
+            and self.state.link
+            and bool(self.state.filter)
+            and receiver.has_room
+            and not self._blocked
+        )
+        wanted = read, bool(self._waiting)
+        if wanted != self._watching:
+            self._watching = wanted
+            self.wire.watch(read=wanted[0], write=wanted[1])
+
+    def _control_changed(self) -> None:
+        receiver = self._receiver
+        if receiver is not None and receiver.flows.scaling is not self.state.scaling:
+            receiver.flows = FlowTable(self.state.scaling)
+        self._watch()
+
+    def subchannel_closed(self) -> None:
+        """A sub-channel is no longer open: what it had waiting is not sent."""
+        self._waiting = deque(item for item in self._waiting if item[1].is_open)
+        self._watch()
+
+
+class SubChannel:
+    """Another channel of an adapter, number *number* of it."""
+
+    def __init__(self, adapter: NetworkAdapter, number: int) -> None:
+        first = adapter.offer
+        self.offer = Offer(
+            first.interface_type,
+            first.interface_instance,
+            f"{first.name}, channel {number}",
+            sub_channel_index=number,
+        )
+        self.state = None  # the adapter's holds it all
+        self.channel: Channel | None = None
+        self._adapter = adapter
+
+    def opened(self, channel: Channel) -> None:
+        self.channel = channel
+        channel.settle = self._adapter.settle
+
+    def closed(self) -> None:
+        self.channel = None
+        self._adapter.subchannel_closed()
+
+    def received(self, packet: Packet) -> None:
+        assert self.channel is not None
+        self._adapter.take(self.channel, packet)
