@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hvhost.cli import doctor, kvp, machines, rig, run, services, time, verify, version
+from hvhost.cli import doctor, drive, kvp, machines, rig, run, services, time, verify, version
 from hvhost.errors import HvHostError
 
 HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
@@ -47,6 +47,7 @@ app.command()(services.copy)
 app.command()(services.services)
 app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
+app.add_typer(drive.app, name="drive")
 app.command()(doctor.doctor)
 app.add_typer(rig.app, name="rig")
 app.command()(version.version)

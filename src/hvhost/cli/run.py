@@ -41,6 +41,26 @@ def run(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory, like 512M or 2G; a bare number is MiB.")
     ] = "512M",
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[,OPTION…]",
+            help="A disk: an image or a block device. May be given several times; options:"
+            " controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE, full=pause"
+            " (see docs/storage.md).",
+        ),
+    ] = None,
+    dvd: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A DVD drive with an ISO image in it, or '' for none."),
+    ] = None,
+    fibre_channel: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PORT:NODE",
+            help="A fibre channel adapter (fc0, fc1…) with these world-wide names, or auto.",
+        ),
+    ] = None,
     kvm: Annotated[
         Transport,
         typer.Option(
@@ -64,6 +84,7 @@ def run(
       hvhost run --guest debian-12
       hvhost run --kernel vmlinuz --initrd initrd.img --append "quiet root=/dev/sda1"
       hvhost run --name build --kernel vmlinuz --cpus 2 --memory 2G --detach
+      hvhost run --guest debian-12 --disk data.vhdx --disk logs.img,lun=5,readonly
     """
     from hvhost.manager.definition import define, define_guest
 
@@ -92,6 +113,10 @@ def run(
             transport=kvm,
             progress=_say,
         )
+    if disk or dvd or fibre_channel:
+        from hvhost.manager.storage import with_storage
+
+        config = with_storage(config, disk or (), dvd or (), fibre_channel or ())
     if detach:
         from hvhost.manager.launcher import launch
 

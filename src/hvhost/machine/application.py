@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hvhost.errors import HvHostError
+from hvhost.machine import storage_api
 from hvhost.machine.endpoint import Endpoint, Nothing
 from hvhost.machine.model import (
     ClockSample,
@@ -370,6 +371,7 @@ ENDPOINTS = (
         _set_service,
         ServiceRequest,
     ),
+    *storage_api.ENDPOINTS,
 )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from hvhost.machine.storage_model import DriveConfig, FibreChannelConfig
+
 Family = TypeVar("Family")
 
 
@@ -144,6 +146,8 @@ class MachineConfig:
     memory: int = 512 << 20
     transport: Transport = Transport.AUTO
     serial_ports: int = 2
+    drives: tuple[DriveConfig, ...] = ()
+    fibre_channel: tuple[FibreChannelConfig, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,4 +56,6 @@ def build_peripherals(around: Surroundings) -> list[Peripheral]:
     A family's modules are imported only if the machine has such devices: a start costs no more
     than what it uses. :class:`hvhost.errors.HvHostError` when one cannot be had.
     """
-    return []
+    from hvhost.storage.controller import Storage
+
+    return [Storage(around)]

@@ -219,6 +219,17 @@ class MachineClient:
         """Switch a service on or off; the guest's driver binds or unbinds."""
         self._post("services", {"name": name, "enabled": enabled})
 
+    def ask(
+        self,
+        method: str,
+        path: str,
+        kind: type[Result],
+        body: dict[str, Any] | None = None,
+        wait: float = 0.0,
+    ) -> Result:
+        """What the worker answers on one of its routes; for the clients of device families."""
+        return msgspec.json.decode(self._request(method, path, body, wait), type=kind)
+
     def _get(self, path: str, kind: type[Result], wait: float = 0.0) -> Result:
         return msgspec.json.decode(self._request("GET", path, None, wait), type=kind)
 

@@ -1,0 +1,388 @@
+"""A machine's storage: its controllers, the drives on them, and what people do to those.
+
+Drives outlive a reset, and so do their locks on image files; controllers are made anew for every
+boot. A SCSI controller is there as soon as it has a drive, also while the machine runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+from hvhost.errors import HvHostError
+from hvhost.machine.peripheral import Surroundings
+from hvhost.machine.storage_model import (
+    DRIVES_PER_CONTROLLER,
+    DriveConfig,
+    DriveInfo,
+    DriveKind,
+    FibreChannelConfig,
+)
+
+if TYPE_CHECKING:
+    from hvhost.machine.computer import Computer
+    from hvhost.storage.block import DiskUnit
+    from hvhost.storage.device import StorageController
+    from hvhost.storage.disk import Disk
+    from hvhost.storage.optical import OpticalUnit
+    from hvhost.storage.protocol import WorldWideNames
+    from hvhost.storage.worker import UnitWorker
+    from hvhost.vmbus.channel import Channel
+
+_CONTROLLER = re.compile(r"(scsi|fc)(0|[1-9][0-9]{0,2})")
+_ADDRESS = re.compile(r"((?:scsi|fc)\d+):(\d+)")
+#: A name of Hyper-V's own kind: company 00-03-FF, NAA 0xC.
+_FABRIC_PREFIX = "c003ff"
+
+
+@dataclass(slots=True)
+class Drive:
+    """A drive that is attached; ``config`` has its LUN."""
+
+    config: DriveConfig
+    unit: DiskUnit | OpticalUnit
+    worker: UnitWorker
+
+    @property
+    def address(self) -> str:
+        return f"{self.config.controller}:{self.config.lun}"
+
+
+@dataclass(slots=True)
+class Controller:
+    """A controller and, while the machine runs, its device on the bus."""
+
+    name: str
+    names: FibreChannelConfig | None = None
+    drives: dict[int, Drive] = field(default_factory=dict)
+    device: StorageController | None = None
+    sub_channels: list[Channel] = field(default_factory=list)
+
+
+def open_image(path: Path, *, read_only: bool) -> Disk:
+    """The disk in the image file, or host device, *path*."""
+    from hvhost.storage.raw import RawDisk
+
+    return RawDisk(path, read_only=read_only)
+
+
+def default_names(machine: str, number: int) -> FibreChannelConfig:
+    """World-wide names of a machine's adapter *number*, the same whenever it is defined."""
+
+    import hashlib
+
+    digest = hashlib.sha256(f"{machine}/{number}".encode()).hexdigest()
+    return FibreChannelConfig(_FABRIC_PREFIX + digest[:10], _FABRIC_PREFIX + digest[10:20])
+
+
+class Storage:
+    """Implements :class:`hvhost.machine.peripheral.Peripheral`.
+
+    Methods for people may be called on any thread and raise :class:`HvHostError` or
+    :class:`OSError`.
+    """
+
+    def __init__(self, around: Surroundings) -> None:
+        self._machine = around.config.name
+        self._event = around.event
+        self._changes = threading.RLock()
+        self._computer: Computer | None = None
+        self._controllers: dict[str, Controller] = {}
+        try:
+            for number, names in enumerate(around.config.fibre_channel):
+                names.check()
+                self._controllers[f"fc{number}"] = Controller(f"fc{number}", names)
+            for config in around.config.drives:
+                self._attach(config)
+        except BaseException:
+            self.close()
+            raise
+
+    # Peripheral.
+
+    def attach(self, computer: Computer) -> None:
+        with self._changes:
+            self._computer = computer
+            for controller in self._controllers.values():
+                for drive in controller.drives.values():
+                    drive.unit.state.reset()
+                self._plug(controller, computer)
+
+    def detach(self) -> None:
+        with self._changes:
+            self._computer = None
+            for controller in self._controllers.values():
+                controller.device = None
+                controller.sub_channels.clear()
+
+    def tick(self, now: float) -> None:
+        """Nothing of storage needs the time."""
+
+    def close(self) -> None:
+        with self._changes:
+            for controller in self._controllers.values():
+                while controller.drives:
+                    controller.drives.popitem()[1].worker.stop()
+
+    # For people.
+
+    def drives(self) -> list[DriveInfo]:
+        """All drives, by their addresses."""
+        with self._changes:
+            return [
+                _describe(drive)
+                for _, controller in sorted(self._controllers.items())
+                for _, drive in sorted(controller.drives.items())
+            ]
+
+    def add(self, config: DriveConfig) -> DriveInfo:
+        """Attach a drive; the guest finds it at once."""
+        with self._changes:
+            drive = self._attach(config)
+            controller = self._controllers[drive.config.controller]
+            computer = self._computer
+            if computer is not None:
+                with computer.lock:
+                    if controller.device is None:
+                        self._plug(controller, computer)
+                    else:
+                        assert drive.config.lun is not None
+                        controller.device.add(drive.config.lun, drive.worker)
+                        controller.device.announce()
+            self._event("drive", f"{drive.address} added: {drive.config.path or 'no medium'}")
+            return _describe(drive)
+
+    def remove(self, address: str) -> DriveInfo:
+        """Detach a drive; what the guest has sent before is still done."""
+        with self._changes:
+            drive = self._find(address)
+            info = _describe(drive)
+            controller, lun = self._controllers[drive.config.controller], drive.config.lun
+            assert lun is not None
+            del controller.drives[lun]
+            if self._computer is not None and controller.device is not None:
+                with self._computer.lock:
+                    controller.device.remove(lun)
+                    controller.device.announce()
+            drive.worker.stop()
+            self._event("drive", f"{address} removed")
+            return info
+
+    def insert(self, address: str, path: str) -> DriveInfo:
+        """Put an image into a DVD drive, in place of the one in it."""
+        with self._changes:
+            drive, unit = self._dvd(address)
+            medium = open_image(Path(path), read_only=True)
+            drive.worker.call(lambda: unit.insert(medium))
+            drive.config = replace(drive.config, path=path)
+            self._announce(drive)
+            self._event("drive", f"{address} inserted: {path}")
+            return _describe(drive)
+
+    def eject(self, address: str, *, force: bool = False) -> DriveInfo:
+        """Take the image out of a DVD drive; only by *force* while the guest holds it."""
+        with self._changes:
+            drive, unit = self._dvd(address)
+            if unit.state.prevent_removal and not force and unit.medium is not None:
+                unit.state.request_eject()
+                raise HvHostError(
+                    f"the guest uses the medium in {address} and was asked to let it go; "
+                    "unmount it there, or eject it by force."
+                )
+            drive.worker.call(unit.eject)
+            drive.config = replace(drive.config, path=None)
+            self._announce(drive)
+            self._event("drive", f"{address} ejected")
+            return _describe(drive)
+
+    def resize(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
+        """Set a disk's size in bytes while the guest uses it; what is cut off is lost."""
+        with self._changes:
+            drive, unit = self._disk(address)
+            if size < unit.disk.size and not shrink:
+                raise HvHostError(
+                    f"{address} has {unit.disk.size} bytes, and what lies beyond {size} would be "
+                    "lost; say that it may shrink if that is what you want."
+                )
+            drive.worker.call(lambda: unit.disk.resize(size))
+            unit.capacity_changed()
+            self._announce(drive)
+            self._event("drive", f"{address} resized to {size} bytes")
+            return _describe(drive)
+
+    def limit(self, address: str, iops: int, bandwidth: int) -> DriveInfo:
+        """Limit a drive to so many requests and bytes a second; 0 is no limit."""
+        with self._changes:
+            drive = self._find(address)
+            drive.config = replace(drive.config, iops=iops, bandwidth=bandwidth)
+            _set_limits(drive)
+            return _describe(drive)
+
+    # The rest.
+
+    def _announce(self, drive: Drive) -> None:
+        device, computer = self._controllers[drive.config.controller].device, self._computer
+        if device is not None and computer is not None:
+            with computer.lock:
+                device.announce()
+
+    def _attach(self, config: DriveConfig) -> Drive:
+        """Open a drive and give it a place."""
+        from hvhost.storage.block import DiskUnit
+        from hvhost.storage.optical import OpticalUnit
+        from hvhost.storage.worker import UnitWorker
+
+        controller = self._controller(config)
+        config = replace(config, lun=_place(controller, config.lun))
+        address = f"{config.controller}:{config.lun}"
+        unit: DiskUnit | OpticalUnit
+        if config.kind is DriveKind.DVD:
+            medium = open_image(Path(config.path), read_only=True) if config.path else None
+            unit = OpticalUnit(uuid5(NAMESPACE_OID, f"{self._machine}/{address}"), medium)
+        else:
+            if config.path is None:
+                raise HvHostError(f"the disk {address} has no image file; name one.")
+            unit = DiskUnit(open_image(Path(config.path), read_only=config.read_only))
+        worker = UnitWorker(
+            f"drive {address}", unit, self._event, pause_when_full=config.pause_when_full
+        )
+        drive = Drive(config, unit, worker)
+        _set_limits(drive)
+        assert config.lun is not None
+        controller.drives[config.lun] = drive
+        return drive
+
+    def _controller(self, config: DriveConfig) -> Controller:
+        """The controller named in *config*; a SCSI controller comes into being with its name."""
+        name = config.controller
+        match = _CONTROLLER.fullmatch(name)
+        if match is None:
+            raise HvHostError(f"{name!r} is no controller; name it like scsi0 or fc0.")
+        if match[1] == "fc" and name not in self._controllers:
+            raise HvHostError(
+                f"machine {self._machine!r} has no fibre channel adapter {name}; "
+                "define it with one."
+            )
+        return self._controllers.setdefault(name, Controller(name))
+
+    def _plug(self, controller: Controller, computer: Computer) -> None:
+        """Put a controller with its drives on the bus."""
+        from hvhost.storage.device import StorageController, SubChannel, Surface
+        from hvhost.storage.protocol import HV_SCSI_GUID, HV_SYNTHFC_GUID
+        from hvhost.vmbus.channel import ChannelState, Offer
+
+        def add_sub_channels(count: int) -> None:
+            for index in range(1, count + 1):
+                offer = replace(device.offer, sub_channel_index=index)
+                sub_channel = SubChannel(offer, device, computer.lock)
+                controller.sub_channels.append(computer.bus.add_device(sub_channel))
+
+        def remove_sub_channels() -> None:
+            channels, controller.sub_channels = controller.sub_channels, []
+            for channel in channels:
+                if channel.state not in (ChannelState.RESCINDED, ChannelState.RELEASED):
+                    computer.bus.remove_device(channel)
+
+        surface = Surface(
+            computer.memory,
+            computer.lock,
+            computer.config.cpus,
+            add_sub_channels,
+            remove_sub_channels,
+        )
+        kind = HV_SCSI_GUID if controller.names is None else HV_SYNTHFC_GUID
+        offer = Offer(kind, _instance(controller.name), controller.name)
+        device = StorageController(offer, surface, _wire_names(controller.names))
+        for lun, drive in controller.drives.items():
+            device.add(lun, drive.worker)
+        controller.device = device
+        computer.bus.add_device(device)
+
+    def _find(self, address: str) -> Drive:
+        match = _ADDRESS.fullmatch(address)
+        controller = self._controllers.get(match[1]) if match else None
+        drive = controller.drives.get(int(match[2])) if controller and match else None
+        if drive is None:
+            known = ", ".join(each.address for each in self.drives()) or "none"
+            raise HvHostError(f"there is no drive {address!r}; there are: {known}.")
+        return drive
+
+    def _dvd(self, address: str) -> tuple[Drive, OpticalUnit]:
+        from hvhost.storage.optical import OpticalUnit
+
+        drive = self._find(address)
+        if not isinstance(drive.unit, OpticalUnit):
+            raise HvHostError(f"{address} is a disk, not a DVD drive; add or remove it instead.")
+        return drive, drive.unit
+
+    def _disk(self, address: str) -> tuple[Drive, DiskUnit]:
+        from hvhost.storage.block import DiskUnit
+
+        drive = self._find(address)
+        if not isinstance(drive.unit, DiskUnit):
+            raise HvHostError(f"{address} is a DVD drive; only disks have a size to set.")
+        return drive, drive.unit
+
+
+def _place(controller: Controller, lun: int | None) -> int:
+    if lun is None:
+        free = (each for each in range(DRIVES_PER_CONTROLLER) if each not in controller.drives)
+        lun = next(free, None)
+        if lun is None:
+            raise HvHostError(
+                f"{controller.name} has {DRIVES_PER_CONTROLLER} drives; use another controller."
+            )
+        return lun
+    if not 0 <= lun < DRIVES_PER_CONTROLLER:
+        raise HvHostError(
+            f"LUN {lun} does not exist on {controller.name}; "
+            f"give one below {DRIVES_PER_CONTROLLER}."
+        )
+    if lun in controller.drives:
+        raise HvHostError(f"{controller.name}:{lun} has a drive already; choose another LUN.")
+    return lun
+
+
+def _set_limits(drive: Drive) -> None:
+    from hvhost.storage.limits import Limiter
+
+    drive.worker.limiter = Limiter.of(drive.config.iops, drive.config.bandwidth)
+
+
+def _describe(drive: Drive) -> DriveInfo:
+    from hvhost.storage.block import DiskUnit
+
+    unit, config = drive.unit, drive.config
+    disk = unit.disk if isinstance(unit, DiskUnit) else unit.medium
+    return DriveInfo(
+        address=drive.address,
+        kind=config.kind,
+        path=config.path if disk is not None else None,
+        wwn=unit.identity.naa.hex(),
+        size=disk.size if disk is not None else 0,
+        allocated=disk.allocated if disk is not None else 0,
+        read_only=disk is not None and disk.read_only,
+        iops=config.iops,
+        bandwidth=config.bandwidth,
+        locked=unit.state.prevent_removal,
+        waiting=drive.worker.full,
+    )
+
+
+def _instance(name: str) -> UUID:
+    """A controller's interface instance: the same in every boot and on every host."""
+    return uuid5(NAMESPACE_OID, f"hvhost/{name}")
+
+
+def _wire_names(names: FibreChannelConfig | None) -> WorldWideNames | None:
+    from hvhost.storage.protocol import WorldWideNames
+
+    if names is None:
+        return None
+    port, node = bytes.fromhex(names.port_name), bytes.fromhex(names.node_name)
+    return WorldWideNames(1, 0, 0, port, node, port, node)
