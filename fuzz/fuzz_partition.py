@@ -50,12 +50,18 @@ def fuzz_one(data: bytes) -> None:
         synic.signal(2, connection % 2048)
         return 0
 
-    calls = Hypercalls(memory, post_message, signal_event)
+    def discard(address: int, size: int) -> None:
+        assert size > 0
+        memory.view(address, size)
+
+    calls = Hypercalls(memory, post_message, signal_event, discard)
     for place in range(0, len(data) - _STEP.size + 1, _STEP.size):
         kind, small, number, first, second = _STEP.unpack_from(data, place)
         if kind % 6 == 0:
-            code = (0x5C, 0x5D, 0x1005C, 0x1005D, number)[small % 5]
-            assert 0 <= calls.call(code, first) <= 0xFFFF
+            hint = 0x8003 | (second & 0xFFF) << 32
+            code = (0x5C, 0x5D, 0x1005C, 0x1005D, number, 0x8001, hint)[small % 7]
+            result = calls.call(code, first, second)
+            assert 0 <= result & 0xFFFFFFFF <= 0xFFFF and result >> 32 <= 0xFFF
         elif kind % 6 == 1:
             synic.registers_changed(1, first, second)
         elif kind % 6 == 2:

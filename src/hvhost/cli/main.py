@@ -10,7 +10,20 @@ import sys
 
 import typer
 
-from hvhost.cli import doctor, drive, kvp, machines, rig, run, services, time, verify, version
+from hvhost.cli import (
+    doctor,
+    drive,
+    kvp,
+    machines,
+    memory,
+    net,
+    rig,
+    run,
+    services,
+    time,
+    verify,
+    version,
+)
 from hvhost.errors import HvHostError
 
 HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
@@ -47,7 +60,9 @@ app.command()(services.copy)
 app.command()(services.services)
 app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
+app.command()(memory.memory)
 app.add_typer(drive.app, name="drive")
+app.add_typer(net.app, name="net")
 app.command()(doctor.doctor)
 app.add_typer(rig.app, name="rig")
 app.command()(version.version)

@@ -41,6 +41,31 @@ def run(
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Memory, like 512M or 2G; a bare number is MiB.")
     ] = "512M",
+    memory_minimum: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Makes memory dynamic: the least the guest may have."),
+    ] = None,
+    memory_maximum: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Makes memory dynamic: the most the guest may have."),
+    ] = None,
+    memory_buffer: Annotated[
+        int | None,
+        typer.Option(metavar="PERCENT", help="Dynamic memory beyond the demand; 20 % by default."),
+    ] = None,
+    memory_weight: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Share of dynamic memory when it is scarce: 1 to 10000, 5000."
+        ),
+    ] = None,
+    mmio_low: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="MMIO gap below 4 GiB, where no memory is; 128M."),
+    ] = None,
+    mmio_high: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="MMIO window above all memory; 512M.")
+    ] = None,
     disk: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,6 +93,25 @@ def run(
             " host in software; auto takes what really works."
         ),
     ] = Transport.AUTO,
+    nic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PLUG",
+            help="A network adapter, plugged into nat, host-only, tap:NAME, switch:NAME or none;"
+            " options follow after commas, like switch:lan,vlan=10 (see docs/network.md)."
+            " May be given several times.",
+        ),
+    ] = None,
+    publish: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--publish",
+            "-p",
+            metavar="HOST:GUEST",
+            help="Lead a port of this computer into the guest, like 2222:22 or udp:5353:53;"
+            " gives it an adapter on nat if it has none.",
+        ),
+    ] = None,
     detach: Annotated[
         bool,
         typer.Option("--detach", help="Return once the machine runs, and print its name."),
@@ -85,13 +129,25 @@ def run(
       hvhost run --kernel vmlinuz --initrd initrd.img --append "quiet root=/dev/sda1"
       hvhost run --name build --kernel vmlinuz --cpus 2 --memory 2G --detach
       hvhost run --guest debian-12 --disk data.vhdx --disk logs.img,lun=5,readonly
+      hvhost run --guest debian-12 --nic nat -p 2222:22
+      hvhost run --guest debian-12 --memory 1G --memory-minimum 512M --memory-maximum 4G
     """
-    from hvhost.manager.definition import define, define_guest
+    from hvhost.manager.definition import define, define_guest, dynamic_memory
+    from hvhost.memory.settings import HIGH_MMIO_DEFAULT, LOW_MMIO_DEFAULT
 
     if (kernel is None) == (guest is None):
         raise typer.BadParameter("give exactly one of --kernel and --guest.")
     if guest is not None and initrd is not None:
         raise typer.BadParameter("--guest brings its own initrd; give --kernel with --initrd.")
+    limits = dynamic_memory(
+        memory,
+        minimum=memory_minimum,
+        maximum=memory_maximum,
+        buffer=memory_buffer,
+        weight=memory_weight,
+    )
+    low = LOW_MMIO_DEFAULT if mmio_low is None else mmio_low
+    high = HIGH_MMIO_DEFAULT if mmio_high is None else mmio_high
     if kernel is not None:
         config = define(
             kernel=kernel,
@@ -101,6 +157,9 @@ def run(
             memory=memory,
             name=name,
             transport=kvm,
+            dynamic_memory=limits,
+            mmio_low=low,
+            mmio_high=high,
         )
     else:
         assert guest is not None
@@ -111,8 +170,17 @@ def run(
             memory=memory,
             name=name,
             transport=kvm,
+            dynamic_memory=limits,
+            mmio_low=low,
+            mmio_high=high,
             progress=_say,
         )
+    if nic or publish:
+        from dataclasses import replace
+
+        from hvhost.network.config import parse_adapters
+
+        config = replace(config, adapters=parse_adapters(nic or [], publish or []))
     if disk or dvd or fibre_channel:
         from hvhost.manager.storage import with_storage
 

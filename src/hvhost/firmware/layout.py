@@ -3,7 +3,8 @@
 RAM is contiguous from 0 up to the MMIO gap below 4 GiB and goes on at 4 GiB, so none is lost. The
 low gap holds, from its start, the window VMBus may hand out, then the I/O APIC, KVM's own pages
 and the local APIC; the high window lies where Hyper-V puts it, below 64 GiB, or higher when RAM
-reaches there.
+reaches there. Memory that is added while the machine runs lies between RAM and the high window,
+always above 4 GiB.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from hvhost.errors import HvHostError
+from hvhost.memory.settings import HIGH_MMIO_DEFAULT, LOW_MMIO_DEFAULT
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.units import GIB, MIB, format_size
 
@@ -36,10 +38,11 @@ KVM_TSS_ADDRESS = 0xFFFBD000
 KVM_RESERVED_END = 0xFFFC0000
 
 MINIMUM_MEMORY = 16 * MIB
-LOW_MMIO_DEFAULT, LOW_MMIO_MINIMUM, LOW_MMIO_MAXIMUM = 128 * MIB, 128 * MIB, 3584 * MIB
-HIGH_MMIO_DEFAULT = 512 * MIB
+LOW_MMIO_MINIMUM, LOW_MMIO_MAXIMUM = 128 * MIB, 3584 * MIB
 HIGH_MMIO_MAXIMUM = 1024 * GIB
 _HIGH_MMIO_END = 64 * GIB
+# No guest adds memory in larger blocks: those of Linux have 128 MiB, up to this with 64 GiB of RAM.
+_HOT_ADD_ALIGNMENT = 2 * GIB
 
 
 class E820Type(IntEnum):
@@ -69,12 +72,25 @@ class RamRegion:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLayout:
-    """A machine's map; MMIO windows as ranges of byte addresses, possibly empty."""
+    """A machine's map; windows as ranges of byte addresses, possibly empty.
+
+    *hot_add* is where memory may be added later; its backing lies behind that of the regions.
+    """
 
     regions: tuple[RamRegion, ...]
     e820: tuple[E820Entry, ...]
     low_mmio: range
     high_mmio: range
+    hot_add: range = range(0)
+
+    def check_address_width(self, bits: int) -> None:
+        """:class:`HvHostError` if processors with *bits* of physical address do not reach it."""
+        end = max(self.high_mmio.stop, self.hot_add.stop, *(e.address + e.size for e in self.e820))
+        if end > 1 << bits:
+            raise HvHostError(
+                f"the machine's memory map ends at {format_size(end)}, but its processors address "
+                f"{format_size(1 << bits)}; give it less memory or a smaller high MMIO gap."
+            )
 
 
 def memory_layout(
@@ -82,8 +98,11 @@ def memory_layout(
     *,
     low_mmio_bytes: int = LOW_MMIO_DEFAULT,
     high_mmio_bytes: int = HIGH_MMIO_DEFAULT,
+    hot_add_bytes: int = 0,
 ) -> MemoryLayout:
     """Lay out *memory_bytes* of RAM around a gap of *low_mmio_bytes* that ends at 4 GiB.
+
+    *hot_add_bytes* of address space are kept for memory to be added.
 
     :class:`HvHostError` for sizes no machine can have: RAM below 16 MiB or not whole pages, a gap
     outside 128 MiB to 3.5 GiB or not whole MiB, a high window above 1 TiB or not whole MiB.
@@ -121,12 +140,15 @@ def memory_layout(
     if high:
         regions.append(RamRegion(FOUR_GIB, high, low))
         e820.append(E820Entry(FOUR_GIB, high, E820Type.RAM))
+    hot_add_start = -(-(FOUR_GIB + high) // _HOT_ADD_ALIGNMENT) * _HOT_ADD_ALIGNMENT
+    hot_add = range(hot_add_start, hot_add_start + hot_add_bytes)
     high_end = _HIGH_MMIO_END
-    while high_end - high_mmio_bytes < FOUR_GIB + high:
+    while high_end - high_mmio_bytes < max(FOUR_GIB + high, hot_add.stop):
         high_end *= 2
     return MemoryLayout(
         regions=tuple(regions),
         e820=tuple(e820),
         low_mmio=range(gap, LOW_MMIO_END),
         high_mmio=range(high_end - high_mmio_bytes, high_end),
+        hot_add=hot_add,
     )

@@ -56,9 +56,9 @@ def connect(config: MachineConfig, progress: Callable[[str], None]) -> Transport
         if reason is None:
             from hvhost.kvm.local import LocalTransport
 
-            return LocalTransport(config.memory)
+            return LocalTransport(config.backing)
         if choice is Choice.LOCAL:
             raise HvHostError(f"--kvm local is not possible: {reason}; use --kvm rig.")
     from hvhost.kvm.remote import RemoteTransport
 
-    return RemoteTransport(config.memory, config.cpus, progress)
+    return RemoteTransport(config.backing, config.cpus, progress)

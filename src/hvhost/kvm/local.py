@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from hvhost.errors import HvHostError
 from hvhost.kvm.constants import KVM_GET_VCPU_MMAP_SIZE, KVM_RUN
+from hvhost.kvm.residence import Residence
 from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.units import format_size
@@ -66,7 +67,8 @@ class LocalTransport:
                 f"({error.strerror}); run `hvhost doctor` to see what this computer can do."
             ) from error
         self.memory = memoryview(self._map)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._residence = Residence(self._map)
+        self._base = self._residence.address
         self._handles: set[Handle] = {self._kvm}
         self._in_events: list[tuple[EventLoop, Handle]] = []
         self._processors: dict[int, tuple[Handle, memoryview]] = {}
@@ -78,6 +80,12 @@ class LocalTransport:
 
     def code_loaded(self) -> None:
         pass
+
+    def discard(self, offset: int, size: int) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED, offset, size)
+
+    def resident(self, offset: int, size: int) -> int:
+        return self._residence.bytes_in(offset, size)
 
     def open_kvm(self) -> Handle:
         return self._kvm

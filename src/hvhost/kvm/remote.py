@@ -7,6 +7,7 @@ Guest memory is mapped here natively. See ``rig/layout.h`` for the layout.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hvhost.errors import HvHostError
+from hvhost.kvm.residence import Residence
 from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
 from hvhost.rig import layout
 from hvhost.rig.client import RigSession, close_session, open_session, reason_of_end
@@ -31,6 +33,7 @@ _FIXUP_KINDS = {
     FixupKind.BUFFER_ADDRESS: layout.FIXUP_ADD_BUFFER,
 }
 _VECTORS_PER_PROCESSOR = 2
+_MADV_REMOVE = 9  # asm-generic/mman-common.h; the mmap module may lack it
 _VECTORS_PER_MACHINE = 6
 
 
@@ -181,6 +184,8 @@ class RemoteTransport:
         session = self._session
         self._map = mmap.mmap(session.memory_descriptor, memory_size, offset=session.memory_offset)
         self.memory = memoryview(self._map)
+        self._residence = Residence(self._map)
+        self._madvise = ctypes.CDLL(None, use_errno=True).madvise
         self._control_map = mmap.mmap(
             session.memory_descriptor, layout.CONTROL_SIZE, offset=session.control_offset
         )
@@ -260,6 +265,16 @@ class RemoteTransport:
                 return
             place = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
             self._mailbox.call(layout.OPERATION_REWRITE, request=place - start, argument=start)
+
+    def discard(self, offset: int, size: int) -> None:
+        # Of shared memory, only removal frees the pages: for us, for QEMU and for the guest.
+        address = ctypes.c_void_p(self._residence.address + offset)
+        if self._madvise(address, ctypes.c_size_t(size), _MADV_REMOVE):
+            reason = os.strerror(ctypes.get_errno())
+            raise HvHostError(f"the rig could not give memory back to this computer: {reason}.")
+
+    def resident(self, offset: int, size: int) -> int:
+        return self._residence.bytes_in(offset, size)
 
     def ioctl(
         self,

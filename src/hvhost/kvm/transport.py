@@ -73,6 +73,14 @@ class Transport(Protocol):
         """
         ...
 
+    def discard(self, offset: int, size: int) -> None:
+        """Give whole pages of the memory back to the computer; they read as zero again."""
+        ...
+
+    def resident(self, offset: int, size: int) -> int:
+        """How many bytes of that part of the memory the computer holds for the machine."""
+        ...
+
     def open_kvm(self) -> Handle:
         """``/dev/kvm`` itself."""
         ...

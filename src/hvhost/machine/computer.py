@@ -32,7 +32,7 @@ from hvhost.kvm.vm import SintRoute, Vm
 from hvhost.machine.coalesced import CoalescedPorts
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import CrashReport, MachineConfig, ProcessorInfo, ProcessorState
-from hvhost.partition.cpuid import build_cpuid
+from hvhost.partition.cpuid import address_bits, build_cpuid
 from hvhost.partition.crash import CRASH_MSR_COUNT, HV_X64_MSR_CRASH_P0, CrashRegisters
 from hvhost.partition.hang import hang
 from hvhost.partition.hypercall import Hypercalls
@@ -125,7 +125,16 @@ class Computer:
         self._vm = Vm(transport)
         self._loop = loop
         self._over = False
-        layout = memory_layout(config.memory)
+        #: Bytes that were given back to the computer, and of them those the guest told to be free.
+        self.discarded_bytes = self.reported_bytes = 0
+        layout = memory_layout(
+            config.memory,
+            low_mmio_bytes=config.low_mmio,
+            high_mmio_bytes=config.high_mmio,
+            hot_add_bytes=config.backing - config.memory,
+        )
+        self.hot_add = layout.hot_add
+        self._plugged = layout.hot_add.start
         self.memory = GuestMemory(
             [
                 MemoryRegion(
@@ -151,9 +160,16 @@ class Computer:
 
         vcpus = [self._vm.create_vcpu(index) for index in range(config.cpus)]
         supported, hyperv = self._vm.supported_cpuid(), self._vm.supported_hyperv_cpuid()
+        layout.check_address_width(address_bits(supported))
         for vcpu in vcpus:
             vcpu.set_cpuid(
-                build_cpuid(supported, hyperv, vp_index=vcpu.index, processors=config.cpus)
+                build_cpuid(
+                    supported,
+                    hyperv,
+                    vp_index=vcpu.index,
+                    processors=config.cpus,
+                    extended_hypercalls=True,
+                )
             )
         self._coalesced = CoalescedPorts(self._vm, [p for p, _ in SERIAL_PORTS[: len(self.uarts)]])
         self._vm.filter_msrs(HV_X64_MSR_CRASH_P0, CRASH_MSR_COUNT)
@@ -168,7 +184,9 @@ class Computer:
             lock=self.lock,
             ports=self.ports,
             msrs=CrashRegisters(self.memory, notices.crashed),
-            hypercall=Hypercalls(self.memory, self.bus.post_message, self.bus.signal).call,
+            hypercall=Hypercalls(
+                self.memory, self.bus.post_message, self.bus.signal, self._discarded
+            ).call,
             synic=lambda vp, control, flags, messages: port.synics[vp].registers_changed(
                 control, flags, messages
             ),
@@ -230,6 +248,47 @@ class Computer:
     def _message_taken(self, synic: Synic) -> None:
         with self.lock:
             synic.deliver()
+
+    # --- memory that comes and goes ------------------------------------------------------------
+
+    def plug_memory(self, end: int) -> None:
+        """Have RAM in :attr:`hot_add` up to the guest address *end*, a multiple of a page.
+
+        The guest does not know of it until it is told. :class:`HvHostError` when KVM refuses.
+        """
+        start = self._plugged
+        if end <= start:
+            return
+        offset = self.config.memory + start - self.hot_add.start
+        size = end - start
+        try:
+            self._vm.add_memory(start, size, offset)
+        except OSError as error:
+            raise HvHostError(
+                f"KVM takes no more memory for the machine ({error.strerror}); it keeps what it "
+                "has."
+            ) from error
+        view = self._vm.transport.memory[offset : offset + size]
+        self.memory.append(MemoryRegion(start, view, offset))
+        self._plugged = end
+
+    def discard_memory(self, address: int, size: int) -> None:
+        """The guest does not use these whole pages: the computer has them back, they read as zero.
+
+        :class:`GuestMemoryError` unless they are RAM in one piece.
+        """
+        offset = self.memory.backing_offset(address, size)
+        self._vm.transport.discard(offset, size)
+        self.discarded_bytes += size
+
+    def _discarded(self, address: int, size: int) -> None:
+        self.discard_memory(address, size)
+        self.reported_bytes += size
+
+    def resident_memory(self) -> int:
+        """Bytes of the computer's memory that the guest's RAM occupies."""
+        plugged = self._plugged - self.hot_add.start
+        return self._vm.transport.resident(0, self.config.memory + plugged)
 
     # --- life ----------------------------------------------------------------------------------
 

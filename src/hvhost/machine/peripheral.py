@@ -56,6 +56,16 @@ def build_peripherals(around: Surroundings) -> list[Peripheral]:
     A family's modules are imported only if the machine has such devices: a start costs no more
     than what it uses. :class:`hvhost.errors.HvHostError` when one cannot be had.
     """
+    from hvhost.memory.host import Commons
+    from hvhost.memory.peripheral import MemoryPeripheral
+    from hvhost.network.peripheral import NetworkPeripheral
+    from hvhost.paths import runtime_dir
     from hvhost.storage.controller import Storage
 
-    return [Storage(around)]
+    config = around.config
+    commons = Commons(runtime_dir("memory"), config.name)
+    return [
+        MemoryPeripheral(config, commons, around.event),
+        Storage(around),
+        NetworkPeripheral(config.adapters, around.loop, around.directory),
+    ]

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvhost.errors import HvHostError
+from hvhost.firmware.layout import memory_layout
 from hvhost.machine.config_file import dump_config
 from hvhost.machine.model import MachineConfig
 from hvhost.manager.directory import MachineDirectory
+from hvhost.memory.settings import check_dynamic
 from hvhost.paths import python_environment
 from hvhost.units import MIB, format_size
 
@@ -87,6 +89,9 @@ def check(config: MachineConfig) -> None:
             f"{format_size(config.memory)} of memory is more than the {format_size(installed)} this"
             " computer has; give the machine less with --memory."
         )
+    memory_layout(config.memory, low_mmio_bytes=config.low_mmio, high_mmio_bytes=config.high_mmio)
+    if config.dynamic_memory is not None:
+        check_dynamic(config.memory, config.dynamic_memory)
     if "\0" in config.command_line:
         raise HvHostError("a kernel's command line cannot hold a zero byte; remove it.")
 

@@ -35,6 +35,7 @@ from hvhost.memory.protocol import (
     UnballoonResponse,
     VersionRequest,
 )
+from hvhost.partition.memory import PAGE_SIZE
 from hvhost.vmbus.channel import Channel, Offer, Packet, PacketType
 
 #: Pages of one unballoon message: Linux frees them all in one softirq.
@@ -85,8 +86,9 @@ class MemoryState:
     added: int = 0
     status: Status | None = None
     work: Work = Work.NONE
+    last_work: Work = Work.NONE
     wanted: int = 0
-    """Pages that the work under way was asked for, less what came of it so far."""
+    """Pages that the work under way, or else the last one, was to bring and did not (yet)."""
     to_return: int = 0
     """Pages that are still to be given back by the unballoon under way."""
     offered: tuple[PageRange, PageRange | None] | None = None
@@ -158,7 +160,7 @@ class MemoryDevice:
         capabilities = self.state.capabilities
         if capabilities is None or not capabilities.hot_add or self.state.adds_nothing:
             return None
-        return self.state.area.next(pages, capabilities.hot_add_alignment // protocol.PAGE_SIZE)
+        return self.state.area.next(pages, capabilities.hot_add_alignment // PAGE_SIZE)
 
     def hot_add(self, pages: PageRange, region: PageRange | None) -> None:
         """Offer what :meth:`next_range` gave."""
@@ -166,6 +168,12 @@ class MemoryDevice:
         self.state.work, self.state.wanted = Work.HOT_ADD, pages.count
         self.state.offered = (pages, region)
         self._send(protocol.hot_add_request(self._next_id(), pages, region))
+
+    def raise_maximum(self, pages: int) -> None:
+        """The guest may be given so many pages from now on."""
+        self._maximum = pages
+        if self.ready and self.state.version >= protocol.VERSION_2:
+            self._send(protocol.maximum_message(self._next_id(), pages))
 
     def _begin(self, pages: int) -> Capabilities:
         if not self.idle or pages <= 0 or self.state.capabilities is None:
@@ -231,6 +239,7 @@ class MemoryDevice:
         elif isinstance(message, UnballoonResponse) and self.state.work is Work.UNBALLOON:
             if self.state.to_return:
                 raise RemoteProtocolError("the guest took pages back before it got them all.")
+            self.state.wanted = 0
             self._end_work()
         elif isinstance(message, HotAddResponse) and self.state.work is Work.HOT_ADD:
             self._added(message)
@@ -285,5 +294,6 @@ class MemoryDevice:
         self._end_work()
 
     def _end_work(self) -> None:
-        self.state.work, self.state.offered = Work.NONE, None
+        state = self.state
+        state.last_work, state.work, state.offered = state.work, Work.NONE, None
         self._changed()

@@ -255,6 +255,14 @@ def build_cpuid(
     return entries
 
 
+def address_bits(supported: Sequence[CpuidEntry]) -> int:
+    """Bits of a physical address of these processors: leaf 0x80000008, EAX; 36 where it is none."""
+    for entry in supported:
+        if entry.function == 0x80000008:
+            return entry.eax & 0xFF
+    return 36
+
+
 def _vendor(leaf0: CpuidEntry) -> bytes:
     return struct.pack("<III", leaf0.ebx, leaf0.edx, leaf0.ecx)
 

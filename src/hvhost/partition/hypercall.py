@@ -1,13 +1,18 @@
-"""Hypercalls that KVM hands to us ([TLFS] chapter 3 and 11.10): posted messages and signals."""
+"""Hypercalls that KVM hands to us ([TLFS] chapter 3 and 11.10): posted messages and signals.
+
+Also, from Linux 6.3 on, the extended ones: with HvExtCallMemoryHeatHint a guest tells of memory
+that it does not use (names as in ``asm-generic/hyperv-tlfs.h``).
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 from hvhost.errors import GuestMemoryError
-from hvhost.partition.memory import GuestMemory
+from hvhost.partition.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from hvhost.partition.synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT
 from hvhost.wire import U32, Record
 
@@ -17,6 +22,8 @@ class HypercallCode(IntEnum):
 
     POST_MESSAGE = 0x005C
     SIGNAL_EVENT = 0x005D
+    EXT_CALL_QUERY_CAPABILITIES = 0x8001
+    EXT_CALL_MEMORY_HEAT_HINT = 0x8003
 
 
 class HypercallStatus(IntEnum):
@@ -31,6 +38,14 @@ class HypercallStatus(IntEnum):
 
 
 FAST = 1 << 16
+EXT_CAPABILITY_MEMORY_COLD_DISCARD_HINT = 1 << 8
+EXT_MEMORY_HEAT_HINT_TYPE_COLD_DISCARD = 2
+#: Ranges of one hint: what fits a page.
+MEMORY_HINT_RANGES_MAX = (PAGE_SIZE - 8) // 8
+_REP_COUNT_SHIFT, _REP_COUNT_MASK = 32, 0xFFF
+# union hv_gpa_page_range: pages beyond the first, whether they have 2 MiB, or even 1 GiB.
+_ADDITIONAL_PAGES, _LARGE_PAGE, _HUGE_PAGE = 0x7FF, 1 << 11, 1 << 12
+_LARGE_SHIFT = 21
 _CONNECTION_ID_MASK = 0x00FFFFFF
 _MESSAGE_TYPE_CHANNEL = 1
 
@@ -49,7 +64,8 @@ class Hypercalls:
     """Decodes what ``KVM_EXIT_HYPERV_HCALL`` brings and calls the bus.
 
     *post_message* takes a connection id and a payload of up to 240 bytes, *signal_event* a
-    connection id; both return an ``HV_STATUS``.
+    connection id; both return an ``HV_STATUS``. *discard* takes address and size of RAM that the
+    guest does not use, and raises :class:`GuestMemoryError` for what is none.
     """
 
     def __init__(
@@ -57,13 +73,15 @@ class Hypercalls:
         memory: GuestMemory,
         post_message: Callable[[int, bytes], int],
         signal_event: Callable[[int], int],
+        discard: Callable[[int, int], None],
     ) -> None:
         self._memory = memory
         self._post_message = post_message
         self._signal_event = signal_event
+        self._discard = discard
 
-    def call(self, value: int, parameter: int) -> int:
-        """Result of hypercall input *value* with its first parameter (a GPA unless fast)."""
+    def call(self, value: int, parameter: int, output: int = 0) -> int:
+        """Result of hypercall input *value* with its two parameters (GPAs unless fast)."""
         code = value & 0xFFFF
         try:
             if code == HypercallCode.POST_MESSAGE:
@@ -74,9 +92,36 @@ class Hypercalls:
                         return HypercallStatus.INVALID_ALIGNMENT
                     parameter = self._memory.load32(parameter)
                 return self._signal_event(parameter & _CONNECTION_ID_MASK)
+            if code == HypercallCode.EXT_CALL_QUERY_CAPABILITIES:
+                if value & FAST:
+                    return HypercallStatus.INVALID_HYPERCALL_INPUT
+                self._memory.store64(output, EXT_CAPABILITY_MEMORY_COLD_DISCARD_HINT)
+                return HypercallStatus.SUCCESS
+            if code == HypercallCode.EXT_CALL_MEMORY_HEAT_HINT:
+                return self._memory_hint(value, parameter)
         except GuestMemoryError:
             return HypercallStatus.INVALID_PARAMETER
         return HypercallStatus.INVALID_HYPERCALL_CODE
+
+    def _memory_hint(self, value: int, address: int) -> int:
+        """``struct hv_memory_hint``: a type, then ranges of pages."""
+        count = value >> _REP_COUNT_SHIFT & _REP_COUNT_MASK
+        if value & FAST or not 0 < count <= MEMORY_HINT_RANGES_MAX:
+            return HypercallStatus.INVALID_HYPERCALL_INPUT
+        if address & 7:
+            return HypercallStatus.INVALID_ALIGNMENT
+        words = struct.unpack(f"<{1 + count}Q", self._memory.read(address, 8 + 8 * count))
+        if words[0] != EXT_MEMORY_HEAT_HINT_TYPE_COLD_DISCARD:
+            return HypercallStatus.INVALID_PARAMETER
+        for done, word in enumerate(words[1:]):
+            shift = _LARGE_SHIFT if word & _LARGE_PAGE else PAGE_SHIFT
+            try:
+                if word & _LARGE_PAGE and word & _HUGE_PAGE:
+                    raise GuestMemoryError("a hint of pages of 1 GiB, which nobody sends.")
+                self._discard(word >> shift << shift, (word & _ADDITIONAL_PAGES) + 1 << shift)
+            except GuestMemoryError:
+                return HypercallStatus.INVALID_PARAMETER | done << _REP_COUNT_SHIFT
+        return HypercallStatus.SUCCESS | count << _REP_COUNT_SHIFT
 
     def _post(self, value: int, address: int) -> int:
         if value & FAST:

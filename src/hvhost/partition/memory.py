@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvhost.errors import GuestMemoryError
+from hvhost.errors import GuestMemoryError, LocalProtocolError
 
 PAGE_SIZE = 4096
 PAGE_SHIFT = 12
@@ -38,12 +38,22 @@ class GuestMemory:
     """Checked, copy-free access to guest RAM by guest physical address."""
 
     def __init__(self, regions: Sequence[MemoryRegion]) -> None:
-        self.regions = tuple(sorted(regions, key=lambda region: region.guest_address))
-        self._starts = [region.guest_address for region in self.regions]
-        self._words = [
-            (region.view[: region.size & ~7].cast("I"), region.view[: region.size & ~7].cast("Q"))
-            for region in self.regions
-        ]
+        self.regions: tuple[MemoryRegion, ...] = ()
+        self._starts: list[int] = []
+        self._words: list[tuple[memoryview, memoryview]] = []
+        for region in sorted(regions, key=lambda region: region.guest_address):
+            self.append(region)
+
+    def append(self, region: MemoryRegion) -> None:
+        """Add RAM above all that there is; other threads may read and write meanwhile."""
+        if self.regions and region.guest_address < (last := self.regions[-1]).guest_address + (
+            last.size
+        ):
+            raise LocalProtocolError(f"RAM at {region.guest_address:#x} does not lie at the end.")
+        words = region.view[: region.size & ~7]
+        self.regions = (*self.regions, region)
+        self._words.append((words.cast("I"), words.cast("Q")))
+        self._starts.append(region.guest_address)  # last: it is what the others look at first
 
     @property
     def size(self) -> int:
@@ -67,6 +77,11 @@ class GuestMemory:
         """
         index, offset = self._find(address, length)
         return self.regions[index].view[offset : offset + length]
+
+    def backing_offset(self, address: int, length: int) -> int:
+        """Where in the machine's backing memory that range lies; as :meth:`view`."""
+        index, offset = self._find(address, length)
+        return self.regions[index].backing_offset + offset
 
     def read(self, address: int, length: int) -> bytes:
         """A copy of guest memory."""

@@ -50,7 +50,8 @@ class Handlers:
     lock: threading.RLock
     ports: Ports
     msrs: Msrs
-    hypercall: Callable[[int, int], int]
+    hypercall: Callable[[int, int, int], int]
+    """Input value, first and second parameter; its result."""
     synic: Callable[[int, int, int, int], None]
     """VP, SCONTROL, SIEFP, SIMP."""
     before_port: Callable[[], None]
@@ -220,7 +221,7 @@ class Processor:
         if kind == k.KVM_EXIT_HYPERV_HCALL:
             self._count(f"hypercall {quads[5] & 0xFFFF:#x}")
             with self._handlers.lock:
-                quads[6] = self._handlers.hypercall(quads[5], quads[7])
+                quads[6] = self._handlers.hypercall(quads[5], quads[7], quads[8])
         elif kind == k.KVM_EXIT_HYPERV_SYNIC:
             self.exits["synic"] += 1
             with self._handlers.lock:

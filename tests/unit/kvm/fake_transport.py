@@ -281,6 +281,7 @@ class FakeTransport:
         self.gone: str | None = None
         self.closed = 0
         self.code_loads = 0
+        self.discarded: list[tuple[int, int]] = []
         self._scripts = scripts
         self._events: dict[Handle, FakeOutEvent] = {}
         self._readers: dict[Handle, tuple[EventLoop, int]] = {}
@@ -294,6 +295,13 @@ class FakeTransport:
         self._next += 1
         self.handles[self._next] = kind
         return self._next
+
+    def discard(self, offset: int, size: int) -> None:
+        self.memory[offset : offset + size] = bytes(size)
+        self.discarded.append((offset, size))
+
+    def resident(self, offset: int, size: int) -> int:
+        return size - sum(length for _, length in self.discarded)
 
     def code_loaded(self) -> None:
         self.code_loads += 1

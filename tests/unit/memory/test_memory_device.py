@@ -217,11 +217,11 @@ def test_a_driver_that_leaves_and_returns(world: World) -> None:
 
 
 def test_a_driver_that_leaves_in_the_middle(world: World) -> None:
-    for begin in (
-        lambda: world.device.balloon(100),
-        lambda: world.device.hot_add(*world.device.next_range(100)),  # type: ignore[misc]
-    ):
-        begin()
+    for pages in (100, None):
+        if pages is None:
+            world.device.hot_add(*world.device.next_range(100))  # type: ignore[misc]
+        else:
+            world.device.balloon(pages)
         world.reopen()
         assert world.device.idle and not world.guest.faults
     # Perhaps the guest has that block by now: it is not offered again.
@@ -236,12 +236,10 @@ def test_status(world: World) -> None:
 
 
 def test_requests_that_make_no_sense(world: World) -> None:
-    for wrong in (
-        lambda: world.device.balloon(0),
-        lambda: world.device.unballoon(1),
-    ):
-        with pytest.raises(LocalProtocolError):
-            wrong()
+    with pytest.raises(LocalProtocolError):
+        world.device.balloon(0)
+    with pytest.raises(LocalProtocolError):
+        world.device.unballoon(1)
     world.device.balloon(1)
     with pytest.raises(LocalProtocolError):
         world.device.balloon(1)

@@ -62,7 +62,7 @@ class Guest:
             threading.RLock(),
             Ports(),
             NoMsrs(),
-            lambda value, parameter: 0,
+            lambda value, parameter, output: 0,
             lambda *values: None,
             lambda: None,
             self.stops.append,

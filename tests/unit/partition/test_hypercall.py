@@ -22,7 +22,8 @@ class Guest:
         self.posted: list[tuple[int, bytes]] = []
         self.signalled: list[int] = []
         self.status = 0x0
-        self.calls = Hypercalls(self.memory, self._post, self._signal)
+        self.discarded: list[tuple[int, int]] = []
+        self.calls = Hypercalls(self.memory, self._post, self._signal, self._discard)
 
     def _post(self, connection: int, payload: bytes) -> int:
         self.posted.append((connection, payload))
@@ -31,6 +32,10 @@ class Guest:
     def _signal(self, connection: int) -> int:
         self.signalled.append(connection)
         return self.status
+
+    def _discard(self, address: int, size: int) -> None:
+        self.memory.view(address, size)
+        self.discarded.append((address, size))
 
     def put(self, address: int, connection: int, kind: int, size: int, payload: bytes) -> None:
         data = struct.pack("<IIII", connection, 0, kind, size) + payload
@@ -114,7 +119,7 @@ def test_input_that_is_not_all_in_memory(address: int) -> None:
 
 def test_unknown_calls() -> None:
     guest = Guest()
-    for code in (0, 1, 0x5B, 0x5E, 0x8001, 0xFFFF):
+    for code in (0, 1, 0x5B, 0x5E, 0x8000, 0x8002, 0xFFFF):
         assert guest.calls.call(code, 0) == HypercallStatus.INVALID_HYPERCALL_CODE
 
 
@@ -170,5 +175,66 @@ def test_memory_errors_of_the_bus_are_a_bad_parameter() -> None:
 
     guest = Guest()
     guest.put(0, 4, 1, 0, b"")
-    calls = Hypercalls(guest.memory, fails, lambda connection: 0)
+    calls = Hypercalls(guest.memory, fails, lambda connection: 0, guest._discard)
     assert calls.call(POST, 0) == HypercallStatus.INVALID_PARAMETER
+
+
+HINT = 0x8003
+LARGE = 1 << 11
+
+
+def a_hint(guest: Guest, *words: int, kind: int = 2, count: int | None = None) -> int:
+    struct.pack_into(f"<{1 + len(words)}Q", guest.backing, 0x100, kind, *words)
+    return guest.calls.call(HINT | (len(words) if count is None else count) << 32, 0x100)
+
+
+def test_extended_capabilities_are_told() -> None:
+    guest = Guest()
+    assert guest.calls.call(0x8001, 0, 0x200) == OK
+    assert guest.memory.load64(0x200) == 1 << 8
+    assert guest.calls.call(0x8001 | FAST, 0, 0x200) == HypercallStatus.INVALID_HYPERCALL_INPUT
+    assert guest.calls.call(0x8001, 0, SIZE) == HypercallStatus.INVALID_PARAMETER
+    assert guest.calls.call(0x8001, 0, 0x201) == HypercallStatus.INVALID_PARAMETER
+
+
+def test_free_memory_is_given_back() -> None:
+    """Small pages and large ones; all of a call are done, and the guest is told how many."""
+    guest = Guest()
+    assert a_hint(guest, 0x0 | 1, 0x1000) == OK | 2 << 32
+    assert guest.discarded == [(0, 0x2000), (0x1000, 0x1000)]
+    big = bytearray(8 << 20)
+    guest = Guest()
+    memory = GuestMemory([MemoryRegion(0, memoryview(big))])
+    guest.calls = Hypercalls(memory, guest._post, guest._signal, guest._discard)
+    guest.memory = memory
+    struct.pack_into("<QQ", big, 0x100, 2, 2 << 21 | LARGE | 1)
+    assert guest.calls.call(HINT | 1 << 32, 0x100) == OK | 1 << 32
+    assert guest.discarded == [(4 << 20, 4 << 20)]
+
+
+def test_a_hint_of_what_is_no_memory_ends_there() -> None:
+    guest = Guest()
+    assert a_hint(guest, 0x1000, SIZE, 0x2000) == HypercallStatus.INVALID_PARAMETER | 1 << 32
+    assert guest.discarded == [(0x1000, 0x1000)]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "count", "status"),
+    [
+        ((0,), 1, None, HypercallStatus.INVALID_PARAMETER),
+        ((LARGE | 1 << 12,), 2, None, HypercallStatus.INVALID_PARAMETER),
+        ((), 2, 0, HypercallStatus.INVALID_HYPERCALL_INPUT),
+        ((0,), 2, 512, HypercallStatus.INVALID_HYPERCALL_INPUT),
+    ],
+)
+def test_wrong_hints(words: tuple[int, ...], kind: int, count: int | None, status: int) -> None:
+    guest = Guest()
+    assert a_hint(guest, *words, kind=kind, count=count) == status
+    assert not guest.discarded
+
+
+def test_hints_that_are_no_memory_themselves() -> None:
+    guest = Guest()
+    assert guest.calls.call(HINT | 1 << 32, 0x101) == HypercallStatus.INVALID_ALIGNMENT
+    assert guest.calls.call(HINT | 1 << 32, SIZE) == HypercallStatus.INVALID_PARAMETER
+    assert guest.calls.call(HINT | FAST | 1 << 32, 8) == HypercallStatus.INVALID_HYPERCALL_INPUT

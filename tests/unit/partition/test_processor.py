@@ -63,7 +63,7 @@ class Machine:
         if port == 0xBAD:
             raise RuntimeError("a bug")
 
-    def hypercall(self, value: int, parameter: int) -> int:
+    def hypercall(self, value: int, parameter: int, output: int) -> int:
         self.events.append(("hypercall", value, parameter))
         return 0x12
 

@@ -1,0 +1,386 @@
+"""A machine's memory as it changes: the device, the memory behind it, and who decides.
+
+There is always one goal: the size the machine's memory should have. The administrator sets it, or
+the policy does; each step towards it is one request to the guest, and the guest's answer leads to
+the next. A guest that gives or takes less than it was asked for ends the journey where it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hvhost.errors import GuestMemoryError, HvHostError
+from hvhost.memory import policy
+from hvhost.memory.area import HotAddArea
+from hvhost.memory.device import MemoryDevice, Phase, Work
+from hvhost.memory.host import Commons
+from hvhost.memory.policy import Claim, Pace, Sample
+from hvhost.memory.protocol import PageRange
+from hvhost.memory.report import MemoryInfo
+from hvhost.memory.settings import STEP, ceiling, check_dynamic
+from hvhost.partition.memory import PAGE_SIZE
+from hvhost.units import MIB, format_size
+
+if TYPE_CHECKING:
+    from hvhost.machine.computer import Computer
+    from hvhost.machine.model import MachineConfig
+
+#: How long a guest that refused something is left alone.
+RETRY_SECONDS = 30.0
+_PATIENCE = 0.5
+_SLICE_MIN = 2 * MIB
+
+
+class _Ram:
+    """:class:`hvhost.memory.device.Backing` of a computer."""
+
+    def __init__(self, computer: Computer) -> None:
+        self._computer = computer
+
+    def is_ram(self, pages: PageRange) -> bool:
+        try:
+            self._computer.memory.backing_offset(pages.start * PAGE_SIZE, pages.count * PAGE_SIZE)
+        except GuestMemoryError:
+            return False
+        return True
+
+    def release(self, pages: PageRange) -> None:
+        self._computer.discard_memory(pages.start * PAGE_SIZE, pages.count * PAGE_SIZE)
+
+
+class MemoryPeripheral:
+    """The machine's memory; *commons* is its view of the host's."""
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        commons: Commons,
+        event: Callable[[str, str], None],
+    ) -> None:
+        self._startup = config.memory
+        self.dynamic = config.dynamic_memory
+        if self.dynamic is not None:
+            check_dynamic(self._startup, self.dynamic)
+        self._ceiling = ceiling(self._startup, self.dynamic)
+        self._commons = commons
+        self._event = event
+        self._name = config.name
+        self._computer: Computer | None = None
+        self._device: MemoryDevice | None = None
+        self._changed = threading.Condition()
+        self._pace = Pace()
+        self._goal: int | None = None
+        self._problem: str | None = None
+        self._rest_until = 0.0
+        self._work_since = self._report_at = 0.0
+        self._told = 0
+        self._seen = 0
+        self._sample: Sample | None = None
+
+    # --- the machine's; with the lock held, but for attach and detach ----------------------------
+
+    def attach(self, computer: Computer) -> None:
+        area = computer.hot_add
+        with computer.lock:
+            self._changed = threading.Condition(computer.lock)
+            self._computer = computer
+            self._goal, self._problem, self._pace = None, None, Pace()
+            self._rest_until, self._told, self._seen = 0.0, self._startup, 0
+            self._sample = None
+            self._device = MemoryDevice(
+                HotAddArea(area.start // PAGE_SIZE, area.stop // PAGE_SIZE),
+                self._most // PAGE_SIZE,
+                _Ram(computer),
+                self._device_changed,
+            )
+            computer.bus.add_device(self._device)
+
+    def detach(self) -> None:
+        with self._changed:
+            self._computer = self._device = None
+            self._changed.notify_all()
+
+    def tick(self, now: float) -> None:
+        if self.dynamic is None or self._device is None or self._computer is None:
+            return
+        claim = self._claim(self._device)
+        target = self._commons.target(claim, self._computer.resident_memory())
+        if not self._device.idle or self._goal is not None or now < self._rest_until:
+            return
+        change = policy.step(claim, target, self._pace, now)
+        if change:
+            self._goal, self._problem = claim.assigned + change, None
+            self._pursue()
+
+    def close(self) -> None:
+        self._commons.close()
+
+    # --- what it comes to ------------------------------------------------------------------------
+
+    @property
+    def _most(self) -> int:
+        return self._ceiling if self.dynamic is None else self.dynamic.maximum
+
+    def _assigned(self, device: MemoryDevice) -> int:
+        state = device.state
+        return self._startup + (state.added - state.balloon.count) * PAGE_SIZE
+
+    def _demand(self, device: MemoryDevice) -> int | None:
+        if device.state.status is None or self._sample is None:
+            return None
+        return policy.demand(self._sample)
+
+    def _claim(self, device: MemoryDevice) -> Claim:
+        assigned, dynamic = self._assigned(device), self.dynamic
+        if dynamic is None:
+            return Claim(assigned, self._demand(device), assigned, assigned, 0, 1)
+        return Claim(
+            assigned,
+            self._demand(device),
+            dynamic.minimum,
+            dynamic.maximum,
+            dynamic.buffer,
+            dynamic.weight,
+        )
+
+    def _device_changed(self) -> None:
+        device = self._device
+        if device is None:
+            return
+        status = device.state.status
+        if device.reports != self._seen:
+            self._seen = device.reports
+            # One in the middle of a change tells neither of before nor of after.
+            if status is not None and device.idle:
+                self._report_at = time.monotonic()
+                self._sample = Sample(
+                    self._assigned(device),
+                    status.num_avail * PAGE_SIZE,
+                    status.num_committed * PAGE_SIZE,
+                    device.state.balloon.count * PAGE_SIZE,
+                )
+        if not device.ready and self._goal is not None:
+            self._give_up("the guest's memory driver went away")
+        assigned = self._assigned(device)
+        if assigned != self._told and device.state.work is Work.NONE:
+            self._told = assigned
+            self._event("memory", f"the guest has {_mib(assigned)}")
+        if device.idle:
+            self._pursue()
+        self._changed.notify_all()
+
+    def _pursue(self) -> None:
+        """The next request towards the goal; the device is idle."""
+        device = self._device
+        if device is None or self._goal is None:
+            return
+        missing = (self._goal - self._assigned(device)) // PAGE_SIZE
+        work, wanted = device.state.last_work, device.state.wanted
+        if missing == 0:
+            self._goal = None
+        elif wanted and work is Work.BALLOON:
+            self._give_up(f"the guest gave {_mib(wanted * PAGE_SIZE)} less than it was asked for")
+        elif wanted and work is Work.HOT_ADD:
+            self._give_up("the guest did not add all the memory it was offered")
+        else:
+            try:
+                self._request(device, missing)
+            except HvHostError as error:
+                self._give_up(str(error).rstrip("."))
+        self._changed.notify_all()
+
+    def _request(self, device: MemoryDevice, missing: int) -> None:
+        self._work_since = time.monotonic()
+        if missing < 0:
+            device.balloon(self._slice(device, -missing))
+        elif device.state.balloon.count:
+            device.unballoon(min(missing, device.state.balloon.count))
+        else:
+            offer = device.next_range(missing)
+            if offer is None:
+                self._give_up("the guest takes no more memory than it has")
+                return
+            pages, region = offer
+            assert self._computer is not None
+            # The whole block at once: the guest uses what it is told of, and no more.
+            self._computer.plug_memory((region or pages).end * PAGE_SIZE)
+            device.hot_add(pages, region)
+
+    def _slice(self, device: MemoryDevice, pages: int) -> int:
+        """What of *pages* to ask for at once: the guest's floor falls with what it has given."""
+        demand, assigned = self._demand(device), self._assigned(device)
+        if demand is None:
+            return pages
+        spare = (assigned - demand - policy.guest_floor(assigned)) * 9 // 10
+        return min(pages, max(spare, _SLICE_MIN) // PAGE_SIZE)
+
+    def _give_up(self, why: str) -> None:
+        self._goal, self._problem = None, why
+        self._rest_until = time.monotonic() + RETRY_SECONDS
+        if self._device is not None:
+            self._device.state.wanted = 0
+        self._event("memory", why)
+        self._changed.notify_all()
+
+    # --- the administrator's; any thread ---------------------------------------------------------
+
+    def _running(self) -> tuple[Computer, MemoryDevice]:
+        if self._computer is None or self._device is None:
+            raise HvHostError(f"machine {self._name!r} is not running; start it again.")
+        return self._computer, self._device
+
+    def info(self) -> MemoryInfo:
+        """The machine's memory now; :class:`HvHostError` when it does not run."""
+        with self._changed:
+            computer, device = self._running()
+            state, now, claim = device.state, time.monotonic(), self._claim(device)
+            version, status = state.version, state.status
+            return MemoryInfo(
+                assigned=claim.assigned,
+                startup=self._startup,
+                added=state.added * PAGE_SIZE,
+                ballooned=state.balloon.count * PAGE_SIZE,
+                ceiling=self._ceiling,
+                dynamic=self.dynamic,
+                resident=computer.resident_memory(),
+                discarded=computer.discarded_bytes,
+                reported=computer.reported_bytes,
+                driver=state.phase.value,
+                version=f"{version >> 16}.{version & 0xFFFF}" if device.ready else None,
+                work=state.work.value,
+                work_seconds=0.0 if state.work is Work.NONE else now - self._work_since,
+                available=None if status is None else status.num_avail * PAGE_SIZE,
+                committed=None if status is None else status.num_committed * PAGE_SIZE,
+                demand=claim.demand,
+                needed=None if claim.demand is None else policy.least(claim.demand),
+                report_seconds=None if status is None else now - self._report_at,
+                target=self._goal,
+                problem=self._problem,
+            )
+
+    def set(self, size: int, timeout: float) -> MemoryInfo:
+        """Give a machine with fixed memory *size* bytes; waits up to *timeout* seconds.
+
+        :class:`HvHostError` with the numbers if that cannot be, or did not come wholly.
+        """
+        with self._changed:
+            _, device = self._running()
+            self._check_size(device, size)
+            self._goal, self._problem, device.state.wanted = size, None, 0
+            self._pursue()
+            deadline = time.monotonic() + timeout
+            while self._goal is not None and self._computer is not None:
+                if time.monotonic() > deadline:
+                    raise HvHostError(
+                        f"the guest has {_mib(self._assigned(device))} of the "
+                        f"{_mib(size)} after {timeout:.0f} seconds and is still busy; "
+                        "look again later."
+                    )
+                self._changed.wait(_PATIENCE)
+            if self._problem is not None:
+                raise HvHostError(
+                    f"{self._problem}; it has {_mib(self._assigned(device))} now, not {_mib(size)}."
+                )
+            return self.info()
+
+    def _check_size(self, device: MemoryDevice, size: int) -> None:
+        if self.dynamic is not None:
+            raise HvHostError(
+                f"the memory of {self._name!r} is dynamic and sets itself; change its limits "
+                "(--minimum, --maximum)."
+            )
+        if size % STEP:
+            raise HvHostError(
+                f"{size} bytes cannot be set; memory changes in steps of {format_size(STEP)}."
+            )
+        if device.state.phase is not Phase.READY:
+            raise HvHostError(
+                "the guest has no driver for dynamic memory (hv_balloon) running; its memory "
+                f"stays {_mib(self._assigned(device))}."
+            )
+        if self._goal is not None or device.state.work is not Work.NONE:
+            raise HvHostError(
+                f"the guest is still busy with another change ({device.state.work}); wait for it."
+            )
+        claim = self._claim(device)
+        if size > self._ceiling:
+            raise HvHostError(
+                f"{_mib(size)} is more than the {format_size(self._ceiling)} that this "
+                "machine can be given while it runs; stop it and start it with more."
+            )
+        if size > claim.assigned and size - claim.assigned > (room := self._commons.room()):
+            raise HvHostError(
+                f"this computer has {_mib(room)} to give, not the "
+                f"{_mib(size - claim.assigned)} that {_mib(size)} would take."
+            )
+        if size < claim.assigned:
+            if claim.demand is None:
+                raise HvHostError(
+                    "the guest has not told yet what it needs; Linux does so from about 45 "
+                    "seconds after its start on, try again then."
+                )
+            if size < (least := policy.least(claim.demand)):
+                raise HvHostError(
+                    f"{_mib(size)} is too little: the guest's demand is {_mib(claim.demand)} and "
+                    f"it keeps {_mib(least - claim.demand)} free, so {_mib(least)} is the least "
+                    "now."
+                )
+
+    def change(
+        self,
+        *,
+        minimum: int | None = None,
+        maximum: int | None = None,
+        buffer: int | None = None,
+        weight: int | None = None,
+    ) -> MemoryInfo:
+        """Lower the minimum or raise the maximum, in bytes, while the machine runs.
+
+        :class:`HvHostError` for all else, with the reason.
+        """
+        with self._changed:
+            _, device = self._running()
+            old = self.dynamic
+            if old is None:
+                raise HvHostError(
+                    f"the memory of {self._name!r} is fixed, and cannot become dynamic while it "
+                    "runs; stop it and start it with --memory-minimum and --memory-maximum."
+                )
+            for name, value in (("buffer", buffer), ("weight", weight)):
+                if value is not None and value != getattr(old, name):
+                    raise HvHostError(
+                        f"the memory {name} changes only while the machine is stopped; it is "
+                        f"{getattr(old, name)}."
+                    )
+            new = replace(
+                old,
+                minimum=old.minimum if minimum is None else minimum,
+                maximum=old.maximum if maximum is None else maximum,
+            )
+            if new.minimum > old.minimum:
+                raise HvHostError(
+                    f"the memory minimum of a running machine can only go down from "
+                    f"{format_size(old.minimum)}, not up to {format_size(new.minimum)}."
+                )
+            if new.maximum < old.maximum:
+                raise HvHostError(
+                    f"the memory maximum of a running machine can only go up from "
+                    f"{format_size(old.maximum)}, not down to {format_size(new.maximum)}."
+                )
+            if new.maximum > self._ceiling:
+                raise HvHostError(
+                    f"the memory maximum cannot become {format_size(new.maximum)} while the "
+                    f"machine runs, {format_size(self._ceiling)} at most; stop it first."
+                )
+            check_dynamic(self._startup, new)
+            self.dynamic = new
+            device.raise_maximum(self._most // PAGE_SIZE)
+            return self.info()
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB"

@@ -1,0 +1,184 @@
+"""How much memory a machine should have: pure arithmetic, no I/O, no clock of its own. In bytes.
+
+What a machine *needs* is its demand and the floor below which its guest gives nothing; what it
+*wants* is its demand and the buffer on top, within its limits. If the host cannot give all that
+they want, machines get, each round shared by weight: their minimum (always), then what they need,
+then what they want.
+
+Growing happens at once. Shrinking happens only after a while, in steps, and both only by more than
+a band: so a demand that moves within the band moves no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hvhost.memory.settings import STEP
+from hvhost.units import GIB, MIB
+
+#: How long a machine must have had too much before some is taken.
+SHRINK_SECONDS: Final = 10.0
+_BAND_MIN, _BAND_PART = 32 * MIB, 16
+_SHRINK_MIN, _SHRINK_PART = 64 * MIB, 8
+_RESERVE_MIN, _RESERVE_PART, _RESERVE_MAX = 256 * MIB, 20, 4 * GIB
+# A driver that was loaded anew counts below zero, and Linux counts in 32 bits.
+_PLAUSIBLE: Final = 1 << 43
+# compute_balloon_floor() of hv_balloon.c: from this size on, so much and that part of the size.
+_FLOOR = (
+    (8192 * MIB, 488 * MIB, 32),
+    (2048 * MIB, 232 * MIB, 16),
+    (512 * MIB, 104 * MIB, 8),
+    (128 * MIB, 40 * MIB, 4),
+    (0, 8 * MIB, 2),
+)
+
+
+def guest_floor(assigned: int) -> int:
+    """What Linux keeps available at least, of so much memory: it gives nothing below that."""
+    for start, base, part in _FLOOR:
+        if assigned >= start:
+            return base + assigned // part
+    return 0
+
+
+def least(demand: int) -> int:
+    """The least memory with which a guest meets this demand and keeps its floor, in whole steps.
+
+    Its floor falls as memory is taken from it, so this is less than demand and floor of now.
+    """
+    size = demand
+    while (needed := demand + guest_floor(size)) - size >= STEP:
+        size = needed
+    return -(-needed // STEP) * STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A guest's report and what it had then.
+
+    *committed* is as Linux counts it: with what is ballooned, and with its floor.
+    """
+
+    assigned: int
+    available: int
+    committed: int
+    ballooned: int
+
+
+def demand(sample: Sample) -> int:
+    """What the guest uses or has promised its programs, whichever is more."""
+    used = max(0, sample.assigned - sample.available)
+    if sample.committed >= _PLAUSIBLE:
+        return used
+    promised = sample.committed - sample.ballooned - guest_floor(sample.assigned)
+    return max(used, promised)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One machine's part in the host's memory; *demand* is ``None`` before its first report."""
+
+    assigned: int
+    demand: int | None
+    minimum: int
+    maximum: int
+    buffer: int
+    weight: int
+
+    @property
+    def needed(self) -> int:
+        """The least that the guest can do with, within the limits."""
+        if self.demand is None:
+            return self.assigned
+        return self._within(least(self.demand))
+
+    @property
+    def wanted(self) -> int:
+        """Demand and the buffer, but no less than what is needed."""
+        if self.demand is None:
+            return self.assigned
+        return max(self.needed, self._within(self.demand * (100 + self.buffer) // 100))
+
+    @property
+    def guaranteed(self) -> int:
+        return self.assigned if self.demand is None else self.minimum
+
+    def _within(self, size: int) -> int:
+        return min(max(size, self.minimum), self.maximum)
+
+
+def reserve(total: int) -> int:
+    """What the host, with *total* memory, keeps for itself."""
+    return min(max(_RESERVE_MIN, total // _RESERVE_PART), _RESERVE_MAX)
+
+
+def share(claims: Sequence[Claim], capacity: int) -> list[int]:
+    """What each machine should have of *capacity*; never less than what it is guaranteed."""
+    shares = [claim.guaranteed for claim in claims]
+    left = capacity - sum(shares)
+    for goals in ([claim.needed for claim in claims], [claim.wanted for claim in claims]):
+        left -= _pour(shares, goals, [claim.weight for claim in claims], left)
+    return shares
+
+
+def _pour(shares: list[int], goals: Sequence[int], weights: Sequence[int], amount: int) -> int:
+    """Raise *shares* towards *goals* by *amount* in all, by weight; how much that took."""
+    thirsty = [index for index, goal in enumerate(goals) if goal > shares[index]]
+    poured = 0
+    while thirsty and amount - poured > 0:
+        left, weight = amount - poured, sum(weights[index] for index in thirsty)
+        full = [
+            index
+            for index in thirsty
+            if (goals[index] - shares[index]) * weight <= left * weights[index]
+        ]
+        for index in full or thirsty:
+            gain = min(goals[index] - shares[index], left * weights[index] // weight)
+            gain = goals[index] - shares[index] if full else gain
+            shares[index] += gain
+            poured += gain
+        if not full:
+            break
+        thirsty = [index for index in thirsty if index not in full]
+    return poured
+
+
+def band(assigned: int) -> int:
+    """Changes of less than this are not made."""
+    return max(_BAND_MIN, assigned // _BAND_PART)
+
+
+@dataclass(slots=True)
+class Pace:
+    """Since when a machine has had too much."""
+
+    excess_since: float | None = None
+
+
+def step(claim: Claim, target: int, pace: Pace, now: float) -> int:
+    """By how much to change the machine's memory now; *now* in seconds of any clock.
+
+    The result is whole steps of :data:`~hvhost.memory.settings.STEP`, and 0 most of the time.
+    """
+    if claim.demand is None:
+        pace.excess_since = None
+        return 0
+    missing = min(target, claim.maximum) - claim.assigned
+    in_trouble = claim.assigned < claim.needed
+    if missing > 0:
+        pace.excess_since = None
+        worth_it = in_trouble or missing >= band(claim.assigned) or claim.assigned < claim.minimum
+        return -(-missing // STEP) * STEP if worth_it else 0
+    lowest = max(claim.minimum, claim.needed, target)
+    excess = claim.assigned - lowest
+    if excess < band(claim.assigned):
+        pace.excess_since = None
+        return 0
+    if pace.excess_since is None:
+        pace.excess_since = now
+    if now - pace.excess_since < SHRINK_SECONDS:
+        return 0
+    most = max(_SHRINK_MIN, claim.assigned // _SHRINK_PART)
+    return -(min(excess, most) // STEP * STEP)
