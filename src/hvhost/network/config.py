@@ -67,6 +67,13 @@ class AdapterConfig:
     forwards: tuple[PortForward, ...] = ()
 
 
+def check_name(text: str) -> str:
+    """*text*, if it can name a switch; :class:`HvHostError` otherwise."""
+    if not _NAME.fullmatch(text):
+        raise HvHostError(f"{text!r} is no name; use letters, digits, '.', '_', '-'.")
+    return text
+
+
 def new_mac() -> str:
     """A random address of Hyper-V's."""
     return ":".join([HYPERV_OUI, *(f"{byte:02x}" for byte in os.urandom(3))])
@@ -163,9 +170,7 @@ def _option(key: str, value: str) -> dict[str, object]:
             raise HvHostError(f"mac={value!r} is no address of an adapter, like 00:15:5d:01:02:03.")
         return {"mac": mac}
     if key == "name":
-        if not _NAME.fullmatch(value):
-            raise HvHostError(f"name={value!r} is no name; use letters, digits, '.', '_', '-'.")
-        return {"name": value}
+        return {"name": check_name(value)}
     if key == "address":
         return {"address": value}
     if key == "queues":

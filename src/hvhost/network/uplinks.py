@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
 from hvhost.network.config import AdapterConfig, Uplink
 from hvhost.network.device import Wire
 from hvhost.network.namespace import open_namespace
+from hvhost.network.passt import PasstWire, start_passt
+from hvhost.network.switch_client import join
 from hvhost.network.wires import DescriptorWire, NoWire, open_tap
 
 #: The kernel's address in a host-only network that names none.
@@ -35,7 +36,10 @@ def plug_in(
     writable: Callable[[], None],
     gone: Callable[[], None],
 ) -> Cable:
-    """The cable that *config* asks for; :class:`HvHostError` when it cannot be had."""
+    """The cable that *config* asks for.
+
+    :class:`hvhost.errors.HvHostError` when it cannot be had.
+    """
 
     def wire_of(descriptor: int) -> DescriptorWire:
         return DescriptorWire(descriptor, loop, readable=readable, writable=writable, gone=gone)
@@ -54,4 +58,14 @@ def plug_in(
             namespace.close()
 
         return Cable(inside, close, namespace.pid)
-    raise HvHostError(f"an adapter cannot be plugged into {config.uplink} yet.")
+    if config.uplink is Uplink.SWITCH:
+        port = wire_of(join(config))
+        return Cable(port, port.close)
+    process, stream = start_passt(config.forwards)
+    nat = PasstWire(stream, loop, readable=readable, writable=writable, gone=gone)
+
+    def end() -> None:
+        nat.close()
+        process.wait()
+
+    return Cable(nat, end)

@@ -1,0 +1,184 @@
+"""``hvhost net``: switches, and the network adapters of machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hvhost.cli.machines import Json, Name
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Virtual switches, and the network adapters of machines.",
+)
+Switch = Annotated[str, typer.Argument(metavar="SWITCH", help="Name of the switch.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Name of the adapter, like net0.")]
+
+
+@app.command()
+def create(
+    switch: Switch,
+    uplink: Annotated[
+        str,
+        typer.Option(
+            metavar="PLUG",
+            help="How the switch reaches further: none, nat, host-only[,address=ADDRESS/LENGTH]"
+            " or tap:NAME.",
+        ),
+    ] = "none",
+) -> None:
+    """Make a virtual switch, into which machines of this computer can be plugged.
+
+    It is a process of its own and lives until it is deleted.
+
+    \b
+    Examples:
+      hvhost net create lan
+      hvhost net create office --uplink tap:tap0
+      hvhost run --guest debian-12 --nic switch:lan,vlan=10
+    """
+    from hvhost.network.config import Uplink, check_name, parse_adapter
+    from hvhost.network.switch_client import SwitchConfig, start
+
+    config = parse_adapter(uplink, name="uplink")
+    if config.uplink is Uplink.SWITCH:
+        raise typer.BadParameter("a switch cannot be plugged into another.")
+    start(SwitchConfig(check_name(switch), None if config.uplink is Uplink.NONE else config))
+
+
+@app.command()
+def delete(switch: Switch) -> None:
+    """End a switch; adapters that were plugged into it lose their link."""
+    from hvhost.network.switch_client import stop
+
+    stop(switch)
+
+
+@app.command("ls")
+def list_switches(json: Json = False) -> None:
+    """List the switches, their ports, and the addresses heard behind each port."""
+    from hvhost.cli import output
+    from hvhost.network.switch_client import info, switch_names
+
+    found = [info(name) for name in switch_names()]
+    if json:
+        output.print_json(found)
+        return
+    for each in found:
+        print(f"{each['name']}  uplink {each['uplink'] or 'none'}, process {each['pid']}")
+        for port in each["ports"]:
+            vlan = f" vlan {port['vlan']}" if port["vlan"] else ""
+            trunk = f" trunk {len(port['trunk'])} vlans" if port["trunk"] else ""
+            print(
+                f"  {port['name']}{vlan}{trunk}{' isolated' if port['isolated'] else ''}:"
+                f" {port['received']} frames in, {port['sent']} out, {port['dropped']} dropped;"
+                f" {', '.join(port['addresses']) or 'no address heard'}"
+            )
+
+
+@app.command()
+def capture(
+    switch: Switch,
+    write: Annotated[
+        Path, typer.Option("--write", "-w", metavar="FILE", help="Where to; - is the output.")
+    ],
+    port: Annotated[
+        str, typer.Option(metavar="PORT", help="Only what comes in on this port.")
+    ] = "",
+) -> None:
+    """Write what passes a switch into a pcap file, until Ctrl-C; Wireshark opens it.
+
+    Frames are written as they come in, before their tags change. A checksum that is not made yet,
+    and segments of 64 KiB, are what machines on one computer hand each other.
+
+    \b
+    Examples:
+      hvhost net capture lan -w lan.pcap
+      hvhost net capture lan -w - | tcpdump -r -
+    """
+    from hvhost.network import switch_client
+
+    with sys.stdout.buffer if str(write) == "-" else write.open("wb") as file:
+        try:
+            count = switch_client.capture(switch, port, file)
+        except KeyboardInterrupt:
+            return
+    print(f"hvhost: the switch ended; {count} frames were written.", file=sys.stderr)
+
+
+@app.command()
+def adapters(name: Name, json: Json = False) -> None:
+    """List a machine's network adapters."""
+    from hvhost.cli import output
+    from hvhost.manager.client import MachineClient
+    from hvhost.manager.network import NetworkClient
+
+    found = NetworkClient(MachineClient(name)).adapters()
+    if json:
+        output.print_json(found)
+        return
+    for each in found:
+        state = "in use" if each.open else "not in use"
+        print(
+            f"{each.name}  {each.current_mac}  {each.plug}, link {'up' if each.link else 'down'},"
+            f" {state}, {each.channels} channels, MTU {each.mtu}: {each.received} frames in,"
+            f" {each.transmitted} out"
+        )
+
+
+@app.command()
+def add(
+    name: Name,
+    plug: Annotated[
+        str, typer.Argument(metavar="PLUG", help="What it is plugged into, as `hvhost run --nic`.")
+    ],
+    adapter: Annotated[str, typer.Option("--name", metavar="ADAPTER", help="Its name.")] = "",
+) -> None:
+    """Give a running machine another network adapter, and print its name.
+
+    \b
+    Examples:
+      hvhost net add demo nat
+      hvhost net add demo switch:lan,trunk=10+20-29 --name trunk0
+    """
+    from hvhost.manager.client import MachineClient
+    from hvhost.manager.network import NetworkClient
+
+    network = NetworkClient(MachineClient(name))
+    taken = {each.name for each in network.adapters()}
+    free = next(f"net{number}" for number in range(len(taken) + 1) if f"net{number}" not in taken)
+    print(network.add(plug, adapter or free).name)
+
+
+@app.command()
+def remove(name: Name, adapter: Adapter) -> None:
+    """Take a network adapter away from a running machine."""
+    from hvhost.manager.client import MachineClient
+    from hvhost.manager.network import NetworkClient
+
+    NetworkClient(MachineClient(name)).remove(adapter)
+
+
+@app.command()
+def link(
+    name: Name,
+    adapter: Adapter,
+    state: Annotated[str, typer.Argument(metavar="up|down", help="Plugged in, or pulled.")],
+) -> None:
+    """Pull an adapter's cable, or plug it in again; the guest notices at once.
+
+    \b
+    Examples:
+      hvhost net link demo net0 down
+      hvhost net link demo net0 up
+    """
+    from hvhost.manager.client import MachineClient
+    from hvhost.manager.network import NetworkClient
+
+    if state not in ("up", "down"):
+        raise typer.BadParameter("say up or down.")
+    NetworkClient(MachineClient(name)).set_link(adapter, state == "up")
