@@ -90,7 +90,7 @@ def _programs(packages: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
         path
         for root in packages
         for base in ("usr/sbin", "sbin", "usr/bin")
-        for pattern in ("hv_*_daemon", "chronyd", "ethtool")
+        for pattern in ("hv_*_daemon", "chronyd", "ethtool", "mke2fs", "resize2fs")
         for path in sorted((root / base).glob(pattern))
     )
     return busybox, daemons

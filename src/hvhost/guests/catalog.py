@@ -19,27 +19,35 @@ class GuestRecipe:
     busybox: str = "busybox-static"
     time_daemon: str = "chrony"
     network_tool: str = "ethtool"
+    disk_tools: str = "e2fsprogs"
     libraries: tuple[str, ...] = ("libc6",)
 
     @property
     def userland(self) -> tuple[str, ...]:
         """What to download besides the kernel."""
-        return (self.daemons, self.busybox, self.time_daemon, self.network_tool, *self.libraries)
+        return (
+            self.daemons,
+            self.busybox,
+            self.time_daemon,
+            self.network_tool,
+            self.disk_tools,
+            *self.libraries,
+        )
 
 
-# What chronyd and ethtool are linked with. Packages got new names when time became 64 bits wide
-# ("t64").
+# What chronyd, ethtool and e2fsprogs are linked with. Packages got new names when time became 64
+# bits wide ("t64").
 _LIBRARIES = (
-    "libc6", "libcap2", "libgmp10", "libidn2-0", "libmnl0", "libp11-kit0",
-    "libseccomp2", "libtasn1-6",
+    "libblkid1", "libc6", "libcap2", "libcom-err2", "libgmp10", "libidn2-0", "libmnl0",
+    "libp11-kit0", "libseccomp2", "libtasn1-6", "libuuid1",
 )  # fmt: skip
-_NETTLE = ("libgnutls30", "libhogweed6", "libnettle8")
-_NETTLE_T64 = ("libgnutls30t64", "libhogweed6t64", "libnettle8t64")
+_RENAMED = ("libext2fs2", "libgnutls30", "libhogweed6", "libnettle8")
+_RENAMED_T64 = ("libext2fs2t64", "libgnutls30t64", "libhogweed6t64", "libnettle8t64")
 _SUITES = (
-    ("debian-11", "Debian 11", "bullseye", (*_NETTLE, "libunistring2", "libffi7")),
-    ("debian-12", "Debian 12", "bookworm", (*_NETTLE, "libunistring2", "libffi8")),
-    ("debian-13", "Debian 13", "trixie", (*_NETTLE_T64, "libunistring5", "libffi8")),
-    ("sid", "Debian sid", "sid", (*_NETTLE_T64, "libunistring5", "libffi8")),
+    ("debian-11", "Debian 11", "bullseye", (*_RENAMED, "libunistring2", "libffi7")),
+    ("debian-12", "Debian 12", "bookworm", (*_RENAMED, "libunistring2", "libffi8")),
+    ("debian-13", "Debian 13", "trixie", (*_RENAMED_T64, "libunistring5", "libffi8")),
+    ("sid", "Debian sid", "sid", (*_RENAMED_T64, "libunistring5", "libffi8")),
 )
 
 DEFAULT_GUEST = "debian-12"
