@@ -56,14 +56,13 @@ def apply(content: bytearray, operations: Iterable[Operation]) -> None:
 
 
 class MemoryFile:
-    """An image file in memory; *flushes* says whether it tells its recorder of them."""
+    """An image file in memory that records what is done to it."""
 
     name = "memory"
 
-    def __init__(self, content: bytearray | bytes = b"", *, deaf: bool = False) -> None:
+    def __init__(self, content: bytearray | bytes = b"") -> None:
         self.content = bytearray(content)
         self.recorded: list[Operation] = []
-        self.deaf = deaf
 
     def _do(self, operation: Operation) -> None:
         self.recorded.append(operation)
@@ -92,9 +91,11 @@ class MemoryFile:
         if offset + length > len(self.content):
             self.truncate(offset + length)
 
+    def may_have_data(self, offset: int, length: int) -> bool:
+        return any(self.content[offset : offset + length])
+
     def flush(self) -> None:
-        if not self.deaf:
-            self._do(Flush())
+        self._do(Flush())
 
     def allocated(self) -> int:
         return len(self.content)

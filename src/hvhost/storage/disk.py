@@ -78,3 +78,10 @@ class Disk(Protocol):
 
     def close(self) -> None:
         """Flush, give the lock back and close the file; harmless when closed already."""
+
+
+class ImageDisk(Disk, Protocol):
+    """A disk in an image file, which knows where it has no data."""
+
+    def may_have_data(self, offset: int, length: int) -> bool:
+        """Whether the range may be something else than zeros; quick, for it reads nothing."""

@@ -47,6 +47,9 @@ class ImageFile(Protocol):
     def reserve(self, offset: int, length: int) -> None:
         """Extend the file over the range and take the storage for it now, where that can be."""
 
+    def may_have_data(self, offset: int, length: int) -> bool:
+        """Whether the range is anything but a hole."""
+
     def flush(self) -> None:
         """Return when all is on stable storage."""
 
@@ -131,6 +134,16 @@ class HostFile:
         end = min(offset + length, self.size())
         for start in range(offset, end, step):
             self.writev(start, zeros(min(step, end - start)))
+
+    def may_have_data(self, offset: int, length: int) -> bool:
+        if self.is_device:
+            return True
+        try:
+            return os.lseek(self._descriptor, offset, os.SEEK_DATA) < offset + length
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
 
     def size(self) -> int:
         return os.lseek(self._descriptor, 0, os.SEEK_END)

@@ -61,6 +61,10 @@ class RawDisk:
         check_range(self.size, offset, buffers)
         self.file.readv(offset, buffers)
 
+    def may_have_data(self, offset: int, length: int) -> bool:
+        """Whether the range may be something else than zeros."""
+        return self.file.may_have_data(offset, length)
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         check_range(self.size, offset, buffers)
         check_writable(self.read_only, self.file.name)

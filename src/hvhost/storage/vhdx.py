@@ -16,7 +16,7 @@ from uuid import UUID
 from hvhost.errors import DiskError
 from hvhost.storage.bounds import check_range, check_writable
 from hvhost.storage.buffers import clear, section
-from hvhost.storage.disk import Disk
+from hvhost.storage.disk import ImageDisk
 from hvhost.storage.file import ImageFile
 from hvhost.storage.space import Space
 from hvhost.storage.vhdx_bitmap import SectorBitmaps
@@ -57,7 +57,7 @@ class VhdxDisk:
         """
         self.file = file
         self.read_only = read_only
-        self.parent: Disk | None = None
+        self.parent: ImageDisk | None = None
         header, slot, notes = read_headers(file)
         replay = read_replay(file, header)
         self.journal = Journal(file, header, slot)
@@ -85,7 +85,7 @@ class VhdxDisk:
         self.next_guid: UUID | None = None
         self._closed = False
 
-    def attach(self, parent: Disk) -> None:
+    def attach(self, parent: ImageDisk) -> None:
         """Take over the disk that this one is the difference to."""
         if parent.logical_sector_size != self.logical_sector_size:
             raise DiskError(f"{self.file.name} and its parent differ in their sector size.")
@@ -156,6 +156,34 @@ class VhdxDisk:
             self._read_parent((block << self._block_shift) + within, buffers, count)
         else:
             clear(buffers)
+
+    def may_have_data(self, offset: int, length: int) -> bool:
+        """Whether the range may be something else than zeros."""
+        for block, within, count in self._blocks(offset, min(length, self._size - offset)):
+            entry = self.table.get(self.index(block))
+            state = entry & STATE_MASK
+            if state == _PARTIAL:
+                return True
+            if state == _FULL and self.file.may_have_data((entry & OFFSET_MASK) + within, count):
+                return True
+            if state == PayloadState.NOT_PRESENT and self.parent is not None:
+                start = (block << self._block_shift) + within
+                if start < self.parent.size and self.parent.may_have_data(start, count):
+                    return True
+        return False
+
+    def own_ranges(self) -> Iterator[tuple[int, int, bool]]:
+        """Offset, length, and whether there is data (or zeros), of what is not the parent's."""
+        for block in range(self.layout.block_count):
+            start, used = block << self._block_shift, self.used(block)
+            state = self.table.get(self.index(block)) & STATE_MASK
+            if state == _PARTIAL:
+                for own, count in self._runs(block, 0, used):
+                    if own:
+                        yield start, count, True
+                    start += count
+            elif state != PayloadState.NOT_PRESENT:
+                yield start, used, state == _FULL
 
     def _read_parent(self, offset: int, buffers: Sequence[memoryview], count: int) -> None:
         if self.parent is None:

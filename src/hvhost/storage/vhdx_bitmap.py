@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hvhost.storage.bits import runs
 from hvhost.storage.vhdx_layout import PAGE, ReplayedFile
 
 _BITS = PAGE * 8
@@ -55,14 +56,7 @@ class SectorBitmaps:
             start = within // 8
             data = self.page(offset)[start : -(-(within + here) // 8)]
             bits = int.from_bytes(data, "little") >> within % 8
-            while here:
-                value = bits & 1
-                # The lowest bit that differs ends the run.
-                other = ~bits if value else bits
-                length = min((other & -other).bit_length() - 1, here) if other else here
-                yield bool(value), length
-                bits >>= length
-                here -= length
+            yield from runs(bits, here)
 
     def put(self, place: int, first: int, count: int, value: bool) -> None:
         """Set or clear bits."""
