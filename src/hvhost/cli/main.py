@@ -11,6 +11,7 @@ import sys
 import typer
 
 from hvhost.cli import (
+    disk,
     doctor,
     drive,
     kvp,
@@ -61,6 +62,7 @@ app.command()(services.services)
 app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
 app.command()(memory.memory)
+app.add_typer(disk.app, name="disk")
 app.add_typer(drive.app, name="drive")
 app.add_typer(net.app, name="net")
 app.command()(doctor.doctor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich import box
@@ -16,6 +17,9 @@ from hvhost.machine.model import CopyProgress, MachineInfo, ServiceInfo
 from hvhost.manager.control import Listing
 from hvhost.manager.doctor import Diagnosis
 from hvhost.units import format_size
+
+if TYPE_CHECKING:
+    from hvhost.storage.operations import DiskInfo
 
 _PIPE_WIDTH = 200
 
@@ -183,8 +187,8 @@ def print_fields(value: object) -> None:
 
 
 @contextmanager
-def copy_progress(label: str) -> Iterator[Callable[[CopyProgress], None]]:
-    """A bar on standard error, where that is a terminal, fed with what is yielded."""
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal, fed with bytes done and bytes in all."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -206,7 +210,14 @@ def copy_progress(label: str) -> Iterator[Callable[[CopyProgress], None]]:
         disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task(Text(label).plain, total=None)
-        yield lambda progress: bar.update(task, completed=progress.copied, total=progress.size)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def copy_progress(label: str) -> Iterator[Callable[[CopyProgress], None]]:
+    """The same for the progress of a copy."""
+    with byte_progress(label) as update:
+        yield lambda progress: update(progress.copied, progress.size)
 
 
 def print_copied(progress: CopyProgress) -> None:
@@ -216,6 +227,27 @@ def print_copied(progress: CopyProgress) -> None:
         f"Copied {format_size(progress.size)} to {progress.destination}"
         f" in {_duration(progress.seconds)} ({rate}/s)."
     )
+
+
+def print_disk(info: DiskInfo) -> None:
+    """The page of ``hvhost disk info``."""
+    grid = Table.grid(padding=(0, 2))
+    user = info.in_use_by
+    rows = [
+        ("file", info.file),
+        ("format", info.format if info.type == info.format else f"{info.format}, {info.type}"),
+        ("size", f"{format_size(info.size)} ({info.size} bytes)"),
+        ("allocated", format_size(info.allocated)),
+        ("block size", "" if info.block_size is None else format_size(info.block_size)),
+        ("sectors", f"{info.logical_sector_size} bytes, physical {info.physical_sector_size}"),
+        ("identifier", info.identifier),
+        ("parent", info.parent or ""),
+        ("in use by", "" if user is None else f"process {user}"),
+    ]
+    for label, value in rows:
+        if value:
+            grid.add_row(Text(label, "dim"), plain(value))
+    print_renderable(grid)
 
 
 def print_services(services: Iterable[ServiceInfo]) -> None:
