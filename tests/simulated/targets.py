@@ -11,6 +11,8 @@ from contextlib import suppress
 
 from hvhost.errors import HvHostError, RemoteProtocolError
 from hvhost.machine.model import KvpPool
+from hvhost.network.frame import segments, unpack_offload
+from hvhost.network.rndis import decode_packet
 from hvhost.services.filecopy import Copy, FileCopy
 from hvhost.services.filecopy_protocol import CopyFlags, parse_target
 from hvhost.services.heartbeat import Heartbeat
@@ -32,6 +34,7 @@ from hvhost.vmbus.protocol import InitiateContact, RequestOffers, decode, encode
 from hvhost.wire import Buffer
 from simulated.devices import Echo, an_offer
 from simulated.driver import GuestService, SimulatedGuest
+from simulated.netvsc import NetvscDriver
 
 
 def _pieces(data: bytes) -> list[bytes]:
@@ -204,3 +207,41 @@ def fuzz_sockets(data: Buffer) -> None:
         device.paused = number % 3 == 1
     guest.server.reset()
     assert sink.over == 1 and len(guest.faults) <= 1
+
+
+def fuzz_network(data: Buffer) -> None:
+    """Pieces of *data* as a guest's packets to its network adapter, ready or not.
+
+    The first byte chooses: started before (1); pieces made RNDIS frames (2) or requests (4); frames
+    of the wire in between (8).
+    """
+    raw = bytes(data)
+    first = raw[0] if raw else 0
+    driver = NetvscDriver(queues=2)
+    if first & 1:
+        driver.start()
+    else:
+        driver.open()
+    for number, piece in enumerate(_pieces(raw[1:])):
+        if driver.guest.faults:
+            break
+        if first & 1 and first & 2 and number % 2:
+            driver.send(piece, section=number % 4)
+        elif first & 1 and first & 4:
+            driver.send_control(piece)
+        else:
+            kinds = (6, 9, 11, 7)
+            driver.channel.write(
+                piece, packet_type=kinds[number % 4], header=bytes(8) if number % 4 else b""
+            )
+        if first & 8:
+            driver.wire.incoming.append(piece)
+            driver.adapter.readable()
+        for packet in driver.channel.read():
+            assert packet.type in (6, 7, 11)
+    driver.guest.server.reset()
+    assert len(driver.guest.faults) <= 1
+    with suppress(HvHostError):
+        decode_packet(raw, len(raw))
+    for segment in segments(raw[10:], unpack_offload(raw.ljust(10, b"\0"))):
+        assert len(segment) <= len(raw)

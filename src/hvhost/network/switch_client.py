@@ -119,9 +119,10 @@ def connect(name: str, hello: Hello) -> tuple[socket.socket, dict[str, Any]]:
     return stream, answer
 
 
-def join(config: AdapterConfig) -> int:
-    """A descriptor of a new port, for an adapter."""
-    hello = Hello("adapter", config.name, config.vlan, config.trunk, config.isolated, config.rate)
+def join(config: AdapterConfig, machine: str) -> int:
+    """A descriptor of a new port, for an adapter of *machine*."""
+    name = f"{machine}/{config.name}"
+    hello = Hello("adapter", name, config.vlan, config.trunk, config.isolated, config.rate)
     stream, _ = connect(config.target, hello)
     stream.setblocking(False)
     enlarge(stream)

@@ -59,7 +59,7 @@ def plug_in(
 
         return Cable(inside, close, namespace.pid)
     if config.uplink is Uplink.SWITCH:
-        port = wire_of(join(config))
+        port = wire_of(join(config, directory.name))
         return Cable(port, port.close)
     process, stream = start_passt(config.forwards)
     nat = PasstWire(stream, loop, readable=readable, writable=writable, gone=gone)

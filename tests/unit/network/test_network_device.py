@@ -1,0 +1,370 @@
+"""The adapter against a simulated driver: what a good guest does, and each thing a bad one can."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+
+from hvhost.network import frame
+from hvhost.network.toeplitz import toeplitz
+from hvhost.vmbus.channel import ChannelState
+from hvhost.vmbus.protocol import RelidReleased, RescindChannelOffer
+from simulated.frames import ethernet, sums_are_right, tcp
+from simulated.netvsc import MAC, NO_OFFLOAD, PEER, NetvscDriver, nvsp, rndis_packet
+
+BROADCAST = b"\xff" * 6
+KEY = bytes.fromhex(
+    "6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa"
+)
+
+
+def started(**how: bool | int) -> NetvscDriver:
+    driver = NetvscDriver(
+        queues=int(how.pop("queues", 1)), may_spoof=bool(how.pop("may_spoof", False))
+    )
+    driver.start(**how)  # type: ignore[arg-type] # mtu, merging
+    return driver
+
+
+def incoming(data: bytes, offload: frame.Offload = frame.NOTHING) -> bytes:
+    return offload.pack() + data
+
+
+def test_a_frame_each_way() -> None:
+    driver = started()
+    out = ethernet(0x1234, os.urandom(60))
+    transaction = driver.send(rndis_packet(out))
+    assert driver.wire.sent == [NO_OFFLOAD + out]
+    driver.read()
+    assert driver.completed[-1] == transaction
+    back = ethernet(0x1234, os.urandom(1000), to=MAC, sender=PEER)
+    driver.wire.incoming.append(incoming(back))
+    (received,) = driver.pull()
+    assert (received.data, received.infos) == (back, {})
+    assert driver.adapter.state.counters.received == 1
+
+
+@pytest.mark.parametrize("version", [0x2, 0x30002, 0x40000, 0x50000, 0x60000, 0x60001])
+def test_every_version(version: int) -> None:
+    driver = NetvscDriver()
+    driver.open()
+    assert driver.negotiate(0x70000) == 0
+    assert driver.negotiate(version) == version
+
+
+def test_what_linux_asks_for() -> None:
+    driver = started(queues=4)
+    assert driver.query(0x01010101) == (0, MAC)
+    assert driver.query(0x00010114) == (0, bytes(4))
+    assert driver.query(0x00010106) == (0, struct.pack("<I", 1500))
+    assert driver.query(0x00020216)[1].decode("utf-16-le") == "net0"
+    _, rss = driver.query(0x00010203, struct.pack("<BBH", 0x88, 2, 18).ljust(18, b"\0"))
+    assert struct.unpack("<BBHIIIH", rss)[5:] == (4, 128)
+    for revision, size in ((1, 112), (2, 144), (3, 156)):
+        question = struct.pack("<BBH", 0xA7, revision, size).ljust(size, b"\0")
+        status, caps = driver.query(0xFC01020D, question)
+        assert (status, len(caps)) == (0, size)
+        assert struct.unpack_from("<BBH", caps) == (0xA7, revision, size)
+    assert caps[144:146] == b"\1\1"  # RSC for both
+    assert driver.query(0x12345678) == (0xC00000BB, b"")
+
+
+def test_aggregated_messages_are_frames_of_their_own() -> None:
+    driver = started()
+    frames = [ethernet(0x1234, bytes([number]) * 52) for number in range(8)]
+    driver.send(*(rndis_packet(each) for each in frames), section=3)
+    assert driver.wire.sent == [NO_OFFLOAD + each for each in frames]
+    driver.read()
+    assert len(driver.completed) == len(set(driver.completed))
+
+
+def test_checksum_requests_are_left_to_the_wire() -> None:
+    driver = started()
+    for ipv6, protocol, bits, field in ((0, 6, 0x5, 16), (1, 6, 0x6, 16), (1, 17, 0xA, 6)):
+        data = tcp(b"hello", ipv6=bool(ipv6), protocol=protocol, good=False)
+        start = 54 if ipv6 else 34
+        driver.send(rndis_packet(data, (0, bits | start << 16)))
+        offload = frame.unpack_offload(driver.wire.sent[-1])
+        assert (offload.flags, offload.csum_start, offload.csum_offset) == (1, start, field)
+
+
+def test_a_checksum_outside_the_frame_is_not_sent() -> None:
+    driver = started()
+    driver.send(rndis_packet(tcp(b""), (0, 0x5 | 1000 << 16)))
+    assert driver.wire.sent == [] and driver.adapter.state.counters.transmit_errors == 1
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+@pytest.mark.parametrize("vlan", [None, 0x7B0])  # VLAN 123
+def test_a_large_send_is_made_whole_and_stays_whole(ipv6: bool, vlan: int | None) -> None:
+    driver = started()
+    payload = os.urandom(60_000)
+    whole = tcp(payload, ipv6=ipv6, good=False)
+    data = bytearray(whole)
+    if ipv6:
+        data[18:20] = bytes(2)
+    else:
+        data[16:18] = data[24:26] = bytes(2)
+    start = 54 if ipv6 else 34
+    infos = [(2, 1460 | start << 20 | 1 << 30 | ipv6 << 31)]
+    if vlan is not None:
+        infos.append((6, vlan))
+    driver.send_pages_of(rndis_packet(bytes(data), *infos))
+    (sent,) = driver.wire.sent
+    offload = frame.unpack_offload(sent)
+    moved = 0 if vlan is None else 4
+    assert offload.gso_type == (4 if ipv6 else 1) and offload.gso_size == 1460
+    assert offload.csum_start == start + moved and offload.hdr_len == start + 20 + moved
+    if vlan is not None:
+        assert sent[22:26] == bytes.fromhex("8100007b")
+    pieces = list(
+        frame.segments(sent[10:22] + sent[22 + moved :], offload._replace(csum_start=start))
+    )
+    assert all(sums_are_right(bytes(piece)) for piece in pieces)
+    assert b"".join(bytes(piece[start + 20 :]) for piece in pieces) == payload
+
+
+def test_a_frame_from_another_address_is_dropped() -> None:
+    driver = started()
+    driver.send(rndis_packet(ethernet(0x1234, bytes(50), sender=PEER)))
+    assert driver.wire.sent == [] and driver.adapter.state.counters.spoofed == 1
+    allowed = started(may_spoof=True)
+    allowed.send(rndis_packet(ethernet(0x1234, bytes(50), sender=PEER)))
+    assert len(allowed.wire.sent) == 1
+
+
+@pytest.mark.parametrize(("may_spoof", "status"), [(False, 0xC0000001), (True, 0)])
+def test_the_guest_changes_its_address_if_it_may(may_spoof: bool, status: int) -> None:
+    driver = started(may_spoof=may_spoof)
+    name, value = "NetworkAddress".encode("utf-16-le"), "00155dffffff".encode("utf-16-le")
+    head = struct.pack("<IIIII", 20, len(name), 2, 20 + len(name), len(value))
+    assert driver.set(0x1021B, head + name + value) == status
+    assert (driver.adapter.state.mac == bytes.fromhex("00155dffffff")) is may_spoof
+
+
+def test_filters() -> None:
+    driver = started()
+    frames = {
+        0x01: ethernet(0x1234, bytes(50), to=MAC, sender=PEER),
+        0x08: ethernet(0x1234, bytes(50), to=BROADCAST, sender=PEER),
+        0x04: ethernet(0x1234, bytes(50), to=bytes.fromhex("333300000001"), sender=PEER),
+        0x20: ethernet(0x1234, bytes(50), to=PEER, sender=PEER),
+    }
+    for chosen in (*frames, 0x0D):
+        driver.set(0x1010E, struct.pack("<I", chosen))
+        driver.wire.incoming.extend(incoming(each) for each in frames.values())
+        expected = [each for bit, each in frames.items() if chosen & (bit | 0x20)]
+        assert [each.data for each in driver.pull()] == expected
+
+
+def test_a_tag_comes_as_information() -> None:
+    driver = started()
+    data = ethernet(0x1234, os.urandom(300), to=MAC, sender=PEER)
+    tagged = data[:12] + bytes.fromhex("8100a07b") + data[12:]  # priority 5, VLAN 123
+    driver.wire.incoming.append(incoming(tagged))
+    (received,) = driver.pull()
+    assert received.data == data and received.infos == {6: 5 | 123 << 4}
+
+
+def test_unmade_sums_are_vouched_for_and_bad_ones_are_not() -> None:
+    driver = started()
+    data = tcp(b"x" * 100, good=False, to=MAC, sender=PEER)
+    unmade = frame.Offload(flags=1, csum_start=34, csum_offset=16)
+    driver.wire.incoming += [incoming(data, unmade), incoming(data)]
+    first, second = driver.pull()
+    assert first.infos == {0: 1 << 3} and second.infos == {}
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_merged_segments_come_whole(ipv6: bool) -> None:
+    driver = started()
+    data = tcp(os.urandom(64_000), ipv6=ipv6, to=MAC, sender=PEER)
+    start = 54 if ipv6 else 34
+    offload = frame.Offload(1, 4 if ipv6 else 1, start + 20, 1460, start, 16)
+    driver.wire.incoming.append(incoming(data, offload))
+    (received,) = driver.pull()
+    assert received.data == data and received.fragments == 4
+    assert received.infos == {0: 1 << 3, 0x80000001: received.infos[0x80000001]}
+    assert driver.adapter.state.counters.merged == 1
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_a_guest_that_does_not_merge_gets_segments(ipv6: bool) -> None:
+    driver = started(merging=False)
+    payload = os.urandom(20_000)
+    data = bytearray(tcp(payload, ipv6=ipv6, to=MAC, sender=PEER, good=False))
+    start = 54 if ipv6 else 34
+    where = frame.parse(bytes(data))
+    assert where is not None
+    frame.set_pseudo_checksum(data, where, len(data))
+    offload = frame.Offload(1, 4 if ipv6 else 1, start + 20, 1400, start, 16)
+    driver.wire.incoming.append(incoming(bytes(data), offload))
+    received = driver.pull()
+    assert len(received) == 15 and all(sums_are_right(each.data) for each in received)
+    assert b"".join(each.data[start + 20 :] for each in received) == payload
+
+
+def test_a_frame_larger_than_the_mtu_is_dropped() -> None:
+    driver = started()
+    driver.wire.incoming.append(incoming(ethernet(0x1234, bytes(1501), to=MAC)))
+    assert driver.pull() == []
+    jumbo = started(mtu=9000)
+    data = ethernet(0x1234, os.urandom(9000), to=MAC)
+    jumbo.wire.incoming.append(incoming(data))
+    assert [each.data for each in jumbo.pull()] == [data]
+
+
+def test_flows_land_on_the_channel_that_the_hash_says() -> None:
+    driver = started(queues=4)
+    assert driver.open_subchannels(3) == 3 and len(driver.channels) == 4
+    assert driver.send_table == [number % 4 for number in range(16)]
+    table = [number * 7 % 4 for number in range(128)]
+    assert driver.set_rss(table, KEY) == 0
+    for port in range(40):
+        data = tcp(b"flow", ports=(5000 + port, 80), to=MAC, sender=PEER)
+        driver.wire.incoming.append(incoming(data))
+    received = driver.pull()
+    assert {each.channel for each in received} == {0, 1, 2, 3}
+    for each in received:
+        value = toeplitz(KEY, each.data[26:38])
+        assert each.channel == table[value & 127] and each.infos == {8: value}
+
+
+def test_a_table_of_channels_that_do_not_exist_is_refused() -> None:
+    driver = started(queues=2)
+    driver.open_subchannels(1)
+    assert driver.set_rss([2] * 128, KEY) == 0xC0010015
+    assert driver.set_rss([1] * 128, KEY) == 0
+
+
+def test_closing_the_first_channel_takes_the_others_along() -> None:
+    driver = started(queues=4)
+    driver.open_subchannels(3)
+    for relid in (2, 3, 4):
+        driver.guest.close(relid)
+    driver.guest.close(1)
+    messages = [message for _, message in driver.guest.port.messages]
+    rescinded = [each.child_relid for each in messages if isinstance(each, RescindChannelOffer)]
+    assert rescinded == [2, 3, 4]
+    for relid in rescinded:
+        driver.guest.post(RelidReleased(relid))
+    driver.open()
+    driver.negotiate()
+    assert driver.guest.faults == [] and not driver.adapter.state.initialized
+
+
+def test_link_down_and_up() -> None:
+    driver = started()
+    driver.adapter.set_link(False)
+    assert driver.wire.watching == (False, False)
+    driver.send(rndis_packet(ethernet(0x1234, bytes(50))))
+    assert driver.wire.sent == []
+    driver.adapter.set_link(True)
+    driver.read()
+    statuses = [struct.unpack_from("<I", each, 8)[0] for each in driver.indications]
+    assert statuses == [0x4001000C, 0x4001000B] and driver.wire.watching == (True, False)
+
+
+def test_a_wire_that_is_full_holds_the_guest_back() -> None:
+    driver = started()
+    driver.wire.takes = 2
+    data = [ethernet(0x1234, bytes([number]) * 50) for number in range(5)]
+    sent = [driver.send(rndis_packet(each), section=number) for number, each in enumerate(data)]
+    driver.read()
+    assert len(driver.wire.sent) == 2 and driver.completed[-2:] == sent[:2]
+    assert driver.wire.watching == (True, True)
+    driver.wire.takes = 100
+    later: list[object] = []
+    driver.adapter.process_later = later.append
+    driver.adapter.writable()
+    driver.guest.server.channels[0].process()
+    driver.read()
+    assert [each[10:] for each in driver.wire.sent] == data and later
+    assert sorted(driver.completed[-5:]) == sent and driver.wire.watching == (True, False)
+
+
+def test_a_guest_that_gives_nothing_back_gets_nothing_more() -> None:
+    driver = started()
+    for _ in range(200):
+        driver.wire.incoming.append(incoming(ethernet(0x1234, bytes(60), to=MAC)))
+    while driver.adapter.readable():
+        driver.read(complete=False)
+    driver.read(complete=False)
+    assert driver.wire.watching == (False, False) and len(driver.wire.incoming) > 100
+    assert len(driver.frames) == driver.sections - 5
+
+
+# What a guest must not do; each faults its channel, in one sentence.
+
+
+def fault_of(driver: NetvscDriver) -> str:
+    (fault,) = driver.guest.faults
+    assert driver.guest.server.channels[0].state is ChannelState.FAULTED
+    return fault
+
+
+def test_completing_twice() -> None:
+    driver = started()
+    driver.wire.incoming.append(incoming(ethernet(0x1234, bytes(60), to=MAC)))
+    driver.adapter.readable()
+    driver.read()
+    driver.channel.write(struct.pack("<II", 108, 1), packet_type=11, transaction_id=3)
+    assert "not under way" in fault_of(driver)
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (nvsp(107, 0, 5000, 100), "section 5000 of 21"),
+        (nvsp(107, 0, 0, 6145), "6145 bytes of section 0"),
+        (nvsp(104, 0x999, 0), "second send buffer"),
+        (nvsp(101, 0x999, 0xCAFE), "second receive buffer"),
+        (nvsp(1, 0x60001, 0x60001), "anew with its buffers lent"),
+        (nvsp(133, 2, 1), "sub-channels"),
+        (nvsp(999), "message 999 is unknown"),
+        (b"\x6b\0\0\0\0\0\0\0", "announced in 8 bytes"),
+    ],
+)
+def test_messages_that_cannot_be(message: bytes, sentence: str) -> None:
+    driver = started()
+    driver.tell(message)
+    assert sentence in fault_of(driver)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "sentence"),
+    [
+        (0, 9, "type 0x9"),
+        (4, 20, "packet of 20 bytes"),
+        (4, 5000, "packet of 5000 bytes"),
+        (8, 4, "data at 4"),
+        (8, 0xFFFFFFF0, "data at"),
+        (12, 0xFFFFFFFF, "4294967295 bytes of data"),
+        (20, 8, "out-of-band"),
+        (28, 1000, "leaves the message"),
+        (32, 0xFFFFFFFF, "per-packet information"),
+        (44, 0, "of 0 bytes"),
+        (44, 100, "of 100 bytes"),
+        (52, 99, "value at 99"),
+        (52, 16, "cut short"),
+    ],
+)
+def test_messages_whose_inside_is_outside(position: int, value: int, sentence: str) -> None:
+    driver = started()
+    message = bytearray(rndis_packet(ethernet(0x1234, bytes(60)), (6, 0x10)))
+    struct.pack_into("<I", message, position, value)
+    driver.send(bytes(message))
+    assert sentence in fault_of(driver)
+    assert driver.wire.sent == []
+
+
+def test_a_flood_of_questions_without_taking_answers() -> None:
+    driver = started()
+    for number in range(200):
+        driver.send_control(struct.pack("<7I", 4, 28, number, 0x10114, 0, 20, 0))
+        for packet in driver.channel.read():
+            assert packet.type in (7, 11)
+    assert "takes no answers" in fault_of(driver)
+    assert driver.adapter.state.version is None

@@ -1,0 +1,98 @@
+"""Checksums, segments and hashes, against what [RFC 1071] and Microsoft's examples say."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvhost.network import frame, rndis
+from hvhost.network.ndis import HASH_IPV4, HASH_IPV6, HASH_TCP_IPV4, HASH_TCP_IPV6
+from hvhost.network.toeplitz import hash_input, toeplitz
+from simulated.frames import ethernet, ones_sum, sums_are_right, tcp
+
+KEY = bytes.fromhex(
+    "6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa"
+)
+
+
+@given(st.binary(max_size=64), st.binary(max_size=63))
+def test_the_sum_is_that_of_words_added_one_by_one(first: bytes, second: bytes) -> None:
+    first += bytes(len(first) & 1)
+    assert frame.checksum(first, second) == ones_sum(first + second)
+
+
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 1460),
+    st.booleans(),
+    st.sampled_from([6, 17]),
+    st.integers(0, 0xFFFFFFFF),
+)
+def test_segments_are_whole_frames_that_make_up_the_large_one(
+    length: int, size: int, ipv6: bool, protocol: int, sequence: int
+) -> None:
+    payload = os.urandom(length)
+    data = tcp(payload, ipv6=ipv6, protocol=protocol, sequence=sequence, flags=0x99)
+    start = 54 if ipv6 else 34
+    kind = frame.GSO_UDP_L4 if protocol == 17 else frame.GSO_TCPV6 if ipv6 else frame.GSO_TCPV4
+    pieces = list(frame.segments(data, frame.Offload(1, kind, 0, size, start, 16)))
+    assert len(pieces) == -(-length // size)
+    header = start + (20 if protocol == 6 else 8)
+    assert b"".join(bytes(piece[header:]) for piece in pieces) == payload
+    assert all(sums_are_right(bytes(piece)) for piece in pieces)
+    if protocol == 6:
+        offset = start + 4
+        numbers = [int.from_bytes(piece[offset : offset + 4], "big") for piece in pieces]
+        expected = [sequence + size * number & 0xFFFFFFFF for number in range(len(pieces))]
+        assert numbers == expected
+        flags = [piece[start + 13] for piece in pieces]
+        assert flags[-1] & 0x09 and not any(each & 0x09 for each in flags[:-1])
+        assert flags[0] & 0x80 and not any(each & 0x80 for each in flags[1:])
+
+
+@given(st.binary(max_size=200), st.tuples(*[st.integers(0, 255)] * 2, *[st.integers(0, 200)] * 4))
+def test_no_offload_header_makes_it_fail(data: bytes, words: tuple[int, ...]) -> None:
+    for piece in frame.segments(data, frame.Offload._make(words)):
+        assert len(piece) <= len(data)
+
+
+@given(st.binary(max_size=160))
+def test_no_frame_makes_the_parser_fail(data: bytes) -> None:
+    where = frame.parse(data)
+    assert where is None or where.payload <= len(data)
+    hash_input(data, 0xFF00)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "ports", "with_ports", "without"),
+    [
+        ("420995bb", "a18e6450", (2794, 1766), 0x51CCC178, 0x323E8FC2),
+        ("c75c6f02", "41458c53", (14230, 4739), 0xC626B0EA, 0xD718262A),
+        ("1813c65f", "0c16cfb8", (12898, 38024), 0x5C2B394A, 0xD2D0A5DE),
+    ],
+)
+def test_the_hash_is_toeplitz(
+    source: str, target: str, ports: tuple[int, int], with_ports: int, without: int
+) -> None:
+    """Microsoft's "Verifying the RSS hash calculation"."""
+    addresses = bytes.fromhex(source + target)
+    data = addresses + ports[0].to_bytes(2, "big") + ports[1].to_bytes(2, "big")
+    assert toeplitz(KEY, data) == with_ports and toeplitz(KEY, addresses) == without
+
+
+def test_what_is_hashed() -> None:
+    every = HASH_IPV4 | HASH_TCP_IPV4 | HASH_IPV6 | HASH_TCP_IPV6
+    assert len(hash_input(tcp(b""), every)) == 12
+    assert len(hash_input(tcp(b"", protocol=17), every)) == 8
+    assert len(hash_input(tcp(b"", ipv6=True), every)) == 36
+    assert len(hash_input(tcp(b"", ipv6=True, protocol=17), every)) == 32
+    assert hash_input(tcp(b""), HASH_IPV6) == b""
+    assert hash_input(ethernet(0x0806, bytes(50)), every) == b""
+
+
+@given(st.integers(0, 0xFFFF))
+def test_tags_survive_being_information(tag: int) -> None:
+    assert rndis.tag_of_info(rndis.info_of_tag(tag)) == tag
