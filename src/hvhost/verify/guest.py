@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
     CopyProgress,
+    MachineConfig,
     MachineEvent,
     MachineInfo,
     ProcessorInfo,
     ShutdownAction,
 )
+from hvhost.memory.report import MemoryInfo
+from hvhost.memory.settings import DynamicMemory
 from hvhost.sockets.protocol import Service
-from hvhost.verify.services import Services
+from hvhost.verify.services import Drives, Services
 
 
 class RowFailed(HvHostError):  # noqa: N818 — an outcome, not an accident
@@ -45,6 +48,25 @@ class CommandResult:
 
     status: int
     output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a row needs of its machine beyond what the user chose; sizes in bytes."""
+
+    memory: int | None = None
+    dynamic_memory: DynamicMemory | None = None
+    low_mmio: int | None = None
+    high_mmio: int | None = None
+
+    def apply(self, config: MachineConfig) -> MachineConfig:
+        """*config*, with what is set here in place of its own."""
+        named = ("memory", "dynamic_memory", "low_mmio", "high_mmio")
+        given = {name: getattr(self, name) for name in named}
+        return replace(config, **{key: each for key, each in given.items() if each is not None})
+
+
+ANY_SHAPE = Shape()
 
 
 class Probe(Protocol):
@@ -79,6 +101,14 @@ class Probe(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class MemoryControl(Protocol):
+    """What :class:`hvhost.manager.memory.MemoryClient` does."""
+
+    def info(self) -> MemoryInfo: ...
+
+    def set(self, size: int) -> MemoryInfo: ...
 
 
 class Machine(Protocol):
@@ -135,6 +165,23 @@ class Machine(Protocol):
     @property
     def services(self) -> Services:
         """Time and key-value pairs."""
+        ...
+
+    @property
+    def drives(self) -> Drives:
+        """Disks and DVD drives."""
+        ...
+
+    @property
+    def memory(self) -> MemoryControl:
+        """The machine's memory: see, set, change its limits."""
+        ...
+
+    def memory_held(self) -> int:
+        """Bytes that the host's kernel says it holds for the guest's memory.
+
+        In the rig, those of the file that the memory of all its machines lies in.
+        """
         ...
 
     def vp_seconds(self) -> float | None:
@@ -205,7 +252,7 @@ class PreparedGuest(Protocol):
         """Hyper-V daemons that the distribution ships for this guest."""
         ...
 
-    def start(self, *, verbose: bool) -> Machine:
+    def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
         """Start a machine of it; :class:`HvHostError` when the host cannot.
 
         *verbose* puts the whole kernel log on the console, which costs time.

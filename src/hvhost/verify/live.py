@@ -32,9 +32,12 @@ from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.directory import MachineDirectory
 from hvhost.manager.launcher import Worker, launch
+from hvhost.manager.memory import MemoryClient
+from hvhost.manager.storage import DriveClient
 from hvhost.paths import runtime_dir
 from hvhost.sockets.protocol import Service, listen_name, service_id
-from hvhost.verify.guest import CommandResult, Machine, Modules, Probe
+from hvhost.units import KIB
+from hvhost.verify.guest import ANY_SHAPE, CommandResult, Machine, Modules, Probe, Shape
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.services import Services
 
@@ -50,6 +53,7 @@ _DRIVER_SECONDS = 20.0
 _ENDING_SECONDS = 3.0
 _TIMES = (13, 14)  # utime and stime
 _GUEST_TIME = 42
+_RIG_MEMORY, _BLOCK = "/memfd:hvhost-rig", 512
 _UCRED = struct.Struct("=iII")
 
 
@@ -330,6 +334,23 @@ class LiveMachine:
     def services(self) -> Services:
         return self._client
 
+    @property
+    def drives(self) -> DriveClient:
+        return DriveClient(self._client)
+
+    @property
+    def memory(self) -> MemoryClient:
+        return MemoryClient(self._client)
+
+    def memory_held(self) -> int:
+        process = Path(f"/proc/{self._worker.process.pid}")
+        for link in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).startswith(_RIG_MEMORY):
+                    return link.stat().st_blocks * _BLOCK
+        status = (process / "status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * KIB
+
     def vp_seconds(self) -> float | None:
         if self.info().transport != Transport.LOCAL:
             return emulator_seconds(runtime_dir("rig") / "rig.sock")
@@ -414,17 +435,21 @@ class LiveGuest:
     def daemons(self) -> frozenset[str]:
         return frozenset(self.images.daemons)
 
-    def start(self, *, verbose: bool) -> Machine:
+    def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
         return LiveMachine(
-            define(
-                kernel=self.images.kernel,
-                initrd=self.images.initrd,
-                command_line=" ".join(
-                    filter(None, (COMMAND_LINE, "" if verbose else "quiet", self.options.append))
-                ),
-                cpus=self.options.cpus,
-                memory=self.options.memory,
-                transport=self.options.transport,
+            shape.apply(
+                define(
+                    kernel=self.images.kernel,
+                    initrd=self.images.initrd,
+                    command_line=" ".join(
+                        filter(
+                            None, (COMMAND_LINE, "" if verbose else "quiet", self.options.append)
+                        )
+                    ),
+                    cpus=self.options.cpus,
+                    memory=self.options.memory,
+                    transport=self.options.transport,
+                )
             ),
             self.progress,
         )

@@ -24,7 +24,7 @@ from hvhost.machine.model import (
     Transport,
 )
 from hvhost.verify.diagnose import Sighting, explain, kernel_panic
-from hvhost.verify.guest import Machine, PreparedGuest, Probe, RowFailed
+from hvhost.verify.guest import ANY_SHAPE, Machine, PreparedGuest, Probe, RowFailed, Shape
 from hvhost.verify.sysfs import GuestDevice, read_devices
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ class Session:
         self._machine: Machine | None = None
         self._probe: Probe | None = None
         self._state = GuestState.NONE
+        self._shape = ANY_SHAPE
         self._heard = 0
         self._hung_at: Sequence[ProcessorInfo] = ()
         self._owner = get_ident()
@@ -128,13 +129,16 @@ class Session:
 
     # States a row can ask for.
 
-    def running(self) -> Probe:
-        """A guest in user space on a bus, with the probe answering.
+    def running(self, shape: Shape = ANY_SHAPE) -> Probe:
+        """A guest in user space on a bus, with the probe answering, in a machine of that *shape*.
 
         :class:`BootFailed` with the finding when the guest does not come up.
         """
         if self._owner != get_ident():
             raise RowFailed("this row's time is up; its guest was taken away.")
+        if shape != self._shape:
+            self.drop()
+            self._shape = shape
         if self._state is GuestState.RUNNING and self._probe is not None:
             if self._probe.answers(self.timing.silence):
                 return self._probe
@@ -142,7 +146,7 @@ class Session:
             self.spoil()
         if self._machine is None:
             self.step("starting the guest")
-            self._machine = self.guest.start(verbose=self.verbose)
+            self._machine = self.guest.start(verbose=self.verbose, shape=shape)
             self.machines.append(self._machine)
             self._heard = 0
             mark = 0

@@ -34,7 +34,7 @@ from hvhost.verify.contract import (
     Row,
     vmbus_alias,
 )
-from hvhost.verify.guest import CommandResult, Machine, Probe
+from hvhost.verify.guest import ANY_SHAPE, CommandResult, Machine, MemoryControl, Probe, Shape
 from hvhost.verify.results import RowResult
 from hvhost.verify.rows import PROOFS
 from hvhost.verify.session import Timing
@@ -47,8 +47,9 @@ INSTANCES = {
     HV_TS_GUID: "2dd1ce17-079e-403c-b352-a1921ee207ee",
     HV_KVP_GUID: "242ff919-07db-4180-9c2e-b86cb68c8c55",
 }
-# The other two speak through real sockets with the real probe: tests/guest has them.
-SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in ("file-copy", "hvsocket"))
+# Others speak through real sockets with the real probe, or need a guest's real memory.
+_UNSCRIPTED = ("file-copy", "hvsocket", "memory-resize", "hot-add", "ballooning")
+SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in _UNSCRIPTED)
 HEARTBEAT_CHANNEL = 2
 TIMESYNC_CHANNEL = 3
 UNBOUND = {
@@ -94,6 +95,7 @@ class ScriptedGuest:
         self.cpus = cpus
         self.machines: list[ScriptedMachine] = []
         self.verbose: list[bool] = []
+        self.shapes: list[Shape] = []
         self._modules = modules or full_modules()
 
     @property
@@ -112,7 +114,8 @@ class ScriptedGuest:
     def release(self) -> str:
         return RELEASE
 
-    def start(self, *, verbose: bool) -> Machine:
+    def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
+        self.shapes.append(shape)
         self.verbose.append(verbose)
         if "no-start" in self.faults:
             raise HvHostError("no KVM here; run hvhost doctor.")
@@ -124,6 +127,13 @@ class ScriptedGuest:
 
 
 class ScriptedMachine:
+    @property
+    def memory(self) -> MemoryControl:
+        raise NotImplementedError("memory is not scripted")
+
+    def memory_held(self) -> int:
+        raise NotImplementedError("memory is not scripted")
+
     def connect(self, service: Service, timeout: float) -> socket.socket:
         raise NotImplementedError("sockets are not scripted")
 

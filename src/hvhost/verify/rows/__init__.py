@@ -11,15 +11,21 @@ from dataclasses import dataclass
 
 from hvhost.verify.rows import (
     accurate_time,
+    fibre_channel,
     filecopy,
     heartbeat,
     hvsocket,
     kvp,
     lsvmbus,
+    memory,
     nmi,
     shutdown,
     smp,
+    storage,
     time_sync,
+    trim,
+    vhdx_resize,
+    wwn,
 )
 from hvhost.verify.session import Session
 
@@ -44,6 +50,14 @@ PROOFS: tuple[Proof, ...] = (
     Proof("accurate-time", accurate_time.prove, 300.0),
     Proof("file-copy", filecopy.prove, 300.0),
     Proof("hvsocket", hvsocket.prove, 300.0),
+    Proof("memory-resize", memory.prove_memory_resize, 420.0),
+    Proof("hot-add", memory.prove_hot_add, 420.0),
+    Proof("ballooning", memory.prove_ballooning, 420.0),
+    Proof("storage", storage.prove, 300.0),
+    Proof("trim", trim.prove, 300.0),
+    Proof("vhdx-resize", vhdx_resize.prove, 300.0),
+    Proof("fibre-channel", fibre_channel.prove, 300.0),
+    Proof("wwn", wwn.prove, 300.0),
     Proof("heartbeat", heartbeat.prove, 420.0),
     Proof("nmi", nmi.prove, 300.0),
     Proof("shutdown", shutdown.prove, 420.0),

@@ -1,0 +1,264 @@
+"""``hot-add``, ``ballooning``, ``memory-resize``: a guest's memory, as it sees it, and the host.
+
+What the guest has is its own ``MemTotal``; what the host gave is what the host's kernel says of
+the file that the memory lies in (``st_blocks``), or of the worker's anonymous memory. Pressure is
+made by a program in the guest that fills so much memory and holds it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hvhost.errors import HvHostError
+from hvhost.memory.report import MemoryInfo
+from hvhost.memory.settings import DynamicMemory
+from hvhost.units import KIB, MIB
+from hvhost.verify.contract import HV_DM_GUID
+from hvhost.verify.guest import Probe, RowFailed, Shape
+from hvhost.verify.session import Session
+from hvhost.verify.sysfs import read_devices
+
+DYNAMIC = Shape(memory=512 * MIB, dynamic_memory=DynamicMemory(256 * MIB, 1024 * MIB))
+
+TOLERANCE = 4 * MIB
+"""Between a change of memory as the host counts it and as the guest's ``MemTotal`` shows it."""
+
+_DELAY = "/sys/module/hv_balloon/parameters/pressure_report_delay"
+_ONLINE = "/sys/devices/system/memory/auto_online_blocks"
+_DRIVER_SECONDS = 30.0
+_CHANGE_SECONDS = 90.0
+_STEP = 128 * MIB
+_ODD = 77 * MIB
+_FLOOR_SHARE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The guest's account and the host's at one moment, in bytes."""
+
+    total: int
+    available: int
+    held: int
+    info: MemoryInfo
+
+    def __str__(self) -> str:
+        return (
+            f"the guest's MemTotal {_mib(self.total)}, MemAvailable {_mib(self.available)}; "
+            f"assigned {_mib(self.info.assigned)}, held by the host {_mib(self.held)}"
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"
+
+
+def look(session: Session, probe: Probe) -> Seen:
+    """Both sides' numbers now."""
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", probe.read("/proc/meminfo"), re.M))
+    return Seen(
+        int(meminfo["MemTotal"]) * KIB,
+        int(meminfo["MemAvailable"]) * KIB,
+        session.machine.memory_held(),
+        session.machine.memory.info(),
+    )
+
+
+def prepare(session: Session, probe: Probe) -> None:
+    """A guest whose driver reports, and that uses what is added by itself."""
+    for device in read_devices(probe):
+        if device.interface_type == HV_DM_GUID and device.driver is None:
+            raise RowFailed("no driver of the guest bound to the dynamic memory device")
+    session.step("waiting for the guest's first memory report")
+    await_memory(session, lambda info: info.driver == "ready", _DRIVER_SECONDS, "a memory driver")
+    probe.write(_DELAY, "0")  # by itself it waits 45 seconds before it reports
+    probe.write(_ONLINE, "online")
+    await_memory(session, lambda info: info.demand is not None, _DRIVER_SECONDS, "a report")
+
+
+def await_memory(
+    session: Session, suits: Callable[[MemoryInfo], bool], seconds: float, what: str
+) -> MemoryInfo:
+    """The machine's memory once it suits; :class:`RowFailed` if *what* does not come in time."""
+    deadline = time.monotonic() + seconds
+    while not suits(info := session.machine.memory.info()):
+        if time.monotonic() > deadline:
+            raise RowFailed(
+                f"{what} did not come within {seconds:.0f} seconds",
+                [
+                    f"assigned {_mib(info.assigned)}, demand {info.demand}, driver {info.driver}, "
+                    f"{info.work}; {info.problem or 'no problem'}"
+                ],
+            )
+        time.sleep(session.timing.poll)
+    return info
+
+
+class Hog:
+    """A program in the guest that fills memory and keeps it: dd, whose reader does not read."""
+
+    def __init__(self, probe: Probe, size: int) -> None:
+        self._probe = probe
+        self.size = size
+        script = f"dd if=/dev/zero bs={size // MIB}M count=1 2>/dev/null | sleep 10000"
+        probe.run(["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"], 10.0)
+
+    def filled(self) -> int:
+        """Bytes of memory that it has; 0 when it is gone."""
+        listed = self._probe.run(["sh", "-c", "grep -h VmRSS /proc/$(pidof dd)/status"], 10.0)
+        match = re.search(r"VmRSS:\s+(\d+)", listed.output)
+        return int(match[1]) * KIB if match else 0
+
+    def end(self) -> None:
+        self._probe.run(["sh", "-c", "kill $(pidof dd) $(pidof sleep)"], 10.0)
+
+
+def fill(session: Session, probe: Probe, size: int) -> Hog:
+    """A program that has filled *size*; :class:`RowFailed` if it does not get that far."""
+    session.step(f"a program in the guest fills {_mib(size)}")
+    hog = Hog(probe, size)
+    deadline = time.monotonic() + _CHANGE_SECONDS
+    seen = False
+    while (filled := hog.filled()) < size:
+        seen = seen or filled > 0
+        if (seen and not filled) or time.monotonic() > deadline:
+            raise RowFailed(
+                f"the program that fills {_mib(size)} got {_mib(filled)}",
+                [probe.run(["sh", "-c", "dmesg | tail -5"], 10.0).output],
+            )
+        time.sleep(session.timing.poll)
+    return hog
+
+
+def check_none_killed(probe: Probe) -> str:
+    """The guest's kernel counted no process that it killed for want of memory."""
+    match = re.search(r"^oom_kill (\d+)", probe.read("/proc/vmstat"), re.M)
+    if match is None or int(match[1]):
+        raise RowFailed("the guest's kernel killed a process for want of memory")
+    return "oom_kill 0 in the guest's /proc/vmstat"
+
+
+def prove_hot_add(session: Session) -> Iterator[str]:
+    """Under pressure the guest gets more memory than it was started with, and uses it."""
+    probe = session.running(DYNAMIC)
+    prepare(session, probe)
+    before = look(session, probe)
+    size = before.available + _STEP
+    started = time.monotonic()
+    hog = fill(session, probe, size)
+    seconds = time.monotonic() - started
+    info = await_memory(session, lambda info: info.added > 0, _CHANGE_SECONDS, "added memory")
+    after = look(session, probe)
+    yield f"before: {before}"
+    yield f"a program filled {_mib(size)} in {seconds:.1f} s: {after}"
+    high = re.findall(r"^1[0-9a-f]{8}-[0-9a-f]+ : System RAM", probe.read("/proc/iomem"), re.M)
+    if not high or hog.filled() < size:
+        raise RowFailed("the guest does not use the memory that it was given", [str(after)])
+    growth = after.total - before.total
+    if abs(growth - (after.info.assigned - before.info.assigned)) > TOLERANCE:
+        raise RowFailed("guest and host do not agree on what was added", [str(before), str(after)])
+    yield check_none_killed(probe)
+    hog.end()
+    yield (
+        f"MemTotal grew from {_mib(before.total)} to {_mib(after.total)} under pressure, "
+        f"{_mib(info.added)} of it hot-added ({high[0].split()[0]}); nothing was killed"
+    )
+
+
+def prove_ballooning(session: Session) -> Iterator[str]:
+    """Memory that is not needed goes to the host; under pressure the guest has it back."""
+    probe = session.running(DYNAMIC)
+    prepare(session, probe)
+    hog = fill(session, probe, _STEP)
+    full = look(session, probe)
+    yield f"with {_mib(hog.size)} filled by a program: {full}"
+    hog.end()
+    session.step("waiting for the guest to be trimmed")
+    lean_info = await_memory(
+        session,
+        lambda info: info.ballooned > info.added and info.work == "idle" and info.target is None,
+        _CHANGE_SECONDS,
+        "ballooned memory",
+    )
+    time.sleep(session.timing.settle)
+    lean = look(session, probe)
+    yield f"some seconds after it ended: {lean}"
+    if lean.held >= full.held:
+        raise RowFailed("the host holds no less memory than before", [str(full), str(lean)])
+    if lean.info.assigned < lean_info.dynamic.minimum if lean_info.dynamic else True:
+        raise RowFailed("the guest has less than its minimum", [str(lean)])
+    subtracts = full.total - lean.total > (full.info.assigned - lean.info.assigned) // 2
+    yield (
+        "this kernel subtracts ballooned pages from its MemTotal"
+        if subtracts
+        else "this kernel's MemTotal still counts what it has given back"
+    )
+    hog = fill(session, probe, max(_STEP, lean.available))
+    await_memory(
+        session,
+        lambda info: info.assigned > lean.info.assigned,
+        _CHANGE_SECONDS,
+        "memory for a guest under pressure",
+    )
+    again = look(session, probe)
+    yield f"with {_mib(hog.size)} filled anew: {again}"
+    yield check_none_killed(probe)
+    hog.end()
+    yield (
+        f"assigned fell from {_mib(full.info.assigned)} to {_mib(lean.info.assigned)} and what "
+        f"the host holds from {_mib(full.held)} to {_mib(lean.held)}; under pressure the guest "
+        f"had {_mib(again.info.assigned)} again, and nothing was killed"
+    )
+
+
+def _resize(session: Session, probe: Probe, before: Seen, size: int) -> Seen:
+    session.step(f"setting the guest's memory to {_mib(size)}")
+    started = time.monotonic()
+    session.machine.memory.set(size)
+    seconds = time.monotonic() - started
+    after = look(session, probe)
+    if after.info.assigned != size:
+        raise RowFailed(f"set to {_mib(size)}, the machine has {_mib(after.info.assigned)}")
+    change, seen = size - before.info.assigned, after.total - before.total
+    wanted = (change,) if change > 0 else (change, 0)  # some kernels count what they gave
+    if all(abs(seen - each) > TOLERANCE for each in wanted):
+        raise RowFailed(
+            f"after {change / MIB:+.0f} MiB the guest's MemTotal changed by {seen / MIB:+.1f} MiB",
+            [str(before), str(after), f"{seconds:.1f} s"],
+        )
+    return after
+
+
+def prove_memory_resize(session: Session) -> Iterator[str]:
+    """The memory of a machine with fixed memory is set up and down, by even and odd sizes."""
+    probe = session.running()
+    prepare(session, probe)
+    first = look(session, probe)
+    start = first.info.assigned
+    if first.info.dynamic is not None:
+        raise RowFailed("the machine's memory is not fixed; this is a bug of hvhost's verify.")
+    yield f"at first: {first}"
+    now, totals = first, []
+    for size in (start + _STEP, start + _STEP + _ODD, start + _ODD, start - _ODD, start):
+        now = _resize(session, probe, now, size)
+        totals.append(now.total)
+        yield f"set to {size / MIB:.0f} MiB: {now}"
+    needed = now.info.needed
+    if needed is None or needed <= MIB:
+        raise RowFailed("the guest's demand is not known", [str(now)])
+    try:
+        session.machine.memory.set(needed // _FLOOR_SHARE // MIB * MIB)
+    except HvHostError as refusal:
+        if "too little" not in str(refusal):
+            raise
+        yield f"refused: {refusal}"
+    else:
+        raise RowFailed("the guest could be given less than it needs")
+    yield check_none_killed(probe)
+    yield (
+        f"from {start / MIB:.0f} MiB up by 128 and 77 MiB and down by 128 and 154 MiB; the "
+        f"guest's MemTotal followed within {TOLERANCE // MIB} MiB: "
+        + ", ".join(_mib(total) for total in totals)
+    )
