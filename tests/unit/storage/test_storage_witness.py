@@ -1,4 +1,4 @@
-"""Independent witnesses: qemu-img and dissect.hypervisor; what we wrote, and what qemu-img wrote."""
+"""Independent witnesses: qemu-img and dissect.hypervisor, on our images and on qemu-img's."""
 
 from __future__ import annotations
 
