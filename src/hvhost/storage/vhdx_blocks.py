@@ -48,6 +48,8 @@ class BlockTable:
         for number in range(len(table.pieces)):
             start = number * PIECE_SIZE
             length = min(PIECE_SIZE, -(-(used - start) // PAGE) * PAGE)
+            if not replayed.may_have_data(layout.bat.file_offset + start, length):
+                continue
             data = replayed.read(layout.bat.file_offset + start, length)
             valid = min(length, used - start)
             if not only_zeros(data[:valid]):

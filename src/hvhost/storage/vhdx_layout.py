@@ -110,6 +110,13 @@ class ReplayedFile:
         self._file = file
         self._replay = replay
 
+    def may_have_data(self, offset: int, length: int) -> bool:
+        """Whether the range may be something else than zeros."""
+        inside = min(length, self._file.size() - offset)
+        return (inside > 0 and self._file.may_have_data(offset, inside)) or any(
+            offset <= page < offset + length for page in self._replay.pages
+        )
+
     def read(self, offset: int, length: int) -> bytearray:
         """*length* bytes at *offset*, zeros beyond the file's end; multiples of 4 KiB."""
         inside = max(0, min(length, self._file.size() - offset))
