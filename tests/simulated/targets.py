@@ -11,6 +11,10 @@ from contextlib import suppress
 
 from hvhost.errors import HvHostError, RemoteProtocolError
 from hvhost.machine.model import KvpPool
+from hvhost.memory.area import HotAddArea
+from hvhost.memory.device import MemoryDevice, Work
+from hvhost.memory.protocol import PageRange
+from hvhost.memory.protocol import decode as decode_memory
 from hvhost.network.frame import segments, unpack_offload
 from hvhost.network.rndis import decode_packet
 from hvhost.services.filecopy import Copy, FileCopy
@@ -163,6 +167,58 @@ def fuzz_filecopy(data: Buffer) -> None:
     guest.server.reset()
     assert len(ends) == (first & 1) and device.copy is None
     assert len(guest.faults) <= 1
+
+
+def fuzz_memory(data: Buffer) -> None:
+    """Pieces of *data* as a guest's packets to the dynamic memory device, which asks for things.
+
+    The first byte chooses: negotiated before (1); pieces made answers to what was asked (2).
+    """
+    raw = bytes(data)
+    with suppress(RemoteProtocolError):
+        decode_memory(raw)
+    released: set[int] = set()
+
+    class Ram:
+        """Knows which pages the guest has, and that none comes twice without being returned."""
+
+        def is_ram(self, pages: PageRange) -> bool:
+            return pages.end <= 4096
+
+        def release(self, pages: PageRange) -> None:
+            assert 0 <= pages.start < pages.end <= 4096
+            released.update(range(pages.start, pages.end))
+
+    guest = SimulatedGuest(pages=32)
+    device = MemoryDevice(HotAddArea(1 << 20, 1 << 21), 1 << 22, Ram())
+    guest.server.add_device(device)
+    guest.connect()
+    channel = guest.open(1)
+    first = raw[0] if raw else 0
+    if first & 1:
+        channel.write(struct.pack("<HHIII", 1, 16, 1, 0x20000, 0))
+        channel.write(struct.pack("<HHIQQQ", 3, 32, 2, 3 | 7 << 2, 0, 0))
+        assert device.idle
+    for number, piece in enumerate(_pieces(raw[1:])):
+        if device.idle:
+            offer = device.next_range(1000 * number + 1)
+            if number % 3 == 0:
+                device.balloon(100 + number)
+            elif number % 3 == 1 and device.state.balloon.count:
+                device.unballoon(50)
+            elif offer is not None:
+                device.hot_add(*offer)
+        if first & 2:
+            kind = {Work.BALLOON: 7, Work.UNBALLOON: 9, Work.HOT_ADD: 11}.get(device.state.work, 5)
+            piece = struct.pack("<HHI", kind, 8 + len(piece), number) + piece
+        channel.write(piece)
+        channel.read()
+        state = device.state
+        assert state.balloon.count == sum(state.balloon.marks) <= len(released)
+        assert state.area.start <= state.area.covered <= state.area.end
+        assert state.added <= state.area.covered - state.area.start
+    guest.server.reset()
+    assert not device.ready and len(guest.faults) <= 1
 
 
 def fuzz_sockets(data: Buffer) -> None:

@@ -148,9 +148,12 @@ class MemoryPeripheral:
         )
 
     def _device_changed(self) -> None:
-        device = self._device
-        if device is None:
-            return
+        with self._changed:
+            if self._device is not None:
+                self._heed(self._device)
+                self._changed.notify_all()
+
+    def _heed(self, device: MemoryDevice) -> None:
         status = device.state.status
         if device.reports != self._seen:
             self._seen = device.reports
@@ -171,7 +174,6 @@ class MemoryPeripheral:
             self._event("memory", f"the guest has {_mib(assigned)}")
         if device.idle:
             self._pursue()
-        self._changed.notify_all()
 
     def _pursue(self) -> None:
         """The next request towards the goal; the device is idle."""

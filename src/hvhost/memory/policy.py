@@ -3,7 +3,7 @@
 What a machine *needs* is its demand and the floor below which its guest gives nothing; what it
 *wants* is its demand and the buffer on top, within its limits. If the host cannot give all that
 they want, machines get, each round shared by weight: their minimum (always), then what they need,
-then what they want.
+then what they want. What a machine has and needs is never taken from it.
 
 Growing happens at once. Shrinking happens only after a while, in steps, and both only by more than
 a band: so a demand that moves within the band moves no memory.
@@ -103,7 +103,8 @@ class Claim:
 
     @property
     def guaranteed(self) -> int:
-        return self.assigned if self.demand is None else self.minimum
+        """What cannot be taken from it: its minimum, and what it has and needs."""
+        return max(self.minimum, min(self.assigned, self.needed))
 
     def _within(self, size: int) -> int:
         return min(max(size, self.minimum), self.maximum)
@@ -170,7 +171,7 @@ def step(claim: Claim, target: int, pace: Pace, now: float) -> int:
     if missing > 0:
         pace.excess_since = None
         worth_it = in_trouble or missing >= band(claim.assigned) or claim.assigned < claim.minimum
-        return -(-missing // STEP) * STEP if worth_it else 0
+        return missing // STEP * STEP if worth_it else 0
     lowest = max(claim.minimum, claim.needed, target)
     excess = claim.assigned - lowest
     if excess < band(claim.assigned):
