@@ -97,7 +97,8 @@ def add(
         typer.Option(
             metavar="KEY[=VALUE]",
             help="controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE (a second),"
-            " full=pause (when the host is full, writes wait).",
+            " format=raw (where the name does not say it), full=pause (when the host is full,"
+            " writes wait).",
         ),
     ] = None,
     json: Json = False,

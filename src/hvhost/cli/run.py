@@ -71,7 +71,7 @@ def run(
         typer.Option(
             metavar="FILE[,OPTION…]",
             help="A disk: an image or a block device. May be given several times; options:"
-            " controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE, full=pause"
+            " controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE, format=raw, full=pause"
             " (see docs/storage.md).",
         ),
     ] = None,

@@ -19,6 +19,7 @@ from hvhost.guests.probe import build_probe
 from hvhost.paths import cache_dir
 
 CLOCK_SOURCE = Path(__file__).with_name("clock.c")
+DSYNC_SOURCE = Path(__file__).with_name("dsync.c")
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
@@ -111,7 +112,10 @@ def _assemble(
         daemons=daemons,
         library_roots=tuple(packages),
         title=title,
-        extra_files=(("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),),
+        extra_files=(
+            ("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),
+            ("usr/bin/hvhost-dsync", build_static(DSYNC_SOURCE)),
+        ),
     )
     return GuestImages(
         kernel,

@@ -23,6 +23,7 @@ class DriveAddRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     controller: str = "scsi0"
     lun: int | None = None
     read_only: bool = False
+    image_format: str | None = None
     iops: Rate = 0
     bandwidth: Rate = 0
     pause_when_full: bool = False
@@ -72,6 +73,7 @@ def _add(machine: LiveMachine, request: DriveAddRequest) -> DriveInfo:
             controller=request.controller,
             lun=request.lun,
             read_only=request.read_only,
+            image_format=request.image_format,
             iops=request.iops,
             bandwidth=request.bandwidth,
             pause_when_full=request.pause_when_full,

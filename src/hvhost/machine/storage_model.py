@@ -25,7 +25,8 @@ class DriveConfig:
     """A drive to attach; ``path`` is absolute, ``None`` for a DVD drive without a medium.
 
     ``controller`` is ``scsi0``, ``scsi1``… or ``fc0``…; without a ``lun`` the next free one is
-    taken. Limits are requests and bytes a second, 0 for none. ``pause_when_full``: when the host's
+    taken. ``image_format`` is ``vhdx``, ``vhd`` or ``raw`` where the file's name does not say it.
+    Limits are requests and bytes a second, 0 for none. ``pause_when_full``: when the host's
     file system is full, the guest's writes wait for room instead of failing.
     """
 
@@ -34,6 +35,7 @@ class DriveConfig:
     controller: str = "scsi0"
     lun: int | None = None
     read_only: bool = False
+    image_format: str | None = None
     iops: int = 0
     bandwidth: int = 0
     pause_when_full: bool = False
@@ -61,7 +63,7 @@ class DriveInfo:
 
     ``address`` is controller and LUN, like ``scsi0:1``. ``wwn`` is the unit's world-wide name as
     the guest sees it. ``allocated`` is what the image takes on the host. ``waiting``: writes wait
-    for room on the host.
+    for room on the host. ``adapter`` is the fibre channel adapter it is behind.
     """
 
     address: str
@@ -75,3 +77,4 @@ class DriveInfo:
     bandwidth: int = 0
     locked: bool = False
     waiting: bool = False
+    adapter: FibreChannelConfig | None = None

@@ -1,12 +1,13 @@
 """A machine's storage: its controllers, the drives on them, and what people do to those.
 
 Drives outlive a reset, and so do their locks on image files; controllers are made anew for every
-boot. A SCSI controller is there as soon as it has a drive, also while the machine runs.
+boot. A controller comes with its first drive, also while the machine runs. One without drives goes
+with the next reset: Linux waits for ever for commands on a channel that is rescinded. A fibre
+channel adapter that the machine was defined with stays.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 from dataclasses import dataclass, field, replace
@@ -55,20 +56,37 @@ class Drive:
 
 @dataclass(slots=True)
 class Controller:
-    """A controller and, while the machine runs, its device on the bus."""
+    """A controller and, while the machine runs, its device on the bus.
+
+    ``names`` makes it a fibre channel adapter; ``stays`` without drives too.
+    """
 
     name: str
     names: FibreChannelConfig | None = None
+    stays: bool = False
     drives: dict[int, Drive] = field(default_factory=dict)
     device: StorageController | None = None
     sub_channels: list[Channel] = field(default_factory=list)
 
 
-def open_image(path: Path, *, read_only: bool) -> Disk:
-    """The disk in the image file, or host device, *path*."""
-    from hvhost.storage.raw import RawDisk
+def _open_image(config: DriveConfig) -> Disk:
+    """The disk in an image file or block device of the host; a DVD's medium is its bytes."""
+    from hvhost.storage.images import ImageFormat, open_disk
 
-    return RawDisk(path, read_only=read_only)
+    assert config.path is not None
+    dvd = config.kind is DriveKind.DVD
+    image_format = ImageFormat.RAW if dvd else None
+    if config.image_format is not None:
+        try:
+            image_format = ImageFormat(config.image_format)
+        except ValueError:
+            raise HvHostError(
+                f"{config.image_format!r} is no format of images; there are "
+                f"{', '.join(ImageFormat)}."
+            ) from None
+    return open_disk(
+        Path(config.path), read_only=config.read_only or dvd, image_format=image_format
+    )
 
 
 def default_names(machine: str, number: int) -> FibreChannelConfig:
@@ -96,7 +114,7 @@ class Storage:
         try:
             for number, names in enumerate(around.config.fibre_channel):
                 names.check()
-                self._controllers[f"fc{number}"] = Controller(f"fc{number}", names)
+                self._controllers[f"fc{number}"] = Controller(f"fc{number}", names, True)
             for config in around.config.drives:
                 self._attach(config)
         except BaseException:
@@ -108,7 +126,10 @@ class Storage:
     def attach(self, computer: Computer) -> None:
         with self._changes:
             self._computer = computer
-            for controller in self._controllers.values():
+            for controller in list(self._controllers.values()):
+                if not controller.drives and not controller.stays:
+                    del self._controllers[controller.name]
+                    continue
                 for drive in controller.drives.values():
                     drive.unit.state.reset()
                 self._plug(controller, computer)
@@ -135,7 +156,7 @@ class Storage:
         """All drives, by their addresses."""
         with self._changes:
             return [
-                _describe(drive)
+                self._describe(drive)
                 for _, controller in sorted(self._controllers.items())
                 for _, drive in sorted(controller.drives.items())
             ]
@@ -155,13 +176,13 @@ class Storage:
                         controller.device.add(drive.config.lun, drive.worker)
                         controller.device.announce()
             self._event("drive", f"{drive.address} added: {drive.config.path or 'no medium'}")
-            return _describe(drive)
+            return self._describe(drive)
 
     def remove(self, address: str) -> DriveInfo:
         """Detach a drive; what the guest has sent before is still done."""
         with self._changes:
             drive = self._find(address)
-            info = _describe(drive)
+            info = self._describe(drive)
             controller, lun = self._controllers[drive.config.controller], drive.config.lun
             assert lun is not None
             del controller.drives[lun]
@@ -177,12 +198,13 @@ class Storage:
         """Put an image into a DVD drive, in place of the one in it."""
         with self._changes:
             drive, unit = self._dvd(address)
-            medium = open_image(Path(path), read_only=True)
+            config = replace(drive.config, path=path)
+            medium = _open_image(config)
             drive.worker.call(lambda: unit.insert(medium))
-            drive.config = replace(drive.config, path=path)
+            drive.config = config
             self._announce(drive)
             self._event("drive", f"{address} inserted: {path}")
-            return _describe(drive)
+            return self._describe(drive)
 
     def eject(self, address: str, *, force: bool = False) -> DriveInfo:
         """Take the image out of a DVD drive; only by *force* while the guest holds it."""
@@ -198,7 +220,7 @@ class Storage:
             drive.config = replace(drive.config, path=None)
             self._announce(drive)
             self._event("drive", f"{address} ejected")
-            return _describe(drive)
+            return self._describe(drive)
 
     def resize(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
         """Set a disk's size in bytes while the guest uses it; what is cut off is lost."""
@@ -213,7 +235,7 @@ class Storage:
             unit.capacity_changed()
             self._announce(drive)
             self._event("drive", f"{address} resized to {size} bytes")
-            return _describe(drive)
+            return self._describe(drive)
 
     def limit(self, address: str, iops: int, bandwidth: int) -> DriveInfo:
         """Limit a drive to so many requests and bytes a second; 0 is no limit."""
@@ -221,7 +243,7 @@ class Storage:
             drive = self._find(address)
             drive.config = replace(drive.config, iops=iops, bandwidth=bandwidth)
             _set_limits(drive)
-            return _describe(drive)
+            return self._describe(drive)
 
     # The rest.
 
@@ -242,12 +264,12 @@ class Storage:
         address = f"{config.controller}:{config.lun}"
         unit: DiskUnit | OpticalUnit
         if config.kind is DriveKind.DVD:
-            medium = open_image(Path(config.path), read_only=True) if config.path else None
+            medium = _open_image(config) if config.path else None
             unit = OpticalUnit(uuid5(NAMESPACE_OID, f"{self._machine}/{address}"), medium)
         else:
             if config.path is None:
                 raise HvHostError(f"the disk {address} has no image file; name one.")
-            unit = DiskUnit(open_image(Path(config.path), read_only=config.read_only))
+            unit = DiskUnit(_open_image(config))
         worker = UnitWorker(
             f"drive {address}", unit, self._event, pause_when_full=config.pause_when_full
         )
@@ -255,20 +277,19 @@ class Storage:
         _set_limits(drive)
         assert config.lun is not None
         controller.drives[config.lun] = drive
+        self._controllers[controller.name] = controller
         return drive
 
     def _controller(self, config: DriveConfig) -> Controller:
-        """The controller named in *config*; a SCSI controller comes into being with its name."""
+        """The controller named in *config*, or a new one, which is not among the others yet."""
         name = config.controller
         match = _CONTROLLER.fullmatch(name)
         if match is None:
             raise HvHostError(f"{name!r} is no controller; name it like scsi0 or fc0.")
-        if match[1] == "fc" and name not in self._controllers:
-            raise HvHostError(
-                f"machine {self._machine!r} has no fibre channel adapter {name}; "
-                "define it with one."
-            )
-        return self._controllers.setdefault(name, Controller(name))
+        if name in self._controllers:
+            return self._controllers[name]
+        names = default_names(self._machine, int(match[2])) if match[1] == "fc" else None
+        return Controller(name, names)
 
     def _plug(self, controller: Controller, computer: Computer) -> None:
         """Put a controller with its drives on the bus."""
@@ -328,6 +349,27 @@ class Storage:
             raise HvHostError(f"{address} is a DVD drive; only disks have a size to set.")
         return drive, drive.unit
 
+    def _describe(self, drive: Drive) -> DriveInfo:
+        from hvhost.storage.block import DiskUnit
+
+        unit, config = drive.unit, drive.config
+        names = self._controllers[config.controller].names
+        disk = unit.disk if isinstance(unit, DiskUnit) else unit.medium
+        return DriveInfo(
+            address=drive.address,
+            kind=config.kind,
+            path=config.path if disk is not None else None,
+            wwn=unit.identity.naa.hex(),
+            size=disk.size if disk is not None else 0,
+            allocated=disk.allocated if disk is not None else 0,
+            read_only=disk is not None and disk.read_only,
+            iops=config.iops,
+            bandwidth=config.bandwidth,
+            locked=unit.state.prevent_removal,
+            waiting=drive.worker.full,
+            adapter=names,
+        )
+
 
 def _place(controller: Controller, lun: int | None) -> int:
     if lun is None:
@@ -352,26 +394,6 @@ def _set_limits(drive: Drive) -> None:
     from hvhost.storage.limits import Limiter
 
     drive.worker.limiter = Limiter.of(drive.config.iops, drive.config.bandwidth)
-
-
-def _describe(drive: Drive) -> DriveInfo:
-    from hvhost.storage.block import DiskUnit
-
-    unit, config = drive.unit, drive.config
-    disk = unit.disk if isinstance(unit, DiskUnit) else unit.medium
-    return DriveInfo(
-        address=drive.address,
-        kind=config.kind,
-        path=config.path if disk is not None else None,
-        wwn=unit.identity.naa.hex(),
-        size=disk.size if disk is not None else 0,
-        allocated=disk.allocated if disk is not None else 0,
-        read_only=disk is not None and disk.read_only,
-        iops=config.iops,
-        bandwidth=config.bandwidth,
-        locked=unit.state.prevent_removal,
-        waiting=drive.worker.full,
-    )
 
 
 def _instance(name: str) -> UUID:

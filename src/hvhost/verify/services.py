@@ -1,10 +1,12 @@
-"""What the rows of the integration services ask of the machine; its client has all of it."""
+"""What the rows of services and of storage ask of the machine; its clients have all of it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from hvhost.machine.model import ClockSample, IpSettings, KvpPool, KvpRecord
+from hvhost.machine.storage_model import DriveConfig, DriveInfo
 
 
 class Services(Protocol):
@@ -29,3 +31,19 @@ class Services(Protocol):
     def set_ip(self, settings: IpSettings) -> None:
         """Have the guest's daemon configure an adapter, named by its instance GUID in braces."""
         ...
+
+
+class Drives(Protocol):
+    """A machine's drives, by addresses like ``scsi0:1``; see its client."""
+
+    def list(self) -> list[DriveInfo]: ...
+
+    def add(self, drive: DriveConfig) -> DriveInfo: ...
+
+    def remove(self, address: str) -> DriveInfo: ...
+
+    def insert(self, address: str, path: Path) -> DriveInfo: ...
+
+    def eject(self, address: str, *, force: bool = False) -> DriveInfo: ...
+
+    def resize(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo: ...
