@@ -32,7 +32,9 @@ _DRIVER_SECONDS = 30.0
 _CHANGE_SECONDS = 90.0
 _STEP = 128 * MIB
 _ODD = 77 * MIB
+_PIECE = 96 * MIB
 _FLOOR_SHARE = 2
+_LOOKS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,17 @@ def _mib(size: int) -> str:
 
 
 def look(session: Session, probe: Probe) -> Seen:
-    """Both sides' numbers now."""
-    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", probe.read("/proc/meminfo"), re.M))
-    return Seen(
-        int(meminfo["MemTotal"]) * KIB,
-        int(meminfo["MemAvailable"]) * KIB,
-        session.machine.memory_held(),
-        session.machine.memory.info(),
-    )
+    """Both sides' numbers at a moment in which no memory moves."""
+    memory = session.machine.memory
+    for _ in range(_LOOKS):
+        before = memory.info()
+        meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", probe.read("/proc/meminfo"), re.M))
+        held, after = session.machine.memory_held(), memory.info()
+        if before.assigned == after.assigned and before.work == after.work == "idle":
+            total, available = (int(meminfo[name]) for name in ("MemTotal", "MemAvailable"))
+            return Seen(total * KIB, available * KIB, held, after)
+        time.sleep(session.timing.poll)
+    raise RowFailed("the guest's memory does not come to rest", [str(memory.info())])
 
 
 def prepare(session: Session, probe: Probe) -> None:
@@ -97,19 +102,28 @@ def await_memory(
 
 
 class Hog:
-    """A program in the guest that fills memory and keeps it: dd, whose reader does not read."""
+    """Programs in the guest that fill memory and keep it: dd's, whose readers do not read.
+
+    Several, because Linux refuses one program more than it has in all.
+    """
 
     def __init__(self, probe: Probe, size: int) -> None:
+        size = size // MIB * MIB
         self._probe = probe
         self.size = size
-        script = f"dd if=/dev/zero bs={size // MIB}M count=1 2>/dev/null | sleep 10000"
-        probe.run(["sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &"], 10.0)
+        sizes = [_PIECE] * (size // _PIECE) + [size % _PIECE // MIB * MIB]
+        script = " ".join(
+            f"(dd if=/dev/zero bs={each // MIB}M count=1 | sleep 9999) </dev/null >/dev/null 2>&1 &"
+            for each in sizes
+            if each
+        )
+        probe.run(["sh", "-c", script], 10.0)
 
     def filled(self) -> int:
         """Bytes of memory that it has; 0 when it is gone."""
-        listed = self._probe.run(["sh", "-c", "grep -h VmRSS /proc/$(pidof dd)/status"], 10.0)
-        match = re.search(r"VmRSS:\s+(\d+)", listed.output)
-        return int(match[1]) * KIB if match else 0
+        script = "for p in $(pidof dd); do grep VmRSS /proc/$p/status; done"
+        listed = self._probe.run(["sh", "-c", script], 10.0).output
+        return sum(int(each) * KIB for each in re.findall(r"VmRSS:\s+(\d+)", listed))
 
     def end(self) -> None:
         self._probe.run(["sh", "-c", "kill $(pidof dd) $(pidof sleep)"], 10.0)
@@ -120,10 +134,11 @@ def fill(session: Session, probe: Probe, size: int) -> Hog:
     session.step(f"a program in the guest fills {_mib(size)}")
     hog = Hog(probe, size)
     deadline = time.monotonic() + _CHANGE_SECONDS
-    seen = False
-    while (filled := hog.filled()) < size:
-        seen = seen or filled > 0
-        if (seen and not filled) or time.monotonic() > deadline:
+    most = 0
+    while (filled := hog.filled()) < hog.size:
+        gone = filled < most
+        most = max(most, filled)
+        if gone or time.monotonic() > deadline:
             raise RowFailed(
                 f"the program that fills {_mib(size)} got {_mib(filled)}",
                 [probe.run(["sh", "-c", "dmesg | tail -5"], 10.0).output],
@@ -154,7 +169,7 @@ def prove_hot_add(session: Session) -> Iterator[str]:
     yield f"before: {before}"
     yield f"a program filled {_mib(size)} in {seconds:.1f} s: {after}"
     high = re.findall(r"^1[0-9a-f]{8}-[0-9a-f]+ : System RAM", probe.read("/proc/iomem"), re.M)
-    if not high or hog.filled() < size:
+    if not high or hog.filled() < hog.size:
         raise RowFailed("the guest does not use the memory that it was given", [str(after)])
     growth = after.total - before.total
     if abs(growth - (after.info.assigned - before.info.assigned)) > TOLERANCE:
