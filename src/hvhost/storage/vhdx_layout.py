@@ -64,6 +64,7 @@ PAGE = 4096
 # Beyond any file of a 64 TiB disk; a log that asks for more would only fill the host's disk.
 MAXIMUM_FILE_SIZE = 2 * MAXIMUM_DISK_SIZE
 MAXIMUM_LOCATOR_ENTRIES = 64
+MAXIMUM_SEQUENCE_NUMBER = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,8 @@ def read_headers(file: ImageFile) -> tuple[Header, int, list[str]]:
     if not found:
         raise DiskError(f"{file.name} has no valid header; it is damaged beyond use.")
     header, slot = max(found, key=lambda each: each[0].sequence_number)
+    if header.sequence_number > MAXIMUM_SEQUENCE_NUMBER:
+        raise DiskError(f"{file.name} has headers that cannot be counted on; it is damaged.")
     if header.version != VERSION:
         raise DiskError(
             f"{file.name} is of VHDX version {header.version}; hvhost knows version {VERSION}."

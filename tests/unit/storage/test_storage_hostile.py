@@ -166,6 +166,10 @@ def with_log(log: bytes, **changes: int) -> bytearray:
     return content
 
 
+def test_headers_that_leave_no_number_for_the_next() -> None:
+    assert "cannot be counted on" in refusal(with_log(b"", sequence_number=2**64 - 1))
+
+
 def test_a_log_that_cannot_be() -> None:
     assert "a log of" in refusal(with_log(b"", log_length=1 << 31))
     assert "outside the file" in refusal(with_log(b"", log_offset=1 << 40))
