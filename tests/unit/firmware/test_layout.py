@@ -108,3 +108,25 @@ def test_nothing_is_lost_and_nothing_overlaps(memory: int, low: int, high: int) 
         e.type is E820Type.RESERVED and span == range(0xE0000, 0x100000)
         for e, span in zip(made.e820, entries, strict=True)
     )
+
+
+@given(
+    st.integers(16, 100 * 1024).map(lambda n: n * MIB),
+    st.integers(128, 3584).map(lambda n: n * MIB),
+    st.integers(0, 64 * 1024).map(lambda n: n * MIB),
+    st.integers(1, 200 * 1024).map(lambda n: n * MIB),
+)
+def test_added_memory_has_a_place_of_its_own(memory: int, low: int, high: int, more: int) -> None:
+    """Above 4 GiB and all RAM, where any guest's blocks begin, below the high window."""
+    made = memory_layout(memory, low_mmio_bytes=low, high_mmio_bytes=high, hot_add_bytes=more)
+    assert made.hot_add.start >= 4 * GIB and made.hot_add.start % (2 * GIB) == 0
+    assert made.hot_add.stop - made.hot_add.start == more
+    assert all(r.guest_address + r.size <= made.hot_add.start for r in made.regions)
+    assert made.hot_add.stop <= made.high_mmio.start
+
+
+def test_a_map_that_processors_do_not_reach() -> None:
+    made = memory_layout(GIB, high_mmio_bytes=600 * GIB)
+    made.check_address_width(40)
+    with pytest.raises(HvHostError, match="ends at 1 TiB, but its processors address 512 GiB"):
+        made.check_address_width(39)

@@ -565,3 +565,20 @@ def test_which_one_is_taken(
     assert taken == (
         ("local", config.backing) if expected == "local" else ("rig", config.backing, 3)
     )  # type: ignore[comparison-overlap]
+
+
+@needs_kvm
+def test_memory_that_the_computer_gets_back(transport: Any) -> None:
+    """What is discarded reads as zero, and the computer holds it no more."""
+    page = 4096
+    transport.memory[: 64 * page] = b"\xa5" * (64 * page)
+    held = transport.resident(0, MEMORY)
+    assert held >= 64 * page
+    transport.discard(16 * page, 32 * page)
+    assert transport.memory[15 * page : 49 * page] == (
+        b"\xa5" * page + bytes(32 * page) + b"\xa5" * page
+    )
+    # Reading brought them in again, anonymous memory as the one page of zeros.
+    transport.discard(16 * page, 32 * page)
+    assert transport.resident(16 * page, 32 * page) == 0
+    assert transport.resident(0, 16 * page) == 16 * page

@@ -175,6 +175,33 @@ def test_what_a_computer_is_built_of() -> None:
         assert b"RSD PTR " in bytes(transport.memory[0xE0000:0x100000])
 
 
+def test_memory_comes_and_goes() -> None:
+    """Added memory is a slot of KVM and RAM to the host; what is discarded reads as zero."""
+    with life(()) as one:
+        transport = one.transports[0]
+        computer = one.machine._computer
+        assert computer is not None
+        start = computer.hot_add.start
+        with pytest.raises(HvHostError, match="is not RAM"):
+            computer.memory.view(start, 1)
+        transport.memory = memoryview(bytearray(MEMORY + 4 * MIB))
+        with computer.lock:
+            computer.plug_memory(start + 2 * MIB)
+            computer.plug_memory(start + 2 * MIB)  # it is there
+            computer.plug_memory(start + 4 * MIB)
+        assert [slot[:2] for slot in list(transport.slots.values())[-2:]] == [
+            (start, 2 * MIB),
+            (start + 2 * MIB, 2 * MIB),
+        ]
+        computer.memory.write(start + 2 * MIB, b"hello")
+        assert transport.memory[MEMORY + 2 * MIB : MEMORY + 2 * MIB + 5] == b"hello"
+        with computer.lock:
+            computer.discard_memory(start + 2 * MIB, 4096)
+        assert computer.memory.read(start + 2 * MIB, 5) == bytes(5)
+        assert transport.discarded == [(MEMORY + 2 * MIB, 4096)]
+        assert computer.resident_memory() == MEMORY + 4 * MIB - 4096
+
+
 def test_coalesced_output_keeps_its_place() -> None:
     def guest(kvm: FakeTransport) -> Script:
         kvm.coalesce(0x3F8, b"a")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvhost.errors import GuestMemoryError
+from hvhost.errors import GuestMemoryError, LocalProtocolError
 from hvhost.partition.memory import GuestMemory, MemoryRegion
 
 LOW, HIGH, GAP = 0x4000, 0x3000, 0x10000
@@ -88,3 +88,17 @@ def test_an_error_names_the_range() -> None:
         memory.view(0xFFF00000, 0x10)
     with pytest.raises(GuestMemoryError, match="0x2 is not aligned to 4"):
         memory.load32(2)
+
+
+def test_memory_that_is_added() -> None:
+    memory = GuestMemory([MemoryRegion(0, memoryview(bytearray(0x2000)))])
+    with pytest.raises(GuestMemoryError):
+        memory.load32(0x10000)
+    memory.append(MemoryRegion(0x10000, memoryview(bytearray(0x1000)), 0x2000))
+    memory.store32(0x10FFC, 7)
+    assert memory.load32(0x10FFC) == 7 and memory.size == 0x3000
+    assert memory.backing_offset(0x10800, 0x800) == 0x2800
+    with pytest.raises(GuestMemoryError):
+        memory.backing_offset(0x10800, 0x801)
+    with pytest.raises(LocalProtocolError, match="does not lie at the end"):
+        memory.append(MemoryRegion(0x8000, memoryview(bytearray(0x1000))))
