@@ -8,6 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import cast
+
+from fake_memory import FakeMemory
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import (
@@ -29,6 +32,7 @@ from hvhost.machine.model import (
     ServiceInfo,
     ShutdownAction,
 )
+from hvhost.memory.peripheral import MemoryPeripheral
 
 
 class FakeMachine:
@@ -47,6 +51,7 @@ class FakeMachine:
         self.items: dict[tuple[KvpPool, str], str] = {}
         self.copied: CopyProgress | None = None
         self.switched_off: set[str] = set()
+        self.memory = FakeMemory(config)
         self.stopped = threading.Event()
         self.post("started")
 
@@ -61,6 +66,8 @@ class FakeMachine:
             self._changed.notify_all()
 
     def peripheral(self, kind: type[Family]) -> Family:
+        if kind is MemoryPeripheral:
+            return cast("Family", self.memory)
         raise HvHostError(f"there is no {kind.__name__}.")
 
     def info(self) -> MachineInfo:
