@@ -182,7 +182,7 @@ def test_python_in_the_docs_has_its_types_right(tmp_path: Path) -> None:
 def test_what_is_installed_is_what_pyproject_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     for requirement in wanted:
         name = re.split(r"[<>=~!]", requirement)[0]
         assert name in pinned, f"constraints.txt does not pin {name}"
