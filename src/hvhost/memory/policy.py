@@ -97,14 +97,13 @@ class Claim:
     @property
     def wanted(self) -> int:
         """Demand and the buffer, but no less than what is needed."""
-        if self.demand is None:
-            return self.assigned
-        return max(self.needed, self._within(self.demand * (100 + self.buffer) // 100))
+        return self.wanted_beyond(self.needed)
 
-    @property
-    def guaranteed(self) -> int:
-        """What cannot be taken from it: its minimum, and what it has and needs."""
-        return max(self.minimum, min(self.assigned, self.needed))
+    def wanted_beyond(self, needed: int) -> int:
+        """:attr:`wanted` of a machine whose :attr:`needed` is known."""
+        if self.demand is None:
+            return needed
+        return max(needed, self._within(self.demand * (100 + self.buffer) // 100))
 
     def _within(self, size: int) -> int:
         return min(max(size, self.minimum), self.maximum)
@@ -117,10 +116,18 @@ def reserve(total: int) -> int:
 
 def share(claims: Sequence[Claim], capacity: int) -> list[int]:
     """What each machine should have of *capacity*; never less than what it is guaranteed."""
-    shares = [claim.guaranteed for claim in claims]
+    needed = [claim.needed for claim in claims]
+    wanted = [claim.wanted_beyond(need) for claim, need in zip(claims, needed, strict=True)]
+    shares = [
+        max(claim.minimum, min(claim.assigned, need))
+        for claim, need in zip(claims, needed, strict=True)
+    ]
     left = capacity - sum(shares)
-    for goals in ([claim.needed for claim in claims], [claim.wanted for claim in claims]):
-        left -= _pour(shares, goals, [claim.weight for claim in claims], left)
+    if left >= sum(wanted) - sum(shares):
+        return wanted
+    weights = [claim.weight for claim in claims]
+    left -= _pour(shares, needed, weights, left)
+    _pour(shares, wanted, weights, left)
     return shares
 
 

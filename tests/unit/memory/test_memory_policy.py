@@ -87,9 +87,10 @@ def test_shares(claims: list[Claim], capacity: int) -> None:
     """None below what is guaranteed, none above what it wants, no more than there is."""
     capacity *= MIB
     shares = share(claims, capacity)
-    for claim, size in zip(claims, shares, strict=True):
-        assert claim.guaranteed <= size <= max(claim.wanted, claim.guaranteed)
-    assert sum(shares) <= max(capacity, sum(claim.guaranteed for claim in claims))
+    kept = [max(claim.minimum, min(claim.assigned, claim.needed)) for claim in claims]
+    for claim, size, least_size in zip(claims, shares, kept, strict=True):
+        assert least_size <= size <= max(claim.wanted, least_size)
+    assert sum(shares) <= max(capacity, sum(kept))
     if sum(claim.wanted for claim in claims) <= capacity:
         assert shares == [claim.wanted for claim in claims]
     if any(size < claim.needed for claim, size in zip(claims, shares, strict=True)):
