@@ -15,6 +15,8 @@ from pathlib import Path
 
 from bench.inside import seconds_to_line
 from bench.measurement import Measurement
+from bench.memory import policy, resize
+from bench.storage import storage
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.guests.initramfs import READY_LINE
@@ -238,10 +240,19 @@ def start_up(rounds: int) -> list[Measurement]:
     ]
 
 
+def memory(rounds: int) -> list[Measurement]:
+    """Memory given and taken while a guest runs, and what deciding about it costs."""
+    del rounds
+    with running() as client:
+        return [*resize(client), *policy()]
+
+
 CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "start-up": start_up,
     "bus": bus,
+    "storage": storage,
     "rig-boot": rig_boot,
+    "memory": memory,
     "heartbeat": heartbeat,
     "idle": idle,
     "local-boot": local_boot,

@@ -149,14 +149,19 @@ class StorageDriver:
 
     # Packets.
 
-    def send(self, payload: bytes, ranges: bytes | None = None) -> int:
+    def send(self, payload: bytes, ranges: bytes | None = None, *, signal: bool = True) -> int:
         """A packet to the host; its transaction."""
         tag = next(self._tags)
         with self.host.lock:
             header = b"" if ranges is None else ranges
             kind = INBAND if ranges is None else GPA_DIRECT
             assert self.channel.write(
-                payload, packet_type=kind, flags=1, transaction_id=tag, header=header
+                payload,
+                packet_type=kind,
+                flags=1,
+                transaction_id=tag,
+                header=header,
+                signal=signal,
             )
         return tag
 
@@ -214,8 +219,9 @@ class StorageDriver:
         path: int = 0,
         target: int = 0,
         shape: Shape = (0, True, 1),
+        signal: bool = True,
     ) -> int:
-        """Send a command with its buffer."""
+        """Send a command with its buffer; without *signal*, leave it in the ring."""
         length = len(write) or read
         direction = 0 if write else 1 if read else 2
         request = struct.pack(
@@ -226,14 +232,14 @@ class StorageDriver:
         )
         packet = (struct.pack("<III", 3, 1, 0) + request).ljust(self.packet_size, b"\0")
         if not length:
-            return self.send(packet)
+            return self.send(packet, signal=signal)
         ranges, pfns, views = self._buffer(length, shape)
         position = 0
         for view in views:
             view[:] = write[position : position + len(view)] if write else b"\xee" * len(view)
             position += len(view)
         header = struct.pack("<II", 0, len(ranges)) + pack_ranges(ranges)
-        tag = self.send(packet, header)
+        tag = self.send(packet, header, signal=signal)
         self._buffers[tag] = (pfns, lambda: b"".join(views))
         return tag
 

@@ -107,8 +107,8 @@ class DiskUnit:
             raise CheckCondition(scsi.LBA_OUT_OF_RANGE)
         return offset, length
 
-    def _extent(self, cdb: bytes, data: Data) -> tuple[int, Data, int]:
-        """Where data goes to or comes from, the buffers for just that much, and the flags."""
+    def _extent(self, cdb: bytes, data: Data) -> tuple[int, int, Data, int]:
+        """Offset and length of what is moved, the buffers for just that much, and the flags."""
         lba, blocks, flags = scsi.parse_extent(cdb)
         if flags & _PROTECT:
             raise CheckCondition(scsi.INVALID_FIELD_IN_CDB)
@@ -118,26 +118,26 @@ class DiskUnit:
             if there < length:
                 raise CheckCondition(scsi.INVALID_FIELD_IN_CDB)
             data = section(data, 0, length)
-        return offset, data, flags
+        return offset, length, data, flags
 
     def _check_writable(self) -> None:
         if self.disk.read_only:
             raise CheckCondition(scsi.WRITE_PROTECTED)
 
     def _read(self, cdb: bytes, data: Data) -> int:
-        offset, data, _ = self._extent(cdb, data)
-        if data:
+        offset, length, data, _ = self._extent(cdb, data)
+        if length:
             self.disk.readv(offset, data)
-        return total(data)
+        return length
 
     def _write(self, cdb: bytes, data: Data) -> int:
-        offset, data, flags = self._extent(cdb, data)
+        offset, length, data, flags = self._extent(cdb, data)
         self._check_writable()
-        if data:
+        if length:
             self.disk.writev(offset, data)
             if flags & _FUA or not self.state.write_cache:
                 self.disk.flush()
-        return total(data)
+        return length
 
     def _synchronize(self, cdb: bytes, data: Data) -> int:
         lba, blocks, _ = scsi.parse_extent(cdb)

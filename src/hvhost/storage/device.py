@@ -31,9 +31,9 @@ from hvhost.storage import inquiry, protocol, scsi
 from hvhost.storage.buffers import section, total
 from hvhost.storage.protocol import (
     ChannelProperties,
+    Command,
     Operation,
     ProtocolVersion,
-    ScsiRequest,
     SrbStatus,
     StorageVersion,
     SubChannelCount,
@@ -195,12 +195,13 @@ class StorageController:
     def received(self, packet: Packet) -> None:
         session = self._session
         assert session is not None and self._channel is not None
-        operation = self.operation(packet)
-        if operation is Operation.EXECUTE_SRB:
-            answer = self.execute(session, packet)
+        command = self.parse(packet)
+        if command.operation == protocol.EXECUTE_SRB:
+            answer = self.execute(session, packet, command)
             if answer is None:
                 return
         else:
+            operation = protocol.parse_operation(command.operation)
             handler = self._operations.get(operation)
             if handler is None:
                 raise RemoteProtocolError(f"{operation.name} is for hosts to send.")
@@ -208,11 +209,12 @@ class StorageController:
         self._channel.send_completion(packet.transaction_id, answer)
 
     @staticmethod
-    def operation(packet: Packet) -> Operation:
+    def parse(packet: Packet) -> Command:
         """What a packet asks; :class:`RemoteProtocolError` if it cannot be."""
-        if packet.type not in (PacketType.DATA_INBAND, PacketType.DATA_USING_GPA_DIRECT):
+        kind = packet.type
+        if kind is not PacketType.DATA_USING_GPA_DIRECT and kind is not PacketType.DATA_INBAND:
             raise RemoteProtocolError(f"a storage controller got a packet {packet.type.name}.")
-        return protocol.parse_operation(packet.payload)
+        return protocol.parse_command(packet.payload)
 
     # Initialization.
 
@@ -273,10 +275,10 @@ class StorageController:
 
     # Commands.
 
-    def execute(self, session: ChannelSession, packet: Packet) -> bytes | None:
+    def execute(self, session: ChannelSession, packet: Packet, request: Command) -> bytes | None:
         """Begin a command; its answer if there is one at once."""
-        self._need(Phase.READY, "EXECUTE_SRB")
-        request = protocol.parse_request(packet.payload)
+        if self.state.phase is not Phase.READY:
+            self._need(Phase.READY, "EXECUTE_SRB")
         data = self._buffers(packet, request.data_transfer_length)
         if request.path_id or request.target_id:
             return self._nobody(packet.payload, request, data)
@@ -284,10 +286,8 @@ class StorageController:
         if worker is None:
             return self._absent(packet.payload, request, data)
         command = Request(session, packet.transaction_id, packet.payload, request.cdb, data)
-        try:
-            scsi.check_length(request.cdb, request.cdb_length)
-        except scsi.CheckCondition as condition:
-            return command.failed(condition.sense)
+        if request.cdb_length < scsi.COMMAND_LENGTHS[request.cdb[0] >> 5]:
+            return command.failed(scsi.INVALID_FIELD_IN_CDB)
         if request.cdb[0] == OpCode.REPORT_LUNS:
             return self._report_luns(packet.payload, request, data, sorted(self.units))
         session.submit(worker, command)
@@ -295,8 +295,11 @@ class StorageController:
 
     def _buffers(self, packet: Packet, length: int) -> Sequence[memoryview]:
         """The guest's buffers: pages of one range or many, in order, of *length* bytes."""
-        memory = self._surface.memory
-        views = [view for item in packet.ranges for view in item.views(memory)]
+        memory, ranges = self._surface.memory, packet.ranges
+        if len(ranges) == 1:
+            views = ranges[0].views(memory)
+        else:
+            views = [view for item in ranges for view in item.views(memory)]
         there = total(views)
         if there == length:
             return views
@@ -307,13 +310,13 @@ class StorageController:
         return section(views, 0, length)
 
     def _report_luns(
-        self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview], luns: Sequence[int]
+        self, payload: bytes, request: Command, data: Sequence[memoryview], luns: Sequence[int]
     ) -> bytes:
         allocation = int.from_bytes(request.cdb[6:10], "big")
         count = scsi.give(data, scsi.report_luns(luns), allocation)
         return complete_request(payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, count)
 
-    def _absent(self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]) -> bytes:
+    def _absent(self, payload: bytes, request: Command, data: Sequence[memoryview]) -> bytes:
         """No unit of that number, at the place where the others are."""
         match request.cdb[0]:
             case OpCode.INQUIRY:
@@ -322,7 +325,7 @@ class StorageController:
                 return self._report_luns(payload, request, data, sorted(self.units))
         return complete_request(payload, SrbStatus.INVALID_LUN, ScsiStatus.GOOD, 0)
 
-    def _nobody(self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]) -> bytes:
+    def _nobody(self, payload: bytes, request: Command, data: Sequence[memoryview]) -> bytes:
         """A path or target that does not exist."""
         match request.cdb[0]:
             case OpCode.INQUIRY:
@@ -333,7 +336,7 @@ class StorageController:
         return complete_request(payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense)
 
     def _inquire_nothing(
-        self, payload: bytes, request: ScsiRequest, data: Sequence[memoryview]
+        self, payload: bytes, request: Command, data: Sequence[memoryview]
     ) -> bytes:
         allocation = inquiry.allocation_length(request.cdb)
         count = scsi.give(data, inquiry.absent(), allocation)
@@ -362,8 +365,9 @@ class SubChannel:
 
     def received(self, packet: Packet) -> None:
         assert self._session is not None and self._channel is not None
-        if self._controller.operation(packet) is not Operation.EXECUTE_SRB:
+        command = self._controller.parse(packet)
+        if command.operation != protocol.EXECUTE_SRB:
             raise RemoteProtocolError("a sub-channel of a storage controller takes commands only.")
-        answer = self._controller.execute(self._session, packet)
+        answer = self._controller.execute(self._session, packet, command)
         if answer is not None:
             self._channel.send_completion(packet.transaction_id, answer)

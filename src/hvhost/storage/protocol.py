@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from hvhost.errors import RemoteProtocolError
@@ -161,6 +161,9 @@ class WorldWideNames(Record):
 
 
 HEADER_SIZE: Final = PacketHeader.wire_size()
+#: For comparisons: that of an enumeration's member costs more.
+EXECUTE_SRB: Final = int(Operation.EXECUTE_SRB)
+_COMMAND = struct.Struct("<I13xBBBBxxxI16s")
 _COMPLETION = struct.Struct("<III")
 _SRB_STATUS = struct.Struct("<BB")
 _TRANSFERRED = struct.Struct("<I")
@@ -170,25 +173,42 @@ _TRANSFERRED_OFFSET = HEADER_SIZE + 12
 _SENSE_OFFSET = HEADER_SIZE + 16
 
 
-def parse_operation(payload: bytes) -> Operation:
-    """What a packet of the guest asks; :class:`RemoteProtocolError` if it is none of the above."""
+class Command(NamedTuple):
+    """What matters of a packet, if it is EXECUTE_SRB: else only ``operation`` means anything."""
+
+    operation: int
+    path_id: int
+    target_id: int
+    lun: int
+    cdb_length: int
+    data_transfer_length: int
+    cdb: bytes
+
+
+def parse_command(payload: bytes) -> Command:
+    """A packet of the guest; :class:`RemoteProtocolError` if its size or its command cannot be.
+
+    The fast path: one look at :class:`PacketHeader` and :class:`ScsiRequest` together.
+    """
     if len(payload) < OLD_PACKET_SIZE:
         raise RemoteProtocolError(
             f"a storage packet has {len(payload)} bytes, not {OLD_PACKET_SIZE} or {PACKET_SIZE}."
         )
-    number = PacketHeader.unpack(payload).operation
+    command = _make_command(_COMMAND.unpack_from(payload))
+    if command.operation == EXECUTE_SRB and not 0 < command.cdb_length <= MAX_CMD_LEN:
+        raise RemoteProtocolError(f"a SCSI command has {command.cdb_length} bytes, not 1 to 16.")
+    return command
+
+
+def parse_operation(number: int) -> Operation:
+    """What a packet asks; :class:`RemoteProtocolError` if it is none of the above."""
     try:
         return Operation(number)
     except ValueError:
         raise RemoteProtocolError(f"storage operation {number} is unknown.") from None
 
 
-def parse_request(payload: bytes) -> ScsiRequest:
-    """The request of an EXECUTE_SRB packet; :class:`RemoteProtocolError` if it cannot be."""
-    request = ScsiRequest.unpack(payload, HEADER_SIZE)
-    if not 0 < request.cdb_length <= MAX_CMD_LEN:
-        raise RemoteProtocolError(f"a SCSI command has {request.cdb_length} bytes, not 1 to 16.")
-    return request
+_make_command = Command._make
 
 
 def complete(payload: bytes, status: int = STATUS_SUCCESS, body: Record | None = None) -> bytes:
@@ -209,10 +229,11 @@ def complete_request(
     *transferred* is in bytes. The fast path: the request's own bytes with a few fields set.
     """
     answer = bytearray(payload[:PACKET_SIZE])
-    _COMPLETION.pack_into(answer, 0, Operation.COMPLETE_IO, 0, STATUS_SUCCESS)
+    _COMPLETION.pack_into(answer, 0, 1, 0, STATUS_SUCCESS)  # COMPLETE_IO
     _TRANSFERRED.pack_into(answer, _TRANSFERRED_OFFSET, transferred)
-    length = min(len(sense), answer[_SENSE_LENGTH_OFFSET], SENSE_BUFFER_SIZE)
-    if length:
+    length = 0
+    if sense:
+        length = min(len(sense), answer[_SENSE_LENGTH_OFFSET], SENSE_BUFFER_SIZE)
         srb_status |= SrbFlags.AUTOSENSE_VALID
         answer[_SENSE_OFFSET : _SENSE_OFFSET + length] = sense[:length]
     answer[_SENSE_LENGTH_OFFSET] = length

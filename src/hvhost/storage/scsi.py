@@ -149,42 +149,29 @@ def is_out_of_space(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
-class Extent(NamedTuple):
-    """Where a command works: first block and number of blocks; ``flags`` is its second byte."""
-
-    lba: int
-    blocks: int
-    flags: int
-
-
-_LENGTHS = (6, 10, 10, 0, 16, 12, 0, 0)  # bytes of a command by its group, the top three bits
+#: Bytes of a command by its group, the top three bits of its first byte.
+COMMAND_LENGTHS: Final = (6, 10, 10, 0, 16, 12, 0, 0)
 _TEN = struct.Struct(">xBIxHx")
 _TWELVE = struct.Struct(">xBIIxx")
 _SIXTEEN = struct.Struct(">xBQIxx")
 
 
-def check_length(cdb: bytes, length: int) -> None:
-    """:class:`CheckCondition` for a command shorter than its first byte says."""
-    if length < _LENGTHS[cdb[0] >> 5]:
-        raise CheckCondition(INVALID_FIELD_IN_CDB)
+def parse_extent(cdb: bytes) -> tuple[int, int, int]:
+    """First block, number of blocks and second byte of a command that has these.
 
-
-def parse_extent(cdb: bytes) -> Extent:
-    """Block address and count of READ, WRITE, VERIFY, WRITE SAME, SYNCHRONIZE CACHE of any length.
-
-    A count of zero means 256 in the six-byte form only.
+    READ, WRITE, VERIFY, WRITE SAME, SYNCHRONIZE CACHE in all their lengths; no count means 256
+    blocks in the six-byte form only.
     """
     group = cdb[0] >> 5
-    if group == 4:
+    if group == 1 or group == 2:
+        flags, lba, blocks = _TEN.unpack_from(cdb)
+    elif group == 4:
         flags, lba, blocks = _SIXTEEN.unpack_from(cdb)
     elif group == 5:
         flags, lba, blocks = _TWELVE.unpack_from(cdb)
-    elif group == 0:
-        lba = int.from_bytes(cdb[1:4], "big") & 0x1FFFFF
-        return Extent(lba, cdb[4] or 256, 0)
     else:
-        flags, lba, blocks = _TEN.unpack_from(cdb)
-    return Extent(lba, blocks, flags)
+        return int.from_bytes(cdb[1:4], "big") & 0x1FFFFF, cdb[4] or 256, 0
+    return lba, blocks, flags
 
 
 class UnmapDescriptor(NamedTuple):
