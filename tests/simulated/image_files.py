@@ -92,7 +92,8 @@ class MemoryFile:
             self.truncate(offset + length)
 
     def may_have_data(self, offset: int, length: int) -> bool:
-        return any(self.content[offset : offset + length])
+        part = self.content[offset : offset + length]
+        return part != bytes(len(part))
 
     def flush(self) -> None:
         self._do(Flush())

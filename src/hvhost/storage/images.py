@@ -225,8 +225,14 @@ def create_disk(path: Path, options: VhdxOptions | VhdOptions | int) -> ImageDis
         raise
 
 
-def differencing_options(path: Path, parent_path: Path) -> VhdxOptions | VhdOptions:
-    """What a new image at *path* must be to hold only the difference to *parent_path*."""
+def differencing_options(
+    path: Path, parent_path: Path, *, same_disk: bool = False
+) -> VhdxOptions | VhdOptions:
+    """What a new image at *path* must be to hold only the difference to *parent_path*.
+
+    With *same_disk* a guest takes it for the parent: for a checkpoint of a disk in use. A VHD's
+    identifier is also what children know their parent by, so it cannot be another's.
+    """
     image_format = format_of(parent_path)
     parent = open_disk(parent_path, read_only=True, image_format=image_format)
     try:
@@ -241,6 +247,7 @@ def differencing_options(path: Path, parent_path: Path) -> VhdxOptions | VhdOpti
                 block_size=2 << 20,
                 logical_sector_size=parent.logical_sector_size,
                 physical_sector_size=parent.physical_sector_size,
+                identifier=parent.identifier if same_disk else None,
                 locator={
                     "parent_linkage": f"{{{parent.journal.header.data_write_guid}}}",
                     "parent_linkage2": f"{{{UUID(int=0)}}}",
@@ -248,12 +255,14 @@ def differencing_options(path: Path, parent_path: Path) -> VhdxOptions | VhdOpti
                     "absolute_win32_path": absolute,
                 },
             )
-        if isinstance(parent, VhdDisk):
+        if isinstance(parent, VhdDisk) and not same_disk:
             return VhdOptions(
                 parent.size, parent=VhdParent(parent.footer.unique_id, relative, absolute)
             )
     finally:
         parent.close()
+    if same_disk:
+        raise HvHostError(f"{parent_path} is no VHDX, so it has no checkpoints; convert it first.")
     raise HvHostError(
         f"{parent_path} is raw, and only VHDX and VHD images can be parents; convert it first."
     )

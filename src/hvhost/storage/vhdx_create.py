@@ -61,7 +61,10 @@ DIFFERENCING_BLOCK_SIZE = 2 * MIB
 
 @dataclass(frozen=True, slots=True)
 class VhdxOptions:
-    """What a new VHDX is to be. Sizes are bytes; *locator* makes it a differencing one."""
+    """What a new VHDX is to be. Sizes are bytes; *locator* makes it a differencing one.
+
+    *identifier* is what the guest knows the disk by, a new one if there is none.
+    """
 
     size: int
     fixed: bool = False
@@ -69,6 +72,7 @@ class VhdxOptions:
     logical_sector_size: int = 512
     physical_sector_size: int = 4096
     locator: dict[str, str] = field(default_factory=dict)
+    identifier: UUID | None = None
 
     def check(self) -> None:
         """:class:`HvHostError` for what no VHDX can be."""
@@ -99,7 +103,7 @@ def create_vhdx(
     file.truncate(start)
     if options.fixed:
         _write_blocks(file, options, start, entries)
-    write_all(file, METADATA_OFFSET, _metadata(options, new_guid()))
+    write_all(file, METADATA_OFFSET, _metadata(options, options.identifier or new_guid()))
     regions = _region_table(bat_length)
     for offset in REGION_TABLE_OFFSETS:
         write_all(file, offset, regions)

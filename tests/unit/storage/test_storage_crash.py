@@ -1,4 +1,4 @@
-"""Crash safety: every cut through the writes of a VHDX leaves a disk that opens and is whole.
+"""Crash safety: every cut through the writes of an image leaves a disk that opens and is whole.
 
 The writes and flushes of a busy session are recorded. Then the file is made again as a crash could
 leave it: at each write, with that one whole, torn between sectors, or missing, and with writes
@@ -15,6 +15,8 @@ from uuid import UUID
 import pytest
 
 from hvhost.errors import HvHostError
+from hvhost.storage.vhd import VhdDisk
+from hvhost.storage.vhd_create import VhdOptions, VhdParent, create_vhd
 from hvhost.storage.vhdx import VhdxDisk
 from hvhost.storage.vhdx_check import check_vhdx
 from hvhost.storage.vhdx_compact import compact
@@ -24,14 +26,19 @@ from simulated.image_files import SECTOR, Flush, MemoryFile, Operation, Write, a
 MIB, GIB = 1 << 20, 1 << 30
 PIECE = 64 << 10  # a session writes pieces of this, each of one byte's value
 UNIFORM = [bytes([value]) * PIECE for value in range(256)]
-Opener = Callable[[MemoryFile], VhdxDisk]
+Image = VhdxDisk | VhdDisk
+Opener = Callable[[MemoryFile], Image]
 IgnoreFlush = Callable[[list[Operation]], bool]
 
 
-def value_of(disk: VhdxDisk, piece: int) -> set[int]:
+def value_of(disk: Image, piece: int) -> set[int]:
     data = bytearray(PIECE)
     disk.readv(piece * PIECE, [memoryview(data)])
     return {data[0]} if data == UNIFORM[data[0]] else set(data)
+
+
+def data_guid(disk: Image) -> UUID | None:
+    return disk.journal.header.data_write_guid if isinstance(disk, VhdxDisk) else None
 
 
 class Session:
@@ -42,7 +49,7 @@ class Session:
         self.base = bytes(content)
         self.opened = opened
         self.disk = opened(self.file)
-        self.guid: UUID = self.disk.journal.header.data_write_guid
+        self.guid = data_guid(self.disk)
         self.first = {piece: value_of(self.disk, piece) for piece in pieces}
         self.allowed = {piece: set(values) for piece, values in self.first.items()}
         self.latest = {piece: min(values) for piece, values in self.first.items()}
@@ -101,11 +108,14 @@ class Session:
         """After a crash that left *content* when that many operations had been issued."""
         _, allowed, sizes = [each for each in self.moments if each[0] <= operations][-1]
         where = f"{how} at operation {operations}"
-        # Each way a user can come back: to look at it, and to go on.
-        for opened in (lambda file: VhdxDisk(file, read_only=True), VhdxDisk):
-            disk = self.opened_as(opened, MemoryFile(content))
-            report = check_vhdx(disk)
-            assert report.clean, f"{where}: {report.errors}"
+        # Each way a user can come back: to go on, and now and then only to look at it.
+        for read_only in (False,) if operations % 3 else (False, True):
+            disk = type(self.disk)(MemoryFile(content), read_only=read_only)
+            if self.disk.parent is not None:
+                disk.attach(self.disk.parent)
+            if isinstance(disk, VhdxDisk):
+                report = check_vhdx(disk)
+                assert report.clean, f"{where}: {report.errors}"
             assert disk.size in sizes, where
             changed = False
             for piece, values in allowed.items():
@@ -114,16 +124,9 @@ class Session:
                     assert found <= values, f"{where}: {found} in {piece}, not {values}"
                     changed |= found != self.first.get(piece, {0})
             # A child of this disk must be able to see that it is another now.
-            if changed:
-                assert disk.journal.header.data_write_guid != self.guid, where
+            if changed and isinstance(disk, VhdxDisk):
+                assert data_guid(disk) != self.guid, where
             disk.close()
-
-    def opened_as(self, opened: Opener, file: MemoryFile) -> VhdxDisk:
-        parent = self.disk.parent
-        disk = opened(file)
-        if disk.layout.has_parent and parent is not None:
-            disk.attach(parent)
-        return disk
 
     def crashes(self, chance: random.Random) -> Iterator[tuple[bytearray, int, str]]:
         """What each crash leaves, after how many operations, and how it came."""
@@ -268,11 +271,50 @@ def table_moving() -> Session:
     return session
 
 
+def vhd_image(parent: VhdParent | None = None) -> bytes:
+    file = MemoryFile()
+    create_vhd(file, VhdOptions(4 * MIB, block_size=MIB, parent=parent))
+    return bytes(file.content)
+
+
+def vhd_dynamic() -> Session:
+    session = Session(vhd_image(), VhdDisk, list(range(64)))
+    use(session)
+    return session
+
+
+def vhd_differencing() -> Session:
+    def opened(file: MemoryFile) -> VhdDisk:
+        disk = VhdDisk(file)
+        disk.attach(VhdxDisk(MemoryFile(PARENT), read_only=True))
+        return disk
+
+    session = Session(vhd_image(VhdParent(bytes(16), "a", "b")), opened, list(range(64)))
+    use(session)
+    return session
+
+
+def vhd_resizing() -> Session:
+    """The table has room for 128 blocks: one more needs another place for it."""
+    session = Session(vhd_image(), VhdDisk, list(range(64)))
+    session.write(60, 4, 1)
+    session.resize(6 * MIB, list(range(64, 96)))
+    session.write(90, 4, 2)
+    session.resize(129 * MIB, list(range(96, 100)))
+    session.write(96, 4, 3)
+    session.flush()
+    session.resize(2 * MIB + PIECE, [])
+    session.write(32, 1, 4)
+    session.close()
+    return session
+
+
 def compacting() -> Session:
     session = Session(filled(new_image(size=4 * MIB), 0xDD), plain, list(range(64)))
     session.write(50, 2, 1)
     session.unmap(0, 16)
     session.flush()
+    assert isinstance(session.disk, VhdxDisk)
     compact(session.disk, lambda done, total: None)
     session.write(5, 1, 2)
     session.flush()
@@ -297,7 +339,18 @@ def recovering() -> Session:
     return session
 
 
-SESSIONS = [recovering, dynamic, fixed, differencing, resizing, table_moving, compacting]
+SESSIONS = [
+    recovering,
+    dynamic,
+    fixed,
+    differencing,
+    resizing,
+    table_moving,
+    compacting,
+    vhd_dynamic,
+    vhd_differencing,
+    vhd_resizing,
+]
 
 
 @pytest.mark.parametrize("use_a_disk", SESSIONS, ids=lambda each: each.__name__)
@@ -313,7 +366,11 @@ FLUSHES: dict[str, IgnoreFlush] = {
     "before a log entry": lambda done: last_write(done)[:4] not in (b"loge", b"head"),
     "after a log entry": lambda done: last_write(done)[:4] == b"loge",
     "after a header": lambda done: last_write(done)[:4] == b"head",
+    "after a guest's data, in a VHD": lambda done: len(set(last_write(done)[:PIECE])) == 1,
 }
+
+
+SUFFERS = {"after a header": fixed, "after a guest's data, in a VHD": vhd_differencing}
 
 
 @pytest.mark.parametrize("left_out", FLUSHES)
@@ -327,7 +384,6 @@ def test_a_flush_left_out_is_found(left_out: str, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFile, "flush", flush)
-        sessions = [differencing(), fixed()]
+        session = SUFFERS.get(left_out, differencing)()
     with pytest.raises((AssertionError, HvHostError)):
-        for session in sessions:
-            session.examine_all()
+        session.examine_all()

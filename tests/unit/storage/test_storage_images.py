@@ -89,7 +89,7 @@ KINDS = [
 ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from(KINDS), st.integers(0, 2**32))
 @example(KINDS[3], 0)
 @example(KINDS[4], 1)
@@ -293,6 +293,20 @@ def test_images_that_cannot_be(tmp_path: Path, options: Callable[[], VhdxOptions
     with pytest.raises(HvHostError):
         create_disk(tmp_path / "a", options())
     assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_is_the_same_disk_to_the_guest(tmp_path: Path) -> None:
+    base, other = tmp_path / "a.vhdx", tmp_path / "a.vhd"
+    disk = create_disk(base, VhdxOptions(4 * MIB))
+    disk.close()
+    for same_disk in (True, False):
+        path = tmp_path / f"{same_disk}.vhdx"
+        child = create_disk(path, differencing_options(path, base, same_disk=same_disk))
+        assert (child.identifier == disk.identifier) is same_disk
+        child.close()
+    create_disk(other, VhdOptions(4 * MIB)).close()
+    with pytest.raises(HvHostError, match="is no VHDX"):
+        differencing_options(tmp_path / "b.vhd", other, same_disk=True)
 
 
 def test_a_raw_image_is_no_parent(tmp_path: Path) -> None:
