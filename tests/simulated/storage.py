@@ -7,8 +7,9 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.storage.device import StorageController, SubChannel, Surface
@@ -25,6 +26,47 @@ WIN10, WIN8, WIN7 = 0x0602, 0x0501, 0x0402
 _SECONDS = 10.0
 #: Pages of a buffer as (offset in the first page, pages in a row or not, ranges).
 Shape = tuple[int, bool, int]
+
+
+class MemoryDisk:
+    """A disk of zeros and what was written, in memory; see :mod:`hvhost.storage.disk`."""
+
+    def __init__(self, size: int, *, read_only: bool = False, sector: int = 512) -> None:
+        self.content = bytearray(size)
+        self.read_only = read_only
+        self.logical_sector_size, self.physical_sector_size = sector, 4096
+        self.identifier = UUID(int=0x1234567890)
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    @property
+    def allocated(self) -> int:
+        return len(self.content)
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        for buffer in buffers:
+            assert 0 <= offset <= offset + len(buffer) <= len(self.content)
+            buffer[:] = self.content[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        assert not self.read_only
+        for buffer in buffers:
+            assert 0 <= offset <= offset + len(buffer) <= len(self.content)
+            self.content[offset : offset + len(buffer)] = buffer
+            offset += len(buffer)
+
+    def flush(self) -> None: ...
+
+    def unmap(self, offset: int, length: int) -> None:
+        self.writev(offset, [memoryview(bytes(length))])
+
+    def resize(self, size: int) -> None:
+        self.content = self.content[:size].ljust(size, b"\0")
+
+    def close(self) -> None: ...
 
 
 class Interrupts(list[tuple[int, int]]):

@@ -41,7 +41,7 @@ from simulated.driver import GuestService, SimulatedGuest
 from simulated.netvsc import NetvscDriver
 
 
-def _pieces(data: bytes) -> list[bytes]:
+def pieces_of(data: bytes) -> list[bytes]:
     """*data* as pieces, each led by its length in one byte."""
     pieces, position = [], 0
     while position < len(data):
@@ -58,7 +58,7 @@ def fuzz_messages(data: Buffer) -> None:
         guest.server.add_device(Echo(guest.memory, an_offer(number)))
     for first in (InitiateContact(0x50003, 0, 2, 0, 0), RequestOffers()):
         guest.server.post_message(4, encode(first))
-    for piece in _pieces(bytes(data)):
+    for piece in pieces_of(bytes(data)):
         faults = len(guest.faults)
         assert guest.server.post_message(4, piece) in (0, 5)
         assert len(guest.faults) <= faults + 1
@@ -113,7 +113,7 @@ def fuzz_services(data: Buffer) -> None:
         for channel in channels:
             GuestService(channel, [(4, 0), (3, 0)]).run()
         assert all(device.ready for device in devices)
-    for number, piece in enumerate(_pieces(bytes(data[1:]))):
+    for number, piece in enumerate(pieces_of(bytes(data[1:]))):
         for device, channel, kind in zip(devices, channels, (1, 3, 4, 2), strict=True):
             channel.read()
             unanswered = device.state.conversation.unanswered
@@ -152,7 +152,7 @@ def fuzz_filecopy(data: Buffer) -> None:
         assert device.ready
         target = parse_target("/a/b", "b")
         device.start(Copy(target, CopyFlags(0), 20_000, lambda offset, n: bytes(n), ends.append))
-    for number, piece in enumerate(_pieces(bytes(data[1:]))):
+    for number, piece in enumerate(pieces_of(bytes(data[1:]))):
         channel.read()
         unanswered = device.state.conversation.unanswered
         if first & 2 and len(piece) >= 26 and unanswered:
@@ -199,7 +199,7 @@ def fuzz_memory(data: Buffer) -> None:
         channel.write(struct.pack("<HHIII", 1, 16, 1, 0x20000, 0))
         channel.write(struct.pack("<HHIQQQ", 3, 32, 2, 3 | 7 << 2, 0, 0))
         assert device.idle
-    for number, piece in enumerate(_pieces(raw[1:])):
+    for number, piece in enumerate(pieces_of(raw[1:])):
         if device.idle:
             offer = device.next_range(1000 * number + 1)
             if number % 3 == 0:
@@ -255,7 +255,7 @@ def fuzz_sockets(data: Buffer) -> None:
     guest.server.add_device(device)
     guest.connect()
     channel = guest.open(1, out_pages=3, in_pages=3)
-    for number, piece in enumerate(_pieces(raw)):
+    for number, piece in enumerate(pieces_of(raw)):
         if number % 2:
             channel.read()
         channel.write(piece)
@@ -278,7 +278,7 @@ def fuzz_network(data: Buffer) -> None:
         driver.start()
     else:
         driver.open()
-    for number, piece in enumerate(_pieces(raw[1:])):
+    for number, piece in enumerate(pieces_of(raw[1:])):
         if driver.guest.faults:
             break
         if first & 1 and first & 2 and number % 2:

@@ -213,8 +213,9 @@ class UnitWorker:
             except HvHostError as error:
                 self._complain(error)
                 return request.failed(INTERNAL_TARGET_FAILURE)
-            except Exception:
+            except Exception as error:  # a bug of ours must not end the thread
                 log.exception("%s: command %#x", self.name, request.cdb[0])
+                self._complain(error)
                 return request.failed(INTERNAL_TARGET_FAILURE)
 
     def _wait(self, request: Request, seconds: float) -> None:

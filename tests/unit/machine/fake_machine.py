@@ -8,11 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from fake_memory import FakeMemory
 
 from hvhost.errors import HvHostError
+from hvhost.machine.loop import Loop
 from hvhost.machine.model import (
     ChannelInfo,
     ClockSample,
@@ -32,7 +34,9 @@ from hvhost.machine.model import (
     ServiceInfo,
     ShutdownAction,
 )
+from hvhost.machine.peripheral import Surroundings
 from hvhost.memory.peripheral import MemoryPeripheral
+from hvhost.storage.controller import Storage
 
 
 class FakeMachine:
@@ -52,6 +56,7 @@ class FakeMachine:
         self.copied: CopyProgress | None = None
         self.switched_off: set[str] = set()
         self.memory = FakeMemory(config)
+        self.storage = Storage(Surroundings(config, Loop(), Path(), self.post))
         self.stopped = threading.Event()
         self.post("started")
 
@@ -68,6 +73,8 @@ class FakeMachine:
     def peripheral(self, kind: type[Family]) -> Family:
         if kind is MemoryPeripheral:
             return cast("Family", self.memory)
+        if kind is Storage:
+            return cast("Family", self.storage)
         raise HvHostError(f"there is no {kind.__name__}.")
 
     def info(self) -> MachineInfo:
