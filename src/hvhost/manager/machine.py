@@ -34,11 +34,13 @@ from hvhost.machine.model import (
     ShutdownAction,
     Transport,
 )
+from hvhost.machine.storage_model import DriveInfo, DriveKind
 from hvhost.manager.console import Console
 from hvhost.manager.definition import define, define_guest
 from hvhost.manager.directory import MachineDirectory, NameState, running_directory
 from hvhost.manager.launcher import Worker, launch
 from hvhost.manager.probe import connect_probe
+from hvhost.manager.storage import RESIZE_SECONDS, parse_drive, with_storage
 from hvhost.sockets.protocol import Service
 from hvhost.sockets.streams import Listener, Serve, open_connection
 
@@ -105,13 +107,16 @@ class Machine:
         memory: str | int = "512M",
         name: str | None = None,
         transport: Transport | str = Transport.AUTO,
+        disks: Sequence[str] = (),
+        dvds: Sequence[str] = (),
     ) -> Self:
         """Start a machine and return as soon as its worker can be spoken to.
 
         Give *kernel* (a bzImage, vmlinux or PVH ELF) or *guest* (a distribution like
         ``"debian-12"``). *memory* is a size like ``"512M"`` or a number of bytes; *transport* is
         ``auto``, ``local`` (``/dev/kvm``) or ``rig`` (KVM in software). Without a *name* one is
-        made up. ``console=ttyS0`` is added to a *command_line* that names no console.
+        made up. ``console=ttyS0`` is added to a *command_line* that names no console. *disks* and
+        *dvds* are images with options, as ``hvhost run --disk`` takes them.
         """
         if (kernel is None) == (guest is None) or (guest is not None and initrd is not None):
             raise HvHostError(
@@ -139,7 +144,7 @@ class Machine:
                 name=name,
                 transport=transport,
             )
-        worker = await _launch(config)
+        worker = await _launch(with_storage(config, disks, dvds))
         try:
             port = worker.directory.serial_socket(1)
             console = await Console.open(port, config.name)
@@ -322,6 +327,38 @@ class Machine:
     async def set_service(self, name: str, enabled: bool) -> None:
         """Switch a service on or off; the guest's driver binds or unbinds."""
         await self._do("services", {"name": name, "enabled": enabled})
+
+    async def drives(self) -> list[DriveInfo]:
+        """The machine's disks and DVD drives."""
+        return await self._ask("GET", "/drives", list[DriveInfo])
+
+    async def add_drive(self, drive: str, *, dvd: bool = False) -> DriveInfo:
+        """Attach an image with options, like ``"data.vhdx,lun=5"``; the guest is told at once."""
+        config = parse_drive(drive, DriveKind.DVD if dvd else DriveKind.DISK)
+        return await self._drive("add", **asdict(config))
+
+    async def remove_drive(self, address: str) -> DriveInfo:
+        """Detach the drive at an address like ``scsi0:5``; its image is free afterwards."""
+        return await self._drive("remove", address=address)
+
+    async def insert_medium(self, address: str, path: str | Path) -> DriveInfo:
+        """Put an ISO image into a DVD drive."""
+        return await self._drive("insert", address=address, path=str(Path(path).absolute()))
+
+    async def eject_medium(self, address: str, *, force: bool = False) -> DriveInfo:
+        """Take the image out of a DVD drive; by *force* while the guest holds it."""
+        return await self._drive("eject", address=address, force=force)
+
+    async def resize_drive(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
+        """Set a disk's size in bytes while the guest uses it."""
+        return await self._drive("resize", address=address, size=size, shrink=shrink)
+
+    async def limit_drive(self, address: str, *, iops: int = 0, bandwidth: int = 0) -> DriveInfo:
+        """Limit a drive to so many requests and bytes a second; 0 is no limit."""
+        return await self._drive("limit", address=address, iops=iops, bandwidth=bandwidth)
+
+    async def _drive(self, verb: str, **body: object) -> DriveInfo:
+        return await self._ask("POST", f"/drives/{verb}", DriveInfo, body, RESIZE_SECONDS)
 
     async def events(self, after: int = 0) -> AsyncIterator[MachineEvent]:
         """Events with a sequence above *after*, past ones first; ends when the machine stops.

@@ -37,6 +37,7 @@ from hvhost.verify.contract import (
 from hvhost.verify.guest import ANY_SHAPE, CommandResult, Machine, MemoryControl, Probe, Shape
 from hvhost.verify.results import RowResult
 from hvhost.verify.rows import PROOFS
+from hvhost.verify.services import Drives
 from hvhost.verify.session import Timing
 
 RELEASE = "6.1.0-test-amd64"
@@ -48,7 +49,19 @@ INSTANCES = {
     HV_KVP_GUID: "242ff919-07db-4180-9c2e-b86cb68c8c55",
 }
 # Others speak through real sockets with the real probe, or need a guest's real memory.
-_UNSCRIPTED = ("file-copy", "hvsocket", "mmio-gap", "memory-resize", "hot-add", "ballooning")
+_UNSCRIPTED = (
+    "file-copy",
+    "hvsocket",
+    "mmio-gap",
+    "memory-resize",
+    "hot-add",
+    "ballooning",
+    "storage",
+    "trim",
+    "vhdx-resize",
+    "fibre-channel",
+    "wwn",
+)
 SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in _UNSCRIPTED)
 HEARTBEAT_CHANNEL = 2
 TIMESYNC_CHANNEL = 3
@@ -127,6 +140,10 @@ class ScriptedGuest:
 
 
 class ScriptedMachine:
+    @property
+    def drives(self) -> Drives:
+        raise NotImplementedError("drives are not scripted")
+
     @property
     def memory(self) -> MemoryControl:
         raise NotImplementedError("memory is not scripted")
