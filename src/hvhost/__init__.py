@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from hvhost.errors import HvHostError
     from hvhost.machine.model import HeartbeatStatus, MachineInfo
     from hvhost.manager.machine import Machine
+    from hvhost.memory.settings import DynamicMemory
 
 _HOMES = {
+    "DynamicMemory": "hvhost.memory.settings",
     "HeartbeatStatus": "hvhost.machine.model",
     "HvHostError": "hvhost.errors",
     "Machine": "hvhost.manager.machine",
     "MachineInfo": "hvhost.machine.model",
 }
 
-__all__ = ["HeartbeatStatus", "HvHostError", "Machine", "MachineInfo"]
+__all__ = ["DynamicMemory", "HeartbeatStatus", "HvHostError", "Machine", "MachineInfo"]
 
 
 def __getattr__(name: str) -> object:

@@ -39,10 +39,14 @@ from hvhost.manager.console import Console
 from hvhost.manager.definition import define, define_guest
 from hvhost.manager.directory import MachineDirectory, NameState, running_directory
 from hvhost.manager.launcher import Worker, launch
+from hvhost.manager.memory import SET_SECONDS
 from hvhost.manager.probe import connect_probe
 from hvhost.manager.storage import RESIZE_SECONDS, parse_drive, with_storage
+from hvhost.memory.report import MemoryInfo
+from hvhost.memory.settings import DynamicMemory
 from hvhost.sockets.protocol import Service
 from hvhost.sockets.streams import Listener, Serve, open_connection
+from hvhost.units import parse_size
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ class Machine:
         memory: str | int = "512M",
         name: str | None = None,
         transport: Transport | str = Transport.AUTO,
+        dynamic_memory: DynamicMemory | None = None,
         disks: Sequence[str] = (),
         dvds: Sequence[str] = (),
     ) -> Self:
@@ -115,8 +120,9 @@ class Machine:
         Give *kernel* (a bzImage, vmlinux or PVH ELF) or *guest* (a distribution like
         ``"debian-12"``). *memory* is a size like ``"512M"`` or a number of bytes; *transport* is
         ``auto``, ``local`` (``/dev/kvm``) or ``rig`` (KVM in software). Without a *name* one is
-        made up. ``console=ttyS0`` is added to a *command_line* that names no console. *disks* and
-        *dvds* are images with options, as ``hvhost run --disk`` takes them.
+        made up. ``console=ttyS0`` is added to a *command_line* that names no console. Memory is
+        fixed, see :meth:`set_memory`, unless *dynamic_memory* says between what limits it may be.
+        *disks* and *dvds* are images with options, as ``hvhost run --disk`` takes them.
         """
         if (kernel is None) == (guest is None) or (guest is not None and initrd is not None):
             raise HvHostError(
@@ -132,6 +138,7 @@ class Machine:
                 memory=memory,
                 name=name,
                 transport=transport,
+                dynamic_memory=dynamic_memory,
             )
         else:
             assert guest is not None
@@ -143,6 +150,7 @@ class Machine:
                 memory=memory,
                 name=name,
                 transport=transport,
+                dynamic_memory=dynamic_memory,
             )
         worker = await _launch(with_storage(config, disks, dvds))
         try:
@@ -319,6 +327,30 @@ class Machine:
         if progress.error is not None:
             raise HvHostError(progress.error)
         return progress
+
+    async def memory(self) -> MemoryInfo:
+        """What memory the guest has, needs, and is about to have."""
+        return await self._ask("GET", "/memory", MemoryInfo)
+
+    async def set_memory(self, size: str | int, timeout: float = SET_SECONDS) -> MemoryInfo:
+        """Give a machine with fixed memory *size* (``"3G"`` or bytes) of it, in *timeout* seconds.
+
+        Raises :class:`HvHostError` with the numbers if that cannot be.
+        """
+        size = parse_size(size) if isinstance(size, str) else size
+        body = {"size": size, "timeout": timeout}
+        return await self._ask("POST", "/memory/set", MemoryInfo, body, timeout)
+
+    async def limit_memory(
+        self, *, minimum: str | int | None = None, maximum: str | int | None = None
+    ) -> MemoryInfo:
+        """Lower the minimum or raise the maximum of dynamic memory."""
+        sizes = {"minimum": minimum, "maximum": maximum}
+        body = {
+            name: parse_size(size) if isinstance(size, str) else size
+            for name, size in sizes.items()
+        }
+        return await self._ask("POST", "/memory/limits", MemoryInfo, body)
 
     async def services(self) -> list[ServiceInfo]:
         """The integration services, switched on or off."""

@@ -194,7 +194,7 @@ def test_memory_comes_and_goes() -> None:
             (start + 2 * MIB, 2 * MIB),
         ]
         computer.memory.write(start + 2 * MIB, b"hello")
-        assert transport.memory[MEMORY + 2 * MIB : MEMORY + 2 * MIB + 5] == b"hello"
+        assert bytes(transport.memory[MEMORY + 2 * MIB : MEMORY + 2 * MIB + 5]) == b"hello"
         with computer.lock:
             computer.discard_memory(start + 2 * MIB, 4096)
         assert computer.memory.read(start + 2 * MIB, 5) == bytes(5)

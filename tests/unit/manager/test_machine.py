@@ -73,6 +73,25 @@ def test_every_control(runtime: Path, config: MachineConfig) -> None:
     run(config, body)
 
 
+def test_memory(runtime: Path, config: MachineConfig) -> None:
+    async def fixed(machine: Machine) -> None:
+        info = await machine.set_memory("700M")
+        assert (info.assigned, info.added) == (700 << 20, 188 << 20)
+        with pytest.raises(HvHostError, match="too little"):
+            await machine.set_memory(100 << 20)
+        assert await machine.memory() == info
+
+    run(config, fixed, memory="512M")
+
+    async def dynamic(machine: Machine) -> None:
+        assert (await machine.memory()).dynamic == hvhost.DynamicMemory(256 << 20, 1 << 30)
+        limits = (await machine.limit_memory(maximum="2G")).dynamic
+        assert limits is not None and limits.maximum == 2 << 30
+
+    limits = hvhost.DynamicMemory(256 << 20, 1 << 30)
+    run(config, dynamic, memory="512M", dynamic_memory=limits)
+
+
 def test_time_and_key_value_pairs(runtime: Path, config: MachineConfig) -> None:
     async def body(machine: Machine) -> None:
         assert await machine.time_sync() == 0.0005
