@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _CONTROLLER = re.compile(r"(scsi|fc)(0|[1-9][0-9]{0,2})")
 _ADDRESS = re.compile(r"((?:scsi|fc)\d+):(\d+)")
+#: How long a guest may take to see that a drive is gone, and how often that is looked at.
+_LEAVING_SECONDS, _LOOK_SECONDS = 5.0, 0.02
 #: A name of Hyper-V's own kind: company 00-03-FF, NAA 0xC.
 _FABRIC_PREFIX = "c003ff"
 
@@ -260,7 +263,7 @@ class Storage:
         from hvhost.storage.worker import UnitWorker
 
         controller = self._controller(config)
-        config = replace(config, lun=_place(controller, config.lun))
+        config = replace(config, lun=self._place(controller, config.lun))
         address = f"{config.controller}:{config.lun}"
         unit: DiskUnit | OpticalUnit
         if config.kind is DriveKind.DVD:
@@ -290,6 +293,39 @@ class Storage:
             return self._controllers[name]
         names = default_names(self._machine, int(match[2])) if match[1] == "fc" else None
         return Controller(name, names)
+
+    def _place(self, controller: Controller, lun: int | None) -> int:
+        """A free LUN: *lun*, or the first one.
+
+        One that became free a moment ago is free once the guest knows: it would take the new
+        drive for the old one.
+        """
+        name, taken = controller.name, set(controller.drives)
+        if lun is None:
+            places = [each for each in range(DRIVES_PER_CONTROLLER) if each not in taken]
+            if not places:
+                raise HvHostError(
+                    f"{name} has {DRIVES_PER_CONTROLLER} drives; use another controller."
+                )
+            leaving = self._leaving(controller)
+            lun = next((each for each in places if each not in leaving), places[0])
+        if not 0 <= lun < DRIVES_PER_CONTROLLER:
+            raise HvHostError(
+                f"LUN {lun} does not exist on {name}; give one below {DRIVES_PER_CONTROLLER}."
+            )
+        if lun in taken:
+            raise HvHostError(f"{name}:{lun} has a drive already; choose another LUN.")
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while lun in self._leaving(controller) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return lun
+
+    def _leaving(self, controller: Controller) -> frozenset[int]:
+        """LUNs of which the guest does not know yet that they are free."""
+        if controller.device is None or self._computer is None:
+            return frozenset()
+        with self._computer.lock:
+            return frozenset(controller.device.state.leaving)
 
     def _plug(self, controller: Controller, computer: Computer) -> None:
         """Put a controller with its drives on the bus."""
@@ -369,25 +405,6 @@ class Storage:
             waiting=drive.worker.full,
             adapter=names,
         )
-
-
-def _place(controller: Controller, lun: int | None) -> int:
-    if lun is None:
-        free = (each for each in range(DRIVES_PER_CONTROLLER) if each not in controller.drives)
-        lun = next(free, None)
-        if lun is None:
-            raise HvHostError(
-                f"{controller.name} has {DRIVES_PER_CONTROLLER} drives; use another controller."
-            )
-        return lun
-    if not 0 <= lun < DRIVES_PER_CONTROLLER:
-        raise HvHostError(
-            f"LUN {lun} does not exist on {controller.name}; "
-            f"give one below {DRIVES_PER_CONTROLLER}."
-        )
-    if lun in controller.drives:
-        raise HvHostError(f"{controller.name}:{lun} has a drive already; choose another LUN.")
-    return lun
 
 
 def _set_limits(drive: Drive) -> None:

@@ -64,11 +64,15 @@ class Phase(IntEnum):
 
 @dataclass(slots=True)
 class ControllerState:
-    """Everything needed to resume a controller: ``units`` by LUN, ``version`` of VSTOR, 0: none."""
+    """Everything needed to resume a controller: ``units`` by LUN, ``version`` of VSTOR, 0: none.
+
+    ``leaving`` are LUNs of units that were removed, and of which the guest does not know it yet.
+    """
 
     phase: Phase = Phase.CLOSED
     version: int = 0
     sub_channels: int = 0
+    leaving: set[int] = field(default_factory=set)
     units: dict[int, UnitState] = field(default_factory=dict)
 
 
@@ -168,10 +172,13 @@ class StorageController:
         """A unit from now on; call :meth:`announce` when all is done."""
         self.units[lun] = worker
         self.state.units[lun] = worker.unit.state
+        self.state.leaving.discard(lun)
 
     def remove(self, lun: int) -> None:
         """No new requests for it; call :meth:`announce` when all is done."""
         del self.units[lun], self.state.units[lun]
+        if self.state.phase is Phase.READY:
+            self.state.leaving.add(lun)
 
     def announce(self) -> None:
         """Have the guest look for units that came, went or have something to tell."""
@@ -188,6 +195,7 @@ class StorageController:
     def closed(self) -> None:
         session, self._session, self._channel = self._session, None, None
         self.state.phase, self.state.version, self.state.sub_channels = Phase.CLOSED, 0, 0
+        self.state.leaving.clear()
         self._surface.remove_sub_channels()
         if session is not None:
             session.end()
@@ -323,6 +331,7 @@ class StorageController:
                 return self._inquire_nothing(payload, request, data)
             case OpCode.REPORT_LUNS:
                 return self._report_luns(payload, request, data, sorted(self.units))
+        self.state.leaving.discard(request.lun)
         return complete_request(payload, SrbStatus.INVALID_LUN, ScsiStatus.GOOD, 0)
 
     def _nobody(self, payload: bytes, request: Command, data: Sequence[memoryview]) -> bytes:

@@ -15,7 +15,7 @@ from hvhost.verify.guest import Probe, RowFailed
 from hvhost.verify.session import Session
 
 MIB = 1 << 20
-FIND_SECONDS = 30.0
+FIND_SECONDS = 60.0
 MOUNT_POINT = "/mnt"
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -49,6 +49,9 @@ class Board:
     @property
     def bus(self) -> VmbusServer:
         return self.guest.server
+
+    def memory_written(self, views: Sequence[memoryview]) -> None:
+        """Nobody's translations of this memory have to be thrown away."""
 
 
 class Bench:
@@ -131,8 +134,25 @@ def test_removing_gives_the_image_back_and_tells_the_guest(
     driver.look()
     assert driver.notices == [11] and driver.luns() == []
     assert driver.command(bytes(6), lun=7).srb_status == 0x20
-    assert bench.storage.add(disk(image)).address == "scsi0:0"
-    assert driver.luns() == [0]
+    assert bench.storage.add(disk(image, lun=7)).address == "scsi0:7"
+    assert driver.luns() == [7]
+
+
+def test_a_new_drive_is_not_put_where_the_guest_still_sees_the_old_one(
+    bench: Bench, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.storage.add(disk(image))
+    driver = bench.driver()
+    bench.storage.remove("scsi0:0")
+    assert bench.storage.add(disk(image)).address == "scsi0:1"
+    assert driver.command(bytes(6)).srb_status == 0x20  # now it knows
+    other = tmp_path / "other.img"
+    create_disk(other, MIB).close()
+    assert bench.storage.add(disk(other)).address == "scsi0:0"
+    # A place that is asked for is waited for, but not for ever.
+    bench.storage.remove("scsi0:0")
+    monkeypatch.setattr("hvhost.storage.controller._LEAVING_SECONDS", 0.05)
+    assert bench.storage.add(disk(other, lun=0)).address == "scsi0:0"
 
 
 def test_drives_outlive_a_reset_and_empty_controllers_do_not(bench: Bench, image: Path) -> None:

@@ -10,8 +10,8 @@ from hvhost.verify.drives import MIB, await_gone, digest, find, require, run, to
 from hvhost.verify.session import Session
 
 SIZE = 4 * MIB
-FIND_SECONDS = 90.0
-"""Linux asks all 1,024 places of an adapter before it shows what it found."""
+SCAN_SECONDS = 120.0
+"""Linux asks all 1,024 places of an adapter, and sees what is gone only after that."""
 
 
 def prove(session: Session) -> Iterator[str]:
@@ -23,7 +23,7 @@ def prove(session: Session) -> Iterator[str]:
         path.write_bytes(data)
         session.step("adding a LUN behind a fibre channel adapter")
         drive = session.machine.drives.add(DriveConfig(str(path), controller="fc0", lun=3))
-        name = find(session, probe, drive, FIND_SECONDS)
+        name = find(session, probe, drive, SCAN_SECONDS)
         adapter = drive.adapter
         assert adapter is not None
         hosts = probe.read_all("/sys/class/fc_host/*/port_name", "/sys/class/fc_host/*/node_name")
@@ -48,5 +48,5 @@ def prove(session: Session) -> Iterator[str]:
         place = place.rpartition("/")[2]
         yield f"{name} at {place}: {SIZE // MIB} MiB read, 1 MiB written, by hash"
         session.machine.drives.remove(drive.address)
-        await_gone(session, probe, name)
+        await_gone(session, probe, name, SCAN_SECONDS)
     yield f"fc_host port {told['port_name']}, node {told['node_name']}; a LUN read and written"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvhost.machine.storage_model import DriveConfig
-from hvhost.verify.drives import MIB, MOUNT_POINT, find, require, run, workplace
+from hvhost.verify.drives import MIB, MOUNT_POINT, await_gone, find, require, run, workplace
 from hvhost.verify.guest import HostLacks, Probe
 from hvhost.verify.session import Session
 
@@ -69,6 +69,7 @@ def _trim(session: Session, probe: Probe, path: Path) -> Iterator[str]:
     require(other == "0", f"{other} bytes of what was discarded do not read as zeros")
     yield f"{path.name}: {empty / MIB:.1f} MiB after blkdiscard, and the disk reads as zeros"
     session.machine.drives.remove(drive.address)
+    await_gone(session, probe, name)
 
 
 def prove(session: Session) -> Iterator[str]:

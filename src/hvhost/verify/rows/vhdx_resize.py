@@ -10,6 +10,7 @@ from hvhost.machine.storage_model import DriveConfig
 from hvhost.verify.drives import (
     MIB,
     MOUNT_POINT,
+    await_gone,
     await_size,
     find,
     require,
@@ -77,6 +78,7 @@ def _resize(session: Session, probe: Probe, path: Path, kind: str) -> Iterator[s
     require(session.machine.info().boots == boots, "the guest was restarted meanwhile")
     yield f"{kind}: back to {SHRUNK // MIB} MiB, the end of its file system, after {seconds:.1f} s"
     session.machine.drives.remove(drive.address)
+    await_gone(session, probe, name)
 
 
 def prove(session: Session) -> Iterator[str]:
