@@ -77,8 +77,16 @@ class Received:
 class NetvscDriver:
     """The driver of one adapter; everything is done at once, in the caller's thread."""
 
-    def __init__(self, *, queues: int = 1, may_spoof: bool = False, processors: int = 4) -> None:
-        self.guest = SimulatedGuest(pages=512, processors=processors)
+    def __init__(
+        self,
+        *,
+        queues: int = 1,
+        may_spoof: bool = False,
+        processors: int = 4,
+        receive_buffer: int = RECEIVE_PAGES,
+    ) -> None:
+        self.guest = SimulatedGuest(pages=384 + receive_buffer // 2, processors=processors)
+        self.receive_buffer = receive_buffer
         self.wire = RecordingWire()
         self.adapter = NetworkAdapter(
             "net0",
@@ -130,9 +138,8 @@ class NetvscDriver:
         self.channel.write(message)
 
     def negotiate(self, version: int = 0x60001) -> int:
-        agreed: int
-        _, agreed, _, status = struct.unpack_from("<4I", self.call(nvsp(1, version, version)))
-        return agreed if status == 1 else 0
+        answer = struct.unpack_from("<4I", self.call(nvsp(1, version, version)))
+        return int(answer[1]) if answer[3] == 1 else 0
 
     def configure(self, mtu: int = 1500, capabilities: int = 0xA8) -> None:
         self.tell(nvsp(125, mtu + 14, 0, capabilities, 0))
@@ -140,8 +147,10 @@ class NetvscDriver:
 
     def lend_buffers(self) -> None:
         guest = self.guest
-        self.receive_pages = guest.allocate(RECEIVE_PAGES, scattered=True)
-        handle, status = guest.make_gpadl(1, [(RECEIVE_PAGES * PAGE_SIZE, 0, self.receive_pages)])
+        self.receive_pages = guest.allocate(self.receive_buffer, scattered=True)
+        handle, status = guest.make_gpadl(
+            1, [(self.receive_buffer * PAGE_SIZE, 0, self.receive_pages)]
+        )
         assert status == 0
         answer = self.call(nvsp(101, handle, 0xCAFE))
         kind, status, sections, offset, self.section_size, self.sections, _ = struct.unpack_from(
@@ -177,7 +186,7 @@ class NetvscDriver:
                     self.guest.open(relid, out_pages=5, in_pages=5, vp=offer.sub_channel_index)
                 )
         self.read()
-        return answer[2]
+        return int(answer[2])
 
     def set_rss(self, table: list[int], key: bytes, hash_types: int = 0x1700) -> int:
         head = struct.pack(

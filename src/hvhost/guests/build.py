@@ -20,6 +20,7 @@ from hvhost.paths import cache_dir
 
 CLOCK_SOURCE = Path(__file__).with_name("clock.c")
 DSYNC_SOURCE = Path(__file__).with_name("dsync.c")
+FRAME_SOURCE = Path(__file__).with_name("frame.c")
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
@@ -115,6 +116,7 @@ def _assemble(
         extra_files=(
             ("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),
             ("usr/bin/hvhost-dsync", build_static(DSYNC_SOURCE)),
+            ("usr/bin/hvhost-frame", build_static(FRAME_SOURCE)),
         ),
     )
     return GuestImages(

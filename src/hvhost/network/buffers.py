@@ -35,6 +35,8 @@ class Span:
     def slice(self, start: int, length: int) -> list[memoryview]:
         """The pieces of *length* bytes from *start* on, both inside the span; no copy."""
         views, ends = self.views, self._ends
+        if start + length <= ends[0]:
+            return [views[0][start : start + length]]
         index = bisect_right(ends, start)
         pieces = []
         while length:
@@ -52,8 +54,9 @@ class Span:
         length = min(length, self.length - start)
         if length <= 0:
             return b""
-        pieces = self.slice(start, length)
-        return bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+        if start + length <= self._ends[0]:
+            return self.views[0][start : start + length].tobytes()
+        return b"".join(self.slice(start, length))
 
 
 def span_of(gpadl: Gpadl, memory: GuestMemory) -> Span:
@@ -66,6 +69,7 @@ class SendBuffer:
 
     def __init__(self, gpadl: Gpadl, memory: GuestMemory) -> None:
         self._span = span_of(gpadl, memory)
+        self._sections: dict[int, Span] = {}
         self.count = self._span.length // SEND_SECTION_SIZE
         if not self.count:
             raise RemoteProtocolError(
@@ -73,14 +77,21 @@ class SendBuffer:
                 f"{SEND_SECTION_SIZE}."
             )
 
-    def pieces(self, index: int, size: int) -> list[memoryview]:
-        """The first *size* bytes of section *index*; :class:`RemoteProtocolError` if not there."""
+    def section(self, index: int, size: int) -> Span:
+        """All of section *index*, of which the guest names *size* bytes.
+
+        :class:`RemoteProtocolError` if it has no such section or that is not so large.
+        """
         if index >= self.count or size > SEND_SECTION_SIZE:
             raise RemoteProtocolError(
                 f"the guest names {size} bytes of section {index} of {self.count} of its send "
                 "buffer."
             )
-        return self._span.slice(index * SEND_SECTION_SIZE, size)
+        section = self._sections.get(index)
+        if section is None:
+            pieces = self._span.slice(index * SEND_SECTION_SIZE, SEND_SECTION_SIZE)
+            section = self._sections[index] = Span(pieces)
+        return section
 
 
 class ReceiveBuffer:

@@ -13,7 +13,7 @@ from typing import Final
 from hvhost.errors import RemoteProtocolError
 from hvhost.network import ndis, rndis
 from hvhost.network.protocol import Capability, NvspVersion
-from hvhost.network.rndis import Oid, PacketFilter, RndisStatus, RndisType
+from hvhost.network.rndis import Oid, RndisStatus, RndisType
 from hvhost.network.state import LINK_SPEED, AdapterState
 
 #: Frames that a guest may put into one message, and the alignment of each, 1 << 3 bytes.
@@ -58,14 +58,14 @@ class ControlSide:
             return self._initialize(rndis.Initialize.unpack(body))
         if kind is RndisType.HALT:
             self._state.initialized = False
-            self._state.filter = PacketFilter(0)
+            self._state.filter = 0
             self._changed()
             return None
         if kind is RndisType.KEEPALIVE:
             request = rndis.Request.unpack(body).req_id
             return rndis.encode(RndisType.KEEPALIVE_C, rndis.SetComplete(request, 0))
         if kind is RndisType.RESET:
-            self._state.filter = PacketFilter(0)
+            self._state.filter = 0
             self._changed()
             return rndis.encode(RndisType.RESET_C, rndis.ResetComplete(0, 1))
         if kind not in (RndisType.QUERY, RndisType.SET):
@@ -160,7 +160,7 @@ class ControlSide:
         if oid == Oid.GEN_CURRENT_PACKET_FILTER:
             if len(data) < 4:
                 return RndisStatus.INVALID_LENGTH
-            state.filter = PacketFilter(int.from_bytes(data[:4], "little"))
+            state.filter = int.from_bytes(data[:4], "little")
         elif oid == Oid.TCP_OFFLOAD_PARAMETERS:
             merging = ndis.merging_wanted(data)
             if merging is not None:

@@ -171,7 +171,7 @@ class NetworkAdapter:
         state.version = None
         state.receive_buffer = state.send_buffer = None
         state.initialized = state.merging = False
-        state.filter = rndis.PacketFilter(0)
+        state.filter = 0
         state.subchannels = 0
         self._receiver = self._receive_buffer = self._send_buffer = None
         self._waiting.clear()
@@ -204,16 +204,9 @@ class NetworkAdapter:
 
     def _rndis(self, channel: Channel, packet: Packet) -> None:
         channel_type, index, size = protocol.rndis_section(packet.payload)
-        pieces: list[memoryview] = []
-        if index != NETVSC_INVALID_INDEX:
-            if self._send_buffer is None:
-                raise RemoteProtocolError("the guest names a section, but has no send buffer.")
-            pieces = self._send_buffer.pieces(index, size)
-        for item in packet.ranges:
-            pieces += item.views(self._memory)
-        span = Span(pieces)
+        span, size = self._span(packet, index, size)
         if channel_type == protocol.RMC_CONTROL:
-            message = span.read(0, rndis.CONTROL_LIMIT)
+            message = span.read(0, min(size, rndis.CONTROL_LIMIT))
             channel.send_completion(packet.transaction_id, _DONE)
             answer = self._control.answer(message)
             if answer is not None:
@@ -221,10 +214,8 @@ class NetworkAdapter:
             return
         if self.state.version is None or not self.state.initialized:
             raise RemoteProtocolError("a frame came before RNDIS was initialised.")
-        for start, message_of_frame in transmit.messages(span):
-            buffers = transmit.frame_buffers(
-                self.state, span, start, message_of_frame, may_spoof=self._may_spoof
-            )
+        for item in transmit.messages(span, size):
+            buffers = transmit.frame_buffers(self.state, span, *item, may_spoof=self._may_spoof)
             if buffers is None or not self.state.link:
                 continue
             if self._waiting or not self.wire.send(buffers):
@@ -236,6 +227,22 @@ class NetworkAdapter:
             self._watch()
         else:
             channel.send_completion(packet.transaction_id, _DONE)
+
+    def _span(self, packet: Packet, index: int, size: int) -> tuple[Span, int]:
+        """Where a packet's RNDIS messages lie, and how many bytes they take."""
+        if index == NETVSC_INVALID_INDEX:
+            pieces: list[memoryview] = []
+        elif self._send_buffer is None:
+            raise RemoteProtocolError("the guest names a section, but has no send buffer.")
+        else:
+            section = self._send_buffer.section(index, size)
+            if not packet.ranges:
+                return section, size
+            pieces = section.slice(0, size)
+        for item in packet.ranges:
+            pieces += item.views(self._memory)
+        span = Span(pieces)
+        return span, span.length
 
     def _drain(self) -> None:
         """Write what waits; a completion stands behind the frames that it is for."""

@@ -32,6 +32,8 @@ class Source(Protocol):
         ...
 
 
+_DHCP_SERVERS: Final = (67, 547)
+
 Deliver = Callable[[int, list[tuple[int, int]], list[int]], None]
 
 
@@ -115,7 +117,7 @@ class Receiver:
             return
         if offload.flags or merged:
             where = frame.parse(head)
-            if where is None or (merged and not self._can_merge(where)):
+            if where is None or (merged and not self._can_merge(where)) or _is_dhcp(head, where):
                 self._slow(size, skip, infos, head, offload)
                 return
             infos += rndis.information_item(InfoType.TCPIP_CHKSUM, _verified(where))
@@ -208,6 +210,12 @@ class Receiver:
         if value:
             infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
         self._commit(channel, len(data), 0, infos)
+
+
+def _is_dhcp(head: bytes, where: frame.Headers) -> bool:
+    """Whether a frame comes from a DHCP server: clients check its sum themselves."""
+    ports = head[where.transport : where.transport + 2]
+    return where.protocol == frame.UDP and int.from_bytes(ports, "big") in _DHCP_SERVERS
 
 
 def _verified(where: frame.Headers) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from hvhost.network.ndis import ReceiveScaling
 from hvhost.network.protocol import Capability, NvspVersion
-from hvhost.network.rndis import PacketFilter
 
 #: An adapter's link speed, in units of 100 bit/s: 10 Gbit/s.
 LINK_SPEED = 100_000_000
@@ -36,7 +35,10 @@ class Counters:
 
 @dataclass(slots=True)
 class AdapterState:
-    """An adapter's resumable state; handles are the guest's numbers, ``mtu`` without header."""
+    """An adapter's resumable state; handles are the guest's numbers, ``mtu`` without header.
+
+    ``filter`` is made of :class:`hvhost.network.rndis.PacketFilter`.
+    """
 
     mac: bytes
     link: bool = True
@@ -46,7 +48,7 @@ class AdapterState:
     receive_buffer: int | None = None
     send_buffer: int | None = None
     initialized: bool = False
-    filter: PacketFilter = field(default_factory=lambda: PacketFilter(0))
+    filter: int = 0
     merging: bool = False
     scaling: ReceiveScaling = field(default_factory=ReceiveScaling)
     subchannels: int = 0

@@ -41,7 +41,11 @@ _LINKTYPE_ETHERNET = 1
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a connection is for: ``adapter``, ``info``, or ``capture`` of port *name* or of all."""
+    """What a connection is for: ``adapter``, ``tap``, ``info``, or ``capture``.
+
+    With ``tap`` comes a descriptor, which is plugged in instead of the connection. A capture is of
+    the port *name*, or of all.
+    """
 
     purpose: str
     name: str = ""
@@ -58,7 +62,7 @@ def decode_hello(message: bytes) -> Hello:
         hello = Hello(**{**values, "trunk": tuple(values.get("trunk", ()))})
     except (ValueError, TypeError, AttributeError):
         raise HvHostError("the switch does not understand what it was told first.") from None
-    if hello.purpose not in ("adapter", "info", "capture"):
+    if hello.purpose not in ("adapter", "tap", "info", "capture"):
         raise HvHostError(f"the switch has nothing for {hello.purpose!r}.")
     return hello
 
@@ -127,6 +131,19 @@ def join(config: AdapterConfig, machine: str) -> int:
     stream.setblocking(False)
     enlarge(stream)
     return stream.detach()
+
+
+def attach(name: str, hello: Hello, descriptor: int) -> None:
+    """Plug a tap device's descriptor, which is given away, into a new port."""
+    stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with stream:
+        stream.settimeout(_ANSWER_SECONDS)
+        stream.connect(str(switch_directory(name) / SOCKET_NAME))
+        socket.send_fds(stream, [json.dumps(asdict(hello)).encode()], [descriptor])
+        answer = json.loads(stream.recv(_ANSWER_LIMIT) or b'{"error": "the switch hung up."}')
+    os.close(descriptor)
+    if "error" in answer:
+        raise HvHostError(str(answer["error"]))
 
 
 def info(name: str) -> dict[str, Any]:

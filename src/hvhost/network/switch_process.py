@@ -106,10 +106,16 @@ class SwitchProcess:
 
     def _hello(self, stream: socket.socket) -> None:
         self._loop.remove(stream.fileno())
+        descriptors: list[int] = []
         try:
-            hello = decode_hello(stream.recv(_HELLO_LIMIT))
-            answer = self._take(hello, stream)
+            message, descriptors, _, _ = socket.recv_fds(stream, _HELLO_LIMIT, 1)
+            hello = decode_hello(message)
+            if (hello.purpose == "tap") != bool(descriptors):
+                raise HvHostError("a descriptor comes with a tap, and with nothing else.")
+            answer = self._take(hello, stream, descriptors)
         except (HvHostError, OSError) as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
             with contextlib.suppress(OSError):
                 stream.send(json.dumps({"error": str(error)}).encode())
             stream.close()
@@ -119,7 +125,9 @@ class SwitchProcess:
                 stream.send(json.dumps(answer).encode())
             stream.close()
 
-    def _take(self, hello: Hello, stream: socket.socket) -> dict[str, Any] | None:
+    def _take(
+        self, hello: Hello, stream: socket.socket, descriptors: list[int]
+    ) -> dict[str, Any] | None:
         if hello.purpose == "info":
             return self._info()
         if hello.purpose == "capture":
@@ -132,10 +140,13 @@ class SwitchProcess:
             return None
         if len(self._ports) >= MAXIMUM_PORTS:
             raise HvHostError(f"the switch has {MAXIMUM_PORTS} ports, and all are taken.")
-        stream.send(b"{}")
-        enlarge(stream)
         settings = PortSettings(hello.name, hello.vlan, frozenset(hello.trunk), hello.isolated)
-        descriptor = stream.detach()
+        if descriptors:
+            descriptor = descriptors.pop()
+        else:
+            stream.send(b"{}")
+            enlarge(stream)
+            descriptor = stream.detach()
 
         def cable(*callbacks: Callable[[], None]) -> Cable:
             readable, writable, gone = callbacks
@@ -145,7 +156,7 @@ class SwitchProcess:
             return Cable(wire, wire.close)
 
         self._plug(settings, hello.rate, cable)
-        return None
+        return {} if hello.purpose == "tap" else None
 
     def _uplink(self, config: AdapterConfig) -> Callable[..., Cable]:
         def cable(*callbacks: Callable[[], None]) -> Cable:

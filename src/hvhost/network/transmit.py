@@ -10,8 +10,8 @@ from hvhost.network.rndis import DataMessage
 from hvhost.network.state import AdapterState
 
 _HEAD = rndis.PACKET_SIZE + rndis.PER_PACKET_INFO_LIMIT
-#: What of a message is read first: its header and the information of any usual frame.
-_USUAL_HEAD = 128
+#: What of a message is read first: its header, the usual information, and the frame's headers.
+_USUAL_HEAD = 288
 #: RNDIS messages in one packet; the host offers 8, a section has room for more.
 MESSAGES_PER_PACKET: Final = 256
 _LSO_V2 = 1 << 30
@@ -20,37 +20,45 @@ _LSO_IPV6 = 1 << 31
 Buffers = list[bytes | bytearray | memoryview]
 
 
-def messages(span: Span) -> list[tuple[int, DataMessage]]:
-    """The data messages in *span*, each with where it starts.
+def messages(span: Span, end: int) -> list[tuple[int, bytes, DataMessage]]:
+    """The data messages in the first *end* bytes of *span*, each with where and how it starts.
 
     :class:`hvhost.errors.RemoteProtocolError` if it is not made of such.
     """
-    found: list[tuple[int, DataMessage]] = []
-    position, end = 0, span.length
+    found: list[tuple[int, bytes, DataMessage]] = []
+    position = 0
     while position < end and len(found) < MESSAGES_PER_PACKET:
-        head = span.read(position, _USUAL_HEAD)
         left = end - position
+        head = span.read(position, min(left, _USUAL_HEAD))
         if len(head) >= rndis.PACKET_SIZE and int.from_bytes(head[32:36], "little") > 64:
-            head = span.read(position, _HEAD)
+            head = span.read(position, min(left, _HEAD))
         message = rndis.decode_packet(head, left)
-        found.append((position, message))
+        found.append((position, head, message))
         position += message.length
     return found
 
 
 def frame_buffers(
-    state: AdapterState, span: Span, start: int, message: DataMessage, *, may_spoof: bool
+    state: AdapterState,
+    span: Span,
+    start: int,
+    copy: bytes,
+    message: DataMessage,
+    *,
+    may_spoof: bool,
 ) -> Buffers | None:
     """A frame with its offload header, ready to be written; ``None`` for one to be dropped.
 
-    Its data stay where they are, in the guest's memory.
+    *copy* is how its message, at *start* of *span*, starts. Its data stay where they are, in the
+    guest's memory.
     """
     counters = state.counters
     size = message.data_length
     if not frame.ETHERNET_HEADER <= size <= frame.FRAME_LIMIT:
         counters.transmit_errors += 1
         return None
-    start += message.data_offset
+    offset = message.data_offset
+    start += offset
     large_send = message.large_send
     wants = message.checksum or 0
     if large_send is not None or wants & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
@@ -59,7 +67,11 @@ def frame_buffers(
         copied = 12
     else:
         copied = 0
-    head = bytearray(span.read(start, min(copied, size)))
+    copied = min(copied, size)
+    if offset + copied <= len(copy):
+        head = bytearray(copy[offset : offset + copied])
+    else:
+        head = bytearray(span.read(start, copied))
     if not may_spoof and head[6:12] != state.mac:
         counters.spoofed += 1
         return None

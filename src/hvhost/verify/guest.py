@@ -23,6 +23,7 @@ from hvhost.machine.model import (
 )
 from hvhost.memory.report import MemoryInfo
 from hvhost.memory.settings import DynamicMemory
+from hvhost.network.report import AdapterInfo
 from hvhost.sockets.protocol import Service
 from hvhost.verify.services import Drives, Services
 
@@ -111,6 +112,18 @@ class MemoryControl(Protocol):
     def set(self, size: int) -> MemoryInfo: ...
 
 
+class NetworkControl(Protocol):
+    """What :class:`hvhost.manager.network.NetworkClient` does."""
+
+    def adapter(self, name: str) -> AdapterInfo | None: ...
+
+    def add(self, nic: str, name: str) -> AdapterInfo: ...
+
+    def remove(self, name: str) -> list[AdapterInfo]: ...
+
+    def set_link(self, name: str, up: bool) -> AdapterInfo: ...
+
+
 class Machine(Protocol):
     """The machine's controls. All methods raise :class:`HvHostError` when its worker is gone."""
 
@@ -170,6 +183,11 @@ class Machine(Protocol):
     @property
     def drives(self) -> Drives:
         """Disks and DVD drives."""
+        ...
+
+    @property
+    def network(self) -> NetworkControl:
+        """Network adapters, which may come and go."""
         ...
 
     @property

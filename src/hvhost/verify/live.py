@@ -33,6 +33,7 @@ from hvhost.manager.definition import define
 from hvhost.manager.directory import MachineDirectory
 from hvhost.manager.launcher import Worker, launch
 from hvhost.manager.memory import MemoryClient
+from hvhost.manager.network import NetworkClient
 from hvhost.manager.storage import DriveClient
 from hvhost.paths import runtime_dir
 from hvhost.sockets.protocol import Service, listen_name, service_id
@@ -337,6 +338,10 @@ class LiveMachine:
     @property
     def drives(self) -> DriveClient:
         return DriveClient(self._client)
+
+    @property
+    def network(self) -> NetworkClient:
+        return NetworkClient(self._client)
 
     @property
     def memory(self) -> MemoryClient:

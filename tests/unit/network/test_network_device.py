@@ -177,6 +177,19 @@ def test_unmade_sums_are_vouched_for_and_bad_ones_are_not() -> None:
     assert first.infos == {0: 1 << 3} and second.infos == {}
 
 
+def test_a_dhcp_server_s_sum_is_made() -> None:
+    driver = started()
+    data = tcp(b"offer", good=False, protocol=17, ports=(67, 68), to=MAC, sender=PEER)
+    where = frame.parse(data)
+    assert where is not None
+    unmade = bytearray(data)
+    frame.set_pseudo_checksum(unmade, where, len(data))
+    offload = frame.Offload(flags=1, csum_start=34, csum_offset=6)
+    driver.wire.incoming.append(incoming(bytes(unmade), offload))
+    (received,) = driver.pull()
+    assert sums_are_right(received.data) and received.infos == {}
+
+
 @pytest.mark.parametrize("ipv6", [False, True])
 def test_merged_segments_come_whole(ipv6: bool) -> None:
     driver = started()

@@ -34,7 +34,15 @@ from hvhost.verify.contract import (
     Row,
     vmbus_alias,
 )
-from hvhost.verify.guest import ANY_SHAPE, CommandResult, Machine, MemoryControl, Probe, Shape
+from hvhost.verify.guest import (
+    ANY_SHAPE,
+    CommandResult,
+    Machine,
+    MemoryControl,
+    NetworkControl,
+    Probe,
+    Shape,
+)
 from hvhost.verify.results import RowResult
 from hvhost.verify.rows import PROOFS
 from hvhost.verify.services import Drives
@@ -61,6 +69,12 @@ _UNSCRIPTED = (
     "vhdx-resize",
     "fibre-channel",
     "wwn",
+    "network",
+    "jumbo-frames",
+    "offloads",
+    "lro",
+    "vrss",
+    "vlan",
 )
 SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in _UNSCRIPTED)
 HEARTBEAT_CHANNEL = 2
@@ -140,6 +154,10 @@ class ScriptedGuest:
 
 
 class ScriptedMachine:
+    @property
+    def network(self) -> NetworkControl:
+        raise NotImplementedError("the network is not scripted")
+
     @property
     def drives(self) -> Drives:
         raise NotImplementedError("drives are not scripted")

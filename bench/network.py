@@ -1,0 +1,144 @@
+"""A network adapter natively: the host's part of moving frames, beside bare system calls.
+
+The simulated driver fills its ring or a socket before, and is not measured; what is measured is
+from the guest's signal to the last frame written, or from the first frame read to the guest's
+interrupt. Beside it stands a loop of the same ``writev`` or ``readv`` on the same sockets.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+from bench.measurement import Measurement
+from hvhost.network import frame
+from hvhost.network.wires import DescriptorWire, enlarge
+
+BATCH, BATCHES = 64, 60
+LARGE_BATCH = 2
+
+
+class _Sockets:
+    """Two ends of a cable, the near one as a wire."""
+
+    def __init__(self) -> None:
+        from hvhost.machine.loop import Loop
+
+        self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for each in (self.near, self.far):
+            each.setblocking(False)
+            enlarge(each)
+        self.wire = DescriptorWire(
+            self.near.fileno(), Loop(), readable=lambda: None, writable=lambda: None
+        )
+        self.buffer = memoryview(bytearray(1 << 17))
+
+    def drain(self) -> int:
+        """Read what arrived at the far end; how many frames."""
+        count = 0
+        while True:
+            try:
+                os.readv(self.far.fileno(), [self.buffer])
+            except BlockingIOError:
+                return count
+            count += 1
+
+    def fill(self, data: bytes, count: int) -> None:
+        for _ in range(count):
+            self.far.send(data)
+
+
+def _measure(size: int, batch: int) -> tuple[float, float, float, float]:
+    """Seconds a frame: sent by the guest, ``writev``; received by the guest, ``readv``."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from simulated.frames import tcp
+    from simulated.netvsc import MAC, PEER, NetvscDriver, nvsp, rndis_packet
+
+    driver, sockets = NetvscDriver(receive_buffer=512), _Sockets()
+    driver.adapter.wire = sockets.wire
+    driver.start()
+    (channel,) = driver.guest.server.channels
+    payload = os.urandom(size - 54)
+    out, back = tcp(payload), tcp(payload, to=MAC, sender=PEER)
+    large = size > 1514
+    infos = ((2, 1448 | 34 << 20 | 1 << 30),) if large else ((0, 0x5 | 34 << 16),)
+    offload = frame.Offload(1, 1 if large else 0, 54, 1448 if large else 0, 34, 16)
+    message = rndis_packet(out, *infos)
+    pages = driver.guest.allocate(-(-len(message) // 4096))
+    driver.put(pages, 0, message)
+    driver.put(driver.send_pages, 0, message[:6144])
+    ranges = struct.pack("<IIII", 0, 1, len(message), 0) + struct.pack(f"<{len(pages)}Q", *pages)
+    spent = [0.0] * 4
+    for number in range(BATCHES):
+        for transaction in range(batch):
+            if large:
+                channel_type, head, packet = 9, ranges, nvsp(107, 0, 0xFFFFFFFF, 0)
+            else:
+                channel_type, head, packet = 6, b"", nvsp(107, 0, 0, len(message))
+            assert driver.channel.write(
+                packet,
+                packet_type=channel_type,
+                flags=1,
+                transaction_id=number * batch + transaction + 1,
+                header=head,
+                signal=False,
+            )
+        started = time.perf_counter()
+        channel.process()
+        spent[0] += time.perf_counter() - started
+        driver.read()
+        assert sockets.drain() == batch and not driver.guest.faults
+        pieces = [offload.pack(), out]
+        started = time.perf_counter()
+        for _ in range(batch):
+            os.writev(sockets.near.fileno(), pieces)
+        spent[1] += time.perf_counter() - started
+        sockets.drain()
+
+        sockets.fill(offload.pack() + back, batch)
+        started = time.perf_counter()
+        driver.adapter.readable()
+        spent[2] += time.perf_counter() - started
+        driver.read()
+        assert len(driver.frames) == batch, len(driver.frames)
+        driver.frames.clear()
+        sockets.fill(offload.pack() + back, batch)
+        views = [memoryview(bytearray(10)), sockets.buffer]
+        started = time.perf_counter()
+        for _ in range(batch):
+            os.readv(sockets.near.fileno(), views)
+        spent[3] += time.perf_counter() - started
+    frames = BATCHES * batch
+    return spent[0] / frames, spent[1] / frames, spent[2] / frames, spent[3] / frames
+
+
+def network(rounds: int) -> list[Measurement]:
+    """Frames of 64 and 1,514 bytes, and segments of 64 KiB, through an adapter, both ways."""
+    del rounds
+    figures = []
+    for size, batch, name in ((64, BATCH, "64 B"), (1514, BATCH, "1,514 B")):
+        sent, write, received, read = _measure(size, batch)
+        figures += [
+            Measurement("network", f"{name} sent", sent * 1e6, "µs", "writev", write * 1e6),
+            Measurement("network", f"{name} received", received * 1e6, "µs", "readv", read * 1e6),
+            Measurement("network", f"{name} sent, a second", 1 / sent, "/s", "writev", 1 / write),
+            Measurement(
+                "network", f"{name} received, a second", 1 / received, "/s", "readv", 1 / read
+            ),
+        ]
+    size = 65_000
+    sent, write, received, read = _measure(size, LARGE_BATCH)
+    gigabits = size * 8 / 1e9
+    figures += [
+        Measurement(
+            "network", "64 KiB sent", gigabits / sent, "Gbit/s", "writev", gigabits / write
+        ),
+        Measurement(
+            "network", "64 KiB received", gigabits / received, "Gbit/s", "readv", gigabits / read
+        ),
+    ]
+    return figures

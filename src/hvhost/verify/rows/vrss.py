@@ -1,0 +1,99 @@
+"""``vrss``: received flows are spread over virtual processors as the guest's table and key say.
+
+The guest's key and table are read by its own ethtool, the hash is computed here after Microsoft's
+description, and what arrived where is the guest's count of frames by queue; the processor of each
+queue is what its sysfs says of the channel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from hvhost.network.toeplitz import toeplitz
+from hvhost.verify.guest import RowFailed
+from hvhost.verify.session import Session
+from hvhost.verify.wire import GUEST4, HOST4, Cable, cable
+
+FLOWS = 60
+_FIRST_PORT, _CLOSED_PORT = 20_000, 9
+
+
+def _scaling(wire: Cable) -> tuple[list[int], bytes]:
+    """Table and key, as ``ethtool -x`` prints them."""
+    text = wire.ethtool("-x")
+    rows = re.findall(r"^\s*\d+:((?:\s+\d+)+)$", text, re.MULTILINE)
+    table = [int(number) for row in rows for number in row.split()]
+    keys = re.findall(r"^([0-9a-f]{2}(?::[0-9a-f]{2}){39})$", text, re.MULTILINE)
+    if not table or not keys:
+        raise RowFailed("ethtool -x shows no table or no key", text.splitlines())
+    return table, bytes.fromhex(keys[0].replace(":", ""))
+
+
+def _queue_of(port: int, table: list[int], key: bytes) -> int:
+    addresses = bytes(map(int, f"{HOST4}.{GUEST4}".split(".")))
+    data = addresses + port.to_bytes(2, "big") + _CLOSED_PORT.to_bytes(2, "big")
+    return table[toeplitz(key, data) & len(table) - 1]
+
+
+def _check(wire: Cable, first: int, what: str) -> Iterator[str]:
+    """One frame from each of many ports; each queue must get just those that hash to it."""
+    table, key = _scaling(wire)
+    ports = list(range(first, first + FLOWS))
+    expected = Counter(_queue_of(port, table, key) for port in ports)
+    wire.await_ping()
+    before = wire.queue_counters()
+    refused = wire.witness.do("knock", to=GUEST4, port=_CLOSED_PORT, ports=ports)["refused"]
+    got = [new - old for new, old in zip(wire.queue_counters(), before, strict=True)]
+    if refused != FLOWS:
+        raise RowFailed(f"of {FLOWS} connections, {refused} reached the guest")
+    wanted = [expected[number] for number in range(len(got))]
+    # Neighbour discovery may add a frame or two of its own.
+    if any(not want <= have <= want + 3 for want, have in zip(wanted, got, strict=True)):
+        raise RowFailed(f"{what}: queues got {got} frames, the hash says {wanted}")
+    yield f"{what}: {FLOWS} flows, {wanted} frames by Toeplitz, {got} counted by queue"
+
+
+def _processors(wire: Cable) -> list[str]:
+    """The processor of each channel, by the guest's sysfs."""
+    base = f"/sys/class/net/{wire.interface}/device/channels"
+    found = wire.probe.read_all(f"{base}/*/cpu", f"{base}/*/subchannel_id")
+    channels: dict[str, dict[str, str]] = {}
+    for path, text in found.items():
+        number, name = path.split("/")[-2:]
+        channels.setdefault(number, {})[name] = text.strip()
+    ordered = sorted(channels.values(), key=lambda each: int(each["subchannel_id"]))
+    return [each["cpu"] for each in ordered]
+
+
+def prove(session: Session) -> Iterator[str]:
+    """A channel for each processor; flows land where table and key say, as ``ethtool -X`` sets."""
+    if session.cpus < 2:
+        raise RowFailed("the guest has one processor; run it with --cpus 2 or more")
+    with cable(session) as wire:
+        channels = wire.ethtool("-l").split("Combined:")[-1].split()[0]
+        processors = _processors(wire)
+        if int(channels) != len(processors) or len(set(processors)) < 2:
+            raise RowFailed(f"{channels} channels on processors {', '.join(processors)}")
+        yield f"channels: {channels}, on processors {', '.join(processors)}"
+        session.step("sending flows that hash to every queue")
+        yield from _check(wire, _FIRST_PORT, "the driver's own table and key")
+        session.step("changing the key")
+        key = ":".join(f"{number * 37 % 256:02x}" for number in range(1, 41))
+        wire.guest(f"ethtool -X $I hkey {key}")
+        yield from _check(wire, _FIRST_PORT + FLOWS, "another key (ethtool -X hkey)")
+        session.step("changing the table")
+        weights = " ".join("1" if number == 1 else "0" for number in range(int(channels)))
+        wire.guest(f"ethtool -X $I weight {weights}")
+        yield from _check(wire, _FIRST_PORT + 2 * FLOWS, "all to queue 1 (ethtool -X weight)")
+        session.step("changing the number of channels")
+        wire.guest("ethtool -L $I combined 1")
+        wire.configure()
+        if len(wire.queue_counters()) != 1:
+            raise RowFailed("ethtool -L combined 1 left more than one queue")
+        wire.guest(f"ethtool -L $I combined {channels}")
+        wire.configure()
+        wire.guest("ethtool -X $I default || true")
+        yield f"ethtool -L: 1 channel and {channels} again, with traffic after each"
+    yield f"flows spread over {channels} processors just as Toeplitz, key and table say"
