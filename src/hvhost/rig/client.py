@@ -181,7 +181,7 @@ def _session(
 
 @dataclass(frozen=True, slots=True)
 class RigStatus:
-    """The rig's own account; *seconds* since it is up, *memory* its guests have, in bytes."""
+    """The rig's own account; *seconds* since it is up, *memory* what its guests occupy, in bytes."""
 
     state: str
     pid: int | None = None

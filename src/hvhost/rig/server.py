@@ -68,7 +68,6 @@ class Session:
     index: int | None = None
     peer: int = 0
     memory_offset: int = 0
-    memory_size: int = 0
     events: list[int] = field(default_factory=list)
     vectors: list[int] = field(default_factory=list)
     closing: bool = False
@@ -338,7 +337,7 @@ class Keeper:
             "emulator_pid": self.process.pid if self.process is not None else None,
             "seconds": round(time.monotonic() - self.started, 1) if self.ready else 0.0,
             "machines": len(self.sessions),
-            "memory": sum(session.memory_size for session in self.sessions.values()),
+            "memory": os.fstat(self.memory.descriptor).st_blocks * 512,
         }
 
     def open_session(self, session: Session) -> None:
@@ -358,7 +357,7 @@ class Keeper:
         except (ValueError, KeyError, TypeError) as error:
             self.tell(session, {"error": f"the rig did not understand its client ({error!r})."})
             return
-        session.index, session.memory_size = free[0], size
+        session.index = free[0]
         session.peer, self.next_peer = self.next_peer, self.next_peer + 1
         session.vectors = [self.free_vectors.pop(0) for _ in range(vectors)]
         session.events = _events(layout.PEER_VECTORS)
