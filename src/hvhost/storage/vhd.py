@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from uuid import UUID
 
@@ -33,11 +32,12 @@ from hvhost.storage.vhd_format import (
     Footer,
     bitmap_size,
     checksum_is_right,
-    geometry,
     packed,
 )
+from hvhost.storage.vhd_resize import resize
 
 _PAGE = 4096
+_MAXIMUM_BITMAPS = 4096
 _ENTRIES_PER_PAGE = _PAGE // 4
 # In bitmaps of VHD the highest bit of a byte is its first.
 _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -75,11 +75,11 @@ class VhdDisk:
         self.parent: ImageDisk | None = None
         self.footer = read_footer(file)
         self.header: DynamicHeader | None = None
-        self._table = array("I")
+        self.table = array("I")
         self._dirty_pages: set[int] = set()
-        self._bitmaps: dict[int, bytearray] = {}
+        self.bitmaps: dict[int, bytearray] = {}
         self._dirty_bitmaps: set[int] = set()
-        self._end = self.footer.current_size
+        self.end = self.footer.current_size
         self._closed = False
         if self.footer.disk_type == DiskType.FIXED:
             if self.footer.current_size + FOOTER_SIZE > file.size():
@@ -103,9 +103,9 @@ class VhdDisk:
         if count > entries or header.table_offset + 4 * entries > file.size():
             raise DiskError(f"{file.name} has a block table that does not fit; it is damaged.")
         self.header = header
-        self._table.frombytes(read_exactly(file, header.table_offset, 4 * count))
-        self._table.byteswap()
-        self._bitmap_size = bitmap_size(block_size)
+        self.table.frombytes(read_exactly(file, header.table_offset, 4 * count))
+        self.table.byteswap()
+        self.bitmap_size = bitmap_size(block_size)
         self._survey(place, header)
 
     def _survey(self, place: int, header: DynamicHeader) -> None:
@@ -115,8 +115,8 @@ class VhdDisk:
             (place, DYNAMIC_HEADER_SIZE),
             (header.table_offset, 4 * header.maximum_table_entries),
         ]
-        whole = self._bitmap_size + header.block_size
-        extents += [(each * SECTOR, whole) for each in self._table if each != UNUSED_BLOCK]
+        whole = self.bitmap_size + header.block_size
+        extents += [(each * SECTOR, whole) for each in self.table if each != UNUSED_BLOCK]
         extents.sort()
         for (first, length), (second, _) in pairwise(extents):
             if first + length > second:
@@ -124,8 +124,8 @@ class VhdDisk:
                     f"{self.file.name} has two things at one place, at {second} in the file; "
                     "it is damaged."
                 )
-        self._end = sum(extents[-1])
-        if self._end > self.file.size():
+        self.end = sum(extents[-1])
+        if self.end > self.file.size():
             raise DiskError(f"{self.file.name} has a block outside the file; it is damaged.")
 
     @property
@@ -173,25 +173,25 @@ class VhdDisk:
             offset += count
             length -= count
 
-    def _data(self, block: int) -> int:
+    def data(self, block: int) -> int:
         """Where the block's data is."""
-        return self._table[block] * SECTOR + self._bitmap_size
+        return self.table[block] * SECTOR + self.bitmap_size
 
     def _read_block(
         self, block: int, within: int, buffers: Sequence[memoryview], count: int
     ) -> None:
         assert self.header is not None
         start = block * self.header.block_size + within
-        if self._table[block] == UNUSED_BLOCK:
+        if self.table[block] == UNUSED_BLOCK:
             self._read_parent(start, buffers, count)
         elif not self.has_parent:
-            self.file.readv(self._data(block) + within, buffers)
+            self.file.readv(self.data(block) + within, buffers)
         else:
             done = 0
             for own, size in self._runs(block, within, count):
                 part = section(buffers, done, size)
                 if own:
-                    self.file.readv(self._data(block) + within + done, part)
+                    self.file.readv(self.data(block) + within + done, part)
                 else:
                     self._read_parent(start + done, part, size)
                 done += size
@@ -202,7 +202,7 @@ class VhdDisk:
             return self.file.may_have_data(offset, length)
         for block, within, count in self._blocks(offset, min(length, self.size - offset)):
             start = block * self.header.block_size + within
-            if self._table[block] != UNUSED_BLOCK:
+            if self.table[block] != UNUSED_BLOCK:
                 return True
             if (
                 self.parent is not None
@@ -216,7 +216,7 @@ class VhdDisk:
         """Offset, length and True, of what is not the parent's."""
         for block, within, count in self._blocks(0, self.size):
             start = block * (self.header.block_size if self.header is not None else 0) + within
-            if self._table[block] != UNUSED_BLOCK:
+            if self.table[block] != UNUSED_BLOCK:
                 for own, size in self._runs(block, within, count):
                     if own:
                         yield start, size, True
@@ -233,10 +233,10 @@ class VhdDisk:
         clear(section(buffers, there, count - there))
 
     def _bitmap(self, block: int) -> bytearray:
-        bitmap = self._bitmaps.get(block)
+        bitmap = self.bitmaps.get(block)
         if bitmap is None:
-            raw = read_exactly(self.file, self._table[block] * SECTOR, self._bitmap_size)
-            bitmap = self._bitmaps[block] = raw.translate(_REVERSED)
+            raw = read_exactly(self.file, self.table[block] * SECTOR, self.bitmap_size)
+            bitmap = self.bitmaps[block] = raw.translate(_REVERSED)
         return bitmap
 
     def _runs(self, block: int, within: int, count: int) -> Iterator[tuple[bool, int]]:
@@ -256,9 +256,9 @@ class VhdDisk:
             return
         done = 0
         for block, within, count in self._blocks(offset, length):
-            new = self._table[block] == UNUSED_BLOCK
-            place = self._new_place() if new else self._table[block] * SECTOR
-            self.file.writev(place + self._bitmap_size + within, section(buffers, done, count))
+            new = self.table[block] == UNUSED_BLOCK
+            place = self._new_place() if new else self.table[block] * SECTOR
+            self.file.writev(place + self.bitmap_size + within, section(buffers, done, count))
             self._settle_block(block, place, within, count)
             done += count
 
@@ -266,21 +266,21 @@ class VhdDisk:
         """Where the next block begins: its data at a page of the host's."""
         assert self.header is not None
         # The old footer, and what a crash left, must not be read as part of the new block.
-        self.file.truncate(self._end)
-        data = -(-(self._end + self._bitmap_size) // _PAGE) * _PAGE
+        self.file.truncate(self.end)
+        data = -(-(self.end + self.bitmap_size) // _PAGE) * _PAGE
         self.file.truncate(data + self.header.block_size)
         write_all(self.file, data + self.header.block_size, packed(self.footer))
-        return data - self._bitmap_size
+        return data - self.bitmap_size
 
     def _settle_block(self, block: int, place: int, within: int, count: int) -> None:
         """The range of a block, a new one perhaps, is this file's own now."""
         assert self.header is not None
-        if self._table[block] == UNUSED_BLOCK:
+        if self.table[block] == UNUSED_BLOCK:
             fill = b"\0" if self.has_parent else b"\xff"
-            self._bitmaps[block] = bytearray(fill * self._bitmap_size)
+            self.bitmaps[block] = bytearray(fill * self.bitmap_size)
             self._dirty_bitmaps.add(block)
-            self._end = place + self._bitmap_size + self.header.block_size
-            self._table[block] = place // SECTOR
+            self.end = place + self.bitmap_size + self.header.block_size
+            self.table[block] = place // SECTOR
             self._dirty_pages.add(block // _ENTRIES_PER_PAGE)
         if self.has_parent:
             bitmap = self._bitmap(block)
@@ -299,9 +299,9 @@ class VhdDisk:
             self.file.clear(offset, length)
             return
         for block, within, count in self._blocks(offset, length):
-            if self._table[block] != UNUSED_BLOCK:
-                self.file.clear(self._data(block) + within, count)
-                self._settle_block(block, self._table[block] * SECTOR, within, count)
+            if self.table[block] != UNUSED_BLOCK:
+                self.file.clear(self.data(block) + within, count)
+                self._settle_block(block, self.table[block] * SECTOR, within, count)
             elif self.has_parent:
                 self._settle_block(block, self._new_place(), within, count)
 
@@ -311,18 +311,21 @@ class VhdDisk:
         self.file.flush()
         if self._dirty_bitmaps:
             for block in self._dirty_bitmaps:
-                raw = self._bitmaps[block].translate(_REVERSED)
-                write_all(self.file, self._table[block] * SECTOR, raw)
+                raw = self.bitmaps[block].translate(_REVERSED)
+                write_all(self.file, self.table[block] * SECTOR, raw)
             self.file.flush()
             self._dirty_bitmaps.clear()
+            if len(self.bitmaps) > _MAXIMUM_BITMAPS:
+                self.bitmaps.clear()
         if self._dirty_pages and self.header is not None:
             for page in self._dirty_pages:
                 first = page * _ENTRIES_PER_PAGE
-                self._write_table(first, self._table[first : first + _ENTRIES_PER_PAGE])
+                self.write_table(first, self.table[first : first + _ENTRIES_PER_PAGE])
             self.file.flush()
             self._dirty_pages.clear()
 
-    def _write_table(self, first: int, entries: array[int]) -> None:
+    def write_table(self, first: int, entries: array[int]) -> None:
+        """Put entries where they belong in the file."""
         assert self.header is not None
         entries = entries[:]
         entries.byteswap()
@@ -339,79 +342,8 @@ class VhdDisk:
                 f"{self.file.name} is a differencing VHD, whose size is its parent's; "
                 "convert it to VHDX to resize it."
             )
-        cylinders, heads, sectors = geometry(size)
-        footer = replace(
-            self.footer,
-            current_size=size,
-            cylinders=cylinders,
-            heads=heads,
-            sectors_per_track=sectors,
-        )
         self.flush()
-        if self.header is None:
-            self._resize_fixed(footer)
-        else:
-            self._resize_dynamic(footer, self.header)
-
-    def _resize_fixed(self, footer: Footer) -> None:
-        old, new = self.size, footer.current_size
-        write_all(self.file, new, packed(footer))
-        self.file.flush()
-        if new > old:
-            self.file.clear(old, min(FOOTER_SIZE, new - old))
-            self.file.reserve(old, new - old)
-        else:
-            self.file.truncate(new + FOOTER_SIZE)
-        self.file.flush()
-        self.footer = footer
-
-    def _resize_dynamic(self, footer: Footer, header: DynamicHeader) -> None:
-        count = -(-footer.current_size // header.block_size)
-        within = self.size % header.block_size
-        last = len(self._table) - 1
-        if footer.current_size > self.size and within and self._table[last] != UNUSED_BLOCK:
-            self.file.clear(self._data(last) + within, header.block_size - within)
-        if count > len(self._table):
-            table = self._table + array("I", [UNUSED_BLOCK]) * (count - len(self._table))
-            if count > header.maximum_table_entries:
-                header = self._move_table(header, table)
-            self._write_table(0, table)
-            self.file.flush()
-            self._table = table
-        write_all(self.file, 0, packed(footer))
-        self.footer = footer
-        self._write_end()
-        if count < len(self._table):
-            dropped = [each for each in self._table[count:] if each != UNUSED_BLOCK]
-            self._write_table(count, array("I", [UNUSED_BLOCK]) * (len(self._table) - count))
-            del self._table[count:]
-            self._bitmaps.clear()
-            self.file.flush()
-            for each in dropped:
-                self.file.clear(each * SECTOR, self._bitmap_size + header.block_size)
-
-    def _move_table(self, header: DynamicHeader, table: array[int]) -> DynamicHeader:
-        """Room for a longer table behind all else; it is written there before it is named."""
-        place = -(-self._end // _PAGE) * _PAGE
-        length = -(-4 * len(table) // _PAGE) * _PAGE
-        self.file.truncate(self._end)
-        self.file.truncate(place + length)
-        new = replace(header, table_offset=place, maximum_table_entries=length // 4)
-        spare = array("I", [UNUSED_BLOCK]) * (length // 4 - len(table))
-        self.header = new
-        self._write_table(0, table + spare)
-        self.file.flush()
-        # All that changes is in the header's first sector: it is there as a whole or not at all.
-        write_all(self.file, self.footer.data_offset, packed(new)[:SECTOR])
-        self.file.flush()
-        self._end = place + length
-        return new
-
-    def _write_end(self) -> None:
-        """The footer at the file's end."""
-        self.file.truncate(self._end)
-        write_all(self.file, self._end, packed(self.footer))
-        self.file.flush()
+        resize(self, size)
 
     def close(self) -> None:
         if self._closed:
