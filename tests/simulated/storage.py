@@ -112,6 +112,7 @@ class StorageHost:
     workers: list[UnitWorker] = field(default_factory=list)
     sub_channels: list[Channel] = field(default_factory=list)
     told: list[tuple[str, str]] = field(default_factory=list)
+    memory_written: list[bytes] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -128,7 +129,7 @@ class StorageHost:
         def add(count: int) -> None:
             for index in range(1, count + 1):
                 sub = SubChannel(
-                    replace(controller.offer, sub_channel_index=index), controller, lock
+                    replace(controller.offer, sub_channel_index=index), controller, surface
                 )
                 host.sub_channels.append(guest.server.add_device(sub))
 
@@ -138,7 +139,10 @@ class StorageHost:
                 if channel.state.value not in ("rescinded", "released"):
                     guest.server.remove_device(channel)
 
-        surface = Surface(guest.memory, lock, processors, add, remove)
+        def written(views: Sequence[memoryview]) -> None:
+            host.memory_written.append(b"".join(views))
+
+        surface = Surface(guest.memory, lock, processors, add, remove, written)
         offer: Offer = replace(an_offer(), interface_type=HV_SCSI_GUID, name="scsi0")
         controller = StorageController(offer, surface, names)
         host = cls(guest, controller, lock)

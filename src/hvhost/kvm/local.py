@@ -81,6 +81,9 @@ class LocalTransport:
     def code_loaded(self) -> None:
         pass
 
+    def memory_written(self, views: Sequence[memoryview]) -> None:
+        pass
+
     def discard(self, offset: int, size: int) -> None:
         self._map.madvise(mmap.MADV_DONTNEED, offset, size)
 

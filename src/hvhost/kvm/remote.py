@@ -155,6 +155,9 @@ class _Mailbox:
 _RUN = layout.OPERATION_RUN
 _I64 = struct.Struct("<q")
 _CALL = struct.Struct("<IIIQQII")
+_PAIR = struct.Struct("<QQ")
+_PLACES = 256
+"""Places of memory in one call to rewrite them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +268,20 @@ class RemoteTransport:
                 return
             place = min(end, os.lseek(descriptor, start, os.SEEK_HOLE))
             self._mailbox.call(layout.OPERATION_REWRITE, request=place - start, argument=start)
+
+    def memory_written(self, views: Sequence[memoryview]) -> None:
+        first = self._session.memory_offset - self._residence.address
+        places: list[tuple[int, int]] = []
+        for view in filter(len, views):
+            offset = first + ctypes.addressof(ctypes.c_char.from_buffer(view))
+            if places and sum(places[-1]) == offset:
+                places[-1] = places[-1][0], places[-1][1] + len(view)
+            else:
+                places.append((offset, len(view)))
+        for start in range(0, len(places), _PLACES):
+            some = places[start : start + _PLACES]
+            pairs = bytearray(b"".join(_PAIR.pack(*place) for place in some))
+            self._mailbox.call(layout.OPERATION_REWRITE, request=len(some), argument=pairs)
 
     def discard(self, offset: int, size: int) -> None:
         # Of shared memory, only removal frees the pages: for us, for QEMU and for the guest.

@@ -73,6 +73,13 @@ class Transport(Protocol):
         """
         ...
 
+    def memory_written(self, views: Sequence[memoryview]) -> None:
+        """A device has put data into these parts of :attr:`memory`, and nobody else writes there.
+
+        As :meth:`code_loaded`, for what the guest may run later, such as programs from a disk.
+        """
+        ...
+
     def discard(self, offset: int, size: int) -> None:
         """Give whole pages of the memory back to the computer; they read as zero again."""
         ...

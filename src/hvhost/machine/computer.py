@@ -201,6 +201,7 @@ class Computer:
             high_mmio=layout.high_mmio,
             serial_ports=len(self.uarts),
         )
+        self.memory_written = transport.memory_written
         self.memory.write(ACPI_ADDRESS, tables.blob)
         initrd = Path(config.initrd).read_bytes() if config.initrd else None
         _set_boot_state(

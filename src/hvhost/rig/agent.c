@@ -208,9 +208,23 @@ static void *processor_main(void *argument);
  * makes the emulator forget the code it translated from what was there before. */
 static void rewrite(uint64_t offset, uint64_t size)
 {
-	volatile uint64_t *words = (volatile uint64_t *)(bar + offset);
-	for (uint64_t i = 0; i < size / sizeof *words; i++)
-		words[i] = words[i];
+	volatile uint8_t *byte = bar + offset, *end = byte + size;
+	for (; byte < end && (uintptr_t)byte % sizeof(uint64_t); byte++)
+		*byte = *byte;
+	for (; end - byte >= (ptrdiff_t)sizeof(uint64_t); byte += sizeof(uint64_t))
+		*(volatile uint64_t *)byte = *(volatile uint64_t *)byte;
+	for (; byte < end; byte++)
+		*byte = *byte;
+}
+
+/* So for many places: their offsets and sizes in pairs. */
+static int64_t rewrite_all(const uint8_t *pairs, uint64_t count, uint32_t buffer_size)
+{
+	if (count > buffer_size / 16)
+		return -EINVAL;
+	for (uint64_t i = 0; i < count; i++)
+		rewrite(get64(pairs, 16 * i), get64(pairs, 16 * i + 8));
+	return 0;
 }
 
 static int64_t start_processor(struct session *s, unsigned index, int fd)
@@ -277,6 +291,8 @@ static int64_t call(struct session *s, uint8_t *mailbox, uint32_t buffer_size)
 		drain_coalesced(s);
 		return 0;
 	case OPERATION_REWRITE:
+		if (get32(mailbox, MAILBOX_USES_BUFFER))
+			return rewrite_all(mailbox + MAILBOX_BUFFER, get64(mailbox, MAILBOX_REQUEST_CODE), buffer_size);
 		rewrite(argument, get64(mailbox, MAILBOX_REQUEST_CODE));
 		return 0;
 	}

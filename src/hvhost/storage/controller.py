@@ -336,7 +336,7 @@ class Storage:
         def add_sub_channels(count: int) -> None:
             for index in range(1, count + 1):
                 offer = replace(device.offer, sub_channel_index=index)
-                sub_channel = SubChannel(offer, device, computer.lock)
+                sub_channel = SubChannel(offer, device, surface)
                 controller.sub_channels.append(computer.bus.add_device(sub_channel))
 
         def remove_sub_channels() -> None:
@@ -351,6 +351,7 @@ class Storage:
             computer.config.cpus,
             add_sub_channels,
             remove_sub_channels,
+            computer.memory_written,
         )
         kind = HV_SCSI_GUID if controller.names is None else HV_SYNTHFC_GUID
         offer = Offer(kind, _instance(controller.name), controller.name)

@@ -80,7 +80,8 @@ class ControllerState:
 class Surface:
     """What a controller needs of its machine.
 
-    *add_sub_channels* puts so many on the bus, *remove_sub_channels* takes all off again.
+    *add_sub_channels* puts so many on the bus, *remove_sub_channels* takes all off again;
+    *memory_written* is told of the guest's memory that was read into, and may take its time.
     """
 
     memory: GuestMemory
@@ -88,16 +89,18 @@ class Surface:
     processors: int
     add_sub_channels: Callable[[int], None]
     remove_sub_channels: Callable[[], None]
+    memory_written: Callable[[Sequence[memoryview]], None] = lambda views: None
 
 
 class ChannelSession:
     """The time a channel is open; see :class:`hvhost.storage.worker.Session`."""
 
-    def __init__(self, channel: Channel, lock: threading.RLock) -> None:
+    def __init__(self, channel: Channel, surface: Surface) -> None:
         self.alive = True
+        self.memory_written = surface.memory_written
         self.outstanding = 0
         self._workers: set[UnitWorker] = set()
-        self._channel, self._lock = channel, lock
+        self._channel, self._lock = channel, surface.lock
         self._answers: deque[tuple[int, bytes]] = deque()
         channel.settle = self._settle
 
@@ -189,7 +192,7 @@ class StorageController:
 
     def opened(self, channel: Channel) -> None:
         self._channel = channel
-        self._session = ChannelSession(channel, self._surface.lock)
+        self._session = ChannelSession(channel, self._surface)
         self.state.phase, self.state.version = Phase.CLOSED, 0
 
     def closed(self) -> None:
@@ -355,17 +358,17 @@ class StorageController:
 class SubChannel:
     """One more channel of *controller*: commands only."""
 
-    def __init__(self, offer: Offer, controller: StorageController, lock: threading.RLock) -> None:
+    def __init__(self, offer: Offer, controller: StorageController, surface: Surface) -> None:
         self.offer = offer
         #: All there is to resume is the controller's.
         self.state = controller.state
-        self._controller, self._lock = controller, lock
+        self._controller, self._surface = controller, surface
         self._session: ChannelSession | None = None
         self._channel: Channel | None = None
 
     def opened(self, channel: Channel) -> None:
         self._channel = channel
-        self._session = ChannelSession(channel, self._lock)
+        self._session = ChannelSession(channel, self._surface)
 
     def closed(self) -> None:
         session, self._session, self._channel = self._session, None, None

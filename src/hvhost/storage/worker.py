@@ -45,6 +45,7 @@ class Session(Protocol):
     """The time during which a channel is open; requests belong to it and die with it."""
 
     alive: bool
+    memory_written: Callable[[Sequence[memoryview]], None]
 
     def answer(self, request: Request, payload: bytes) -> None:
         """Take an answer to be sent; any thread."""
@@ -199,6 +200,8 @@ class UnitWorker:
                     if not request.session.alive:
                         return None
                     transferred = self.unit.execute(request.cdb, request.data)
+                    if request.cdb[0] in _READS:
+                        request.session.memory_written(request.data)
                 self.full = False
                 return request.succeeded(transferred)
             except CheckCondition as condition:

@@ -306,6 +306,9 @@ class FakeTransport:
     def code_loaded(self) -> None:
         self.code_loads += 1
 
+    def memory_written(self, views: Sequence[memoryview]) -> None:
+        pass
+
     def open_kvm(self) -> Handle:
         return self._new("kvm")
 

@@ -123,6 +123,13 @@ def test_data_goes_to_the_file(host: StorageHost, disk: Faulty) -> None:
     assert disk.disk.file.path.read_bytes()[MIB : 2 * MIB] == data
 
 
+def test_the_transport_is_told_of_memory_that_was_read_into(host: StorageHost) -> None:
+    driver = host.connect()
+    data = os.urandom(4096)
+    assert driver.write(0, data).ok and not host.memory_written
+    assert driver.read(0, 8).ok and host.memory_written == [data]
+
+
 def test_flush_and_fua(host: StorageHost, disk: Faulty) -> None:
     driver = host.connect()
     assert driver.write(0, bytes(512)).ok and disk.flushes == 0
