@@ -149,8 +149,8 @@ def inject(interface: str, frame: str) -> dict[str, Any]:
         return {"sent": sock.send(bytes.fromhex(frame))}
 
 
-def watch(interface: str, seconds: float) -> dict[str, Any]:
-    """What arrives on *interface*, as an AF_PACKET socket sees it.
+def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
+    """What arrives on *interface*, from *sender* if given, as an AF_PACKET socket sees it.
 
     Sizes without the Ethernet header; ``csum_not_ready`` counts frames whose checksum the sender
     left to whoever needs it; tags as the VLANs heard, with how often.
@@ -171,7 +171,7 @@ def watch(interface: str, seconds: float) -> dict[str, Any]:
             if not select.select([sock], [], [], 0)[0]:
                 break  # the input was closed: enough
             data, auxiliary, _, address = sock.recvmsg(128, 128, socket.MSG_TRUNC)
-            if address[2] == PACKET_OUTGOING:
+            if address[2] == PACKET_OUTGOING or sender not in ("", data[6:12].hex(":")):
                 continue
             frames += 1
             size = 0

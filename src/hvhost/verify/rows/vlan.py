@@ -69,14 +69,14 @@ def _expect(probe: Probe, address: str, wanted: bool, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _plugged(session: Session, probe: Probe, nic: str) -> Iterator[str]:
-    """An adapter; the name of the guest's interface, which is up."""
+def _plugged(session: Session, probe: Probe, nic: str) -> Iterator[tuple[str, str]]:
+    """An adapter; the name of the guest's interface, which is up, and its address."""
     mac = new_mac()
     session.machine.network.add(f"{nic},mac={mac}", "verify0")
     try:
         interface = find_interface(session, probe, mac)
         run(probe, f"ip link set {interface} up")
-        yield interface
+        yield interface, mac
     finally:
         with contextlib.suppress(HvHostError):
             session.machine.network.remove("verify0")
@@ -84,12 +84,12 @@ def _plugged(session: Session, probe: Probe, nic: str) -> Iterator[str]:
 
 def _access(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
     session.step("an access port: the switch tags")
-    with _plugged(session, probe, f"switch:{room.switch},vlan=10") as interface:
+    with _plugged(session, probe, f"switch:{room.switch},vlan=10") as (interface, mac):
         run(
             probe,
             f"ip addr add {TEN}.2/24 dev {interface}; ip addr add {TWENTY}.2/24 dev {interface}",
         )
-        watcher = room.trunk.begin("watch", interface="tap0", seconds=60)
+        watcher = room.trunk.begin("watch", interface="tap0", seconds=60, sender=mac)
         _expect(probe, f"{TEN}.1", True, "the guest on access VLAN 10")
         _expect(probe, f"{TEN}.9", False, "the guest on access VLAN 10")
         _expect(probe, f"{TWENTY}.1", False, "the guest on access VLAN 10")
@@ -106,7 +106,7 @@ def _access(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
 def _trunk(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
     session.step("a trunk port: the guest tags")
     nic = f"switch:{room.switch},trunk=10+20,vlan=10"
-    with _plugged(session, probe, f"switch:{room.switch},trunk=10+20+40") as interface:
+    with _plugged(session, probe, f"switch:{room.switch},trunk=10+20+40") as (interface, mac):
         for vlan, net in ((10, TEN), (20, TWENTY), (30, THIRTY)):
             run(
                 probe,
@@ -116,7 +116,7 @@ def _trunk(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
         _expect(probe, f"{TEN}.1", True, "VLAN interface 10 on the trunk")
         _expect(probe, f"{TEN}.9", False, "VLAN interface 10 on the trunk")
         _expect(probe, f"{TWENTY}.1", True, "VLAN interface 20 on the trunk")
-        watcher = room.trunk.begin("watch", interface="tap0", seconds=60)
+        watcher = room.trunk.begin("watch", interface="tap0", seconds=60, sender=mac)
         run(
             probe,
             f"arping -q -c 2 -I {interface}.20 {TWENTY}.7 || true",
@@ -133,7 +133,7 @@ def _trunk(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
         f"the other trunk port heard tags {', '.join(seen['tags'])}, never 30, which is not in "
         f"the list ({' '.join(offload.split())})"
     )
-    with _plugged(session, probe, nic) as interface:
+    with _plugged(session, probe, nic) as (interface, _):
         run(probe, f"ip addr add {TEN}.2/24 dev {interface}")
         _expect(probe, f"{TEN}.1", True, "untagged traffic of a trunk port with native VLAN 10")
     yield "native VLAN 10 of a trunk port: untagged, reaches the peer of VLAN 10"
@@ -147,7 +147,7 @@ def _isolated(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
         hello = Hello("tap", "alone", vlan=10, isolated=True)
         switch_client.attach(room.switch, hello, namespace.descriptors[0])
         nic = f"switch:{room.switch},vlan=10,isolated"
-        interface = stack.enter_context(_plugged(session, probe, nic))
+        interface, _ = stack.enter_context(_plugged(session, probe, nic))
         run(probe, f"ip addr add {TEN}.2/24 dev {interface}")
         _expect(probe, f"{TEN}.1", True, "the guest on an isolated port")
         _expect(probe, f"{TEN}.8", False, "the guest on an isolated port")

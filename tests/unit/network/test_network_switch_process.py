@@ -1,0 +1,183 @@
+"""A whole switch process: adapters, tags, captures, answers; its frames go through real sockets."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvhost.errors import HvHostError
+from hvhost.machine.loop import Loop
+from hvhost.network import switch_client
+from hvhost.network.config import parse_adapter
+from hvhost.network.frame import NO_OFFLOAD, NOTHING, Offload
+from hvhost.network.switch_client import SOCKET_NAME, SwitchConfig
+from hvhost.network.switch_process import QUEUE_LIMIT, SwitchProcess
+
+A, B, C = (bytes((0, 0x15, 0x5D, 0, 0, number)) for number in (1, 2, 3))
+ALL = b"\xff" * 6
+
+
+@pytest.fixture
+def switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A switch named lan, running on a thread of this process."""
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
+    directory = switch_client.switch_directory("lan")
+    directory.mkdir(parents=True)
+    loop = Loop()
+    process = SwitchProcess(directory, SwitchConfig("lan", None), loop)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    yield "lan"
+    loop.stop()
+    thread.join()
+    process.close()
+    loop.close()
+    assert not (directory / SOCKET_NAME).exists()
+
+
+def plug(options: str = "") -> socket.socket:
+    """A port of the switch, as an adapter has it."""
+    config = parse_adapter(f"switch:lan{options}", name="net0")
+    port = socket.socket(fileno=switch_client.join(config, "vm"))
+    port.settimeout(5.0)
+    return port
+
+
+def wait_for_ports(count: int) -> None:
+    deadline = time.monotonic() + 5
+    while len(switch_client.info("lan")["ports"]) != count and time.monotonic() < deadline:
+        pass
+    assert len(switch_client.info("lan")["ports"]) == count
+
+
+def ethernet(to: bytes, sender: bytes, body: bytes = b"", tag: int | None = None) -> bytes:
+    middle = b"" if tag is None else b"\x81\x00" + struct.pack("!H", tag)
+    return to + sender + middle + b"\x12\x34" + body.ljust(46, b".")
+
+
+def test_frames_go_where_their_address_was_heard(switch: str) -> None:
+    one, two, three = plug(), plug(), plug()
+    wait_for_ports(3)
+    one.send(NO_OFFLOAD + ethernet(ALL, A))
+    assert two.recv(200) == three.recv(200) == NO_OFFLOAD + ethernet(ALL, A)
+    two.send(NO_OFFLOAD + ethernet(A, B, b"answer"))
+    assert one.recv(200) == NO_OFFLOAD + ethernet(A, B, b"answer")
+    three.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        three.recv(200)
+    for each in (one, two, three):
+        each.close()
+    wait_for_ports(0)
+
+
+def test_tags_come_and_go_and_offloads_move_with_them(switch: str) -> None:
+    access, trunk = plug(",vlan=10"), plug(",trunk=10+20")
+    wait_for_ports(2)
+    offload = Offload(1, 1, 54, 1448, 34, 16)
+    access.send(offload.pack() + ethernet(ALL, A))
+    moved = offload._replace(hdr_len=58, csum_start=38)
+    assert trunk.recv(200) == moved.pack() + ethernet(ALL, A, tag=10)
+    trunk.send(moved.pack() + ethernet(A, B, tag=0x600A))
+    assert access.recv(200) == offload.pack() + ethernet(A, B)
+    trunk.send(NO_OFFLOAD + ethernet(A, B, tag=20))
+    trunk.send(NO_OFFLOAD + ethernet(A, B, b"after", tag=10))
+    assert access.recv(200) == NOTHING.pack() + ethernet(A, B, b"after")
+    access.close()
+    trunk.close()
+
+
+def test_a_segment_of_64_kib_goes_through_whole(switch: str) -> None:
+    one, two = plug(), plug()
+    wait_for_ports(2)
+    data = ethernet(ALL, A, os.urandom(65_000))
+    one.send(Offload(1, 1, 54, 1448, 34, 16).pack() + data)
+    assert two.recv(1 << 17)[10:] == data
+    one.close()
+    two.close()
+
+
+def test_a_port_that_takes_nothing_costs_its_own_frames_only(switch: str) -> None:
+    one, two, deaf = plug(), plug(), plug()
+    wait_for_ports(3)
+    for each in (two, deaf):
+        each.send(NO_OFFLOAD + ethernet(ALL, B if each is two else C))
+    body = bytes(60_000)
+    for number in range(QUEUE_LIMIT + 300):  # what its socket and its queue hold, and more
+        one.send(NO_OFFLOAD + ethernet(ALL, A, number.to_bytes(4, "big") + body))
+        while two.recv(1 << 17)[24:28] != number.to_bytes(4, "big"):
+            pass
+    ports = switch_client.info("lan")["ports"]
+    assert [port["dropped"] > 0 for port in ports] == [False, False, True]
+    for each in (one, two, deaf):
+        each.close()
+
+
+def test_a_rate_is_kept(switch: str) -> None:
+    slow, other = plug(",rate=8"), plug()  # a megabyte a second, 65 KiB of burst
+    wait_for_ports(2)
+    started = time.monotonic()
+    for _ in range(20):
+        slow.send(NO_OFFLOAD + ethernet(ALL, A, bytes(10_000)))
+        other.recv(20_000)
+    assert time.monotonic() - started > 0.1
+    slow.close()
+    other.close()
+
+
+def test_a_capture_is_a_pcap_file(switch: str) -> None:
+    one, two = plug(), plug()
+    wait_for_ports(2)
+    file = io.BytesIO()
+    going = threading.Event()
+    thread = threading.Thread(
+        target=switch_client.capture, args=("lan", "", file, lambda: not going.is_set())
+    )
+    thread.start()
+    deadline = time.monotonic() + 5
+    number = 0
+    while len(file.getvalue()) <= 24 and time.monotonic() < deadline:
+        one.send(NO_OFFLOAD + ethernet(ALL, A, b"caught"))
+        two.recv(200)
+        number += 1
+    going.set()
+    thread.join()
+    data = file.getvalue()
+    assert struct.unpack_from("<IHH", data) == (0xA1B23C4D, 2, 4)
+    assert struct.unpack_from("<I", data, 20) == (1,)
+    _, _, captured, length = struct.unpack_from("<IIII", data, 24)
+    assert captured == length == 60 and data[40:100] == ethernet(ALL, A, b"caught")
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("first", [b"", b"{}", b"no json", b'{"purpose": "else"}', b"[1]"])
+def test_who_does_not_say_what_it_wants_is_told_so(switch: str, first: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stream:
+        stream.settimeout(5.0)
+        stream.connect(str(switch_client.switch_directory("lan") / SOCKET_NAME))
+        stream.send(first)
+        assert b"error" in stream.recv(1000)
+    assert switch_client.info("lan")["ports"] == []
+
+
+def test_there_is_no_such_switch(switch: str) -> None:
+    with pytest.raises(HvHostError, match="make one with `hvhost net create nowhere`"):
+        switch_client.info("nowhere")
+
+
+def test_a_switch_of_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
+    switch_client.start(SwitchConfig("own", None))
+    assert switch_client.switch_names() == ["own"]
+    with pytest.raises(HvHostError, match="there is a switch 'own' already"):
+        switch_client.start(SwitchConfig("own", None))
+    switch_client.stop("own")
+    assert switch_client.switch_names() == []
