@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hvhost.errors import GuestMemoryError, HvHostError
@@ -31,8 +32,14 @@ if TYPE_CHECKING:
 
 #: How long a guest that refused something is left alone.
 RETRY_SECONDS = 30.0
+#: How often what the host holds for the guest is counted anew.
+COUNT_SECONDS = 20.0
 _PATIENCE = 0.5
 _SLICE_MIN = 2 * MIB
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="memory-count", daemon=True).start()
 
 
 class _Ram:
@@ -53,13 +60,14 @@ class _Ram:
 
 
 class MemoryPeripheral:
-    """The machine's memory; *commons* is its view of the host's."""
+    """The machine's memory; *commons* is its view of the host's, *aside* runs what takes long."""
 
     def __init__(
         self,
         config: MachineConfig,
         commons: Commons,
         event: Callable[[str, str], None],
+        aside: Callable[[Callable[[], None]], None] = _in_thread,
     ) -> None:
         self._startup = config.memory
         self.dynamic = config.dynamic_memory
@@ -79,6 +87,8 @@ class MemoryPeripheral:
         self._work_since = self._report_at = 0.0
         self._told = 0
         self._seen = 0
+        self._aside = aside
+        self._resident, self._count_at = 0, 0.0
         self._sample: Sample | None = None
 
     # --- the machine's; with the lock held, but for attach and detach ----------------------------
@@ -108,7 +118,10 @@ class MemoryPeripheral:
         if self.dynamic is None or self._device is None or self._computer is None:
             return
         claim = self._claim(self._device)
-        target = self._commons.target(claim, self._computer.resident_memory())
+        if now >= self._count_at:
+            self._count_at = now + COUNT_SECONDS
+            self._aside(partial(self._count, self._computer))
+        target = self._commons.target(claim, self._resident)
         if not self._device.idle or self._goal is not None or now < self._rest_until:
             return
         change = policy.step(claim, target, self._pace, now)
@@ -118,6 +131,10 @@ class MemoryPeripheral:
 
     def close(self) -> None:
         self._commons.close()
+
+    def _count(self, computer: Computer) -> None:
+        """How much the host holds for the guest; takes a while, so not under the machine's lock."""
+        self._resident = computer.resident_memory()
 
     # --- what it comes to ------------------------------------------------------------------------
 
@@ -237,6 +254,8 @@ class MemoryPeripheral:
 
     def info(self) -> MemoryInfo:
         """The machine's memory now; :class:`HvHostError` when it does not run."""
+        computer, _ = self._running()
+        resident = computer.resident_memory()
         with self._changed:
             computer, device = self._running()
             state, now, claim = device.state, time.monotonic(), self._claim(device)
@@ -248,7 +267,7 @@ class MemoryPeripheral:
                 ballooned=state.balloon.count * PAGE_SIZE,
                 ceiling=self._ceiling,
                 dynamic=self.dynamic,
-                resident=computer.resident_memory(),
+                resident=resident,
                 discarded=computer.discarded_bytes,
                 reported=computer.reported_bytes,
                 driver=state.phase.value,
@@ -287,7 +306,7 @@ class MemoryPeripheral:
                 raise HvHostError(
                     f"{self._problem}; it has {_mib(self._assigned(device))} now, not {_mib(size)}."
                 )
-            return self.info()
+        return self.info()
 
     def _check_size(self, device: MemoryDevice, size: int) -> None:
         if self.dynamic is not None:
@@ -381,7 +400,7 @@ class MemoryPeripheral:
             check_dynamic(self._startup, new)
             self.dynamic = new
             device.raise_maximum(self._most // PAGE_SIZE)
-            return self.info()
+        return self.info()
 
 
 def _mib(size: int) -> str:

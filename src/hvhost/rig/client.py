@@ -181,7 +181,7 @@ def _session(
 
 @dataclass(frozen=True, slots=True)
 class RigStatus:
-    """The rig's own account; *seconds* since it is up, *memory* what its guests occupy, in bytes."""
+    """The rig's account; *seconds* since it is up, *memory* that its guests occupy, in bytes."""
 
     state: str
     pid: int | None = None

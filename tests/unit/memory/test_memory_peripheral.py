@@ -52,6 +52,7 @@ class World:
             config,
             Commons(directory, "m", self.host),
             lambda kind, detail: self.events.append(detail),
+            aside=lambda work: work(),
         )
         self.plugged: list[int] = []
         self.discarded: list[tuple[int, int]] = []
