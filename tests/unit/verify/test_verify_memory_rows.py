@@ -66,7 +66,8 @@ class Guest:
     def _policy(self) -> None:
         wanted = max(256 * MIB, (self.filled + 120 * MIB) * 6 // 5)
         change = min(GIB, wanted) - self.now.assigned
-        if change and not ("frozen" in self.faults and change > 0):
+        frozen = "frozen" in self.faults and self.filled > 128 * MIB
+        if change and not (frozen and change > 0):
             self._move(change)
 
     def _move(self, change: int) -> None:
@@ -141,6 +142,7 @@ def prove(row: Any, guest: Guest) -> list[str]:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_CHANGE_SECONDS", 0.2)
+    monkeypatch.setattr(rows, "_HELD_SECONDS", 0.05)
     monkeypatch.setattr(rows, "read_devices", lambda probe: ())
 
 
