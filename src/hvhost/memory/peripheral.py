@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from hvhost.memory.host import Commons
 from hvhost.memory.policy import Claim, Pace, Sample
 from hvhost.memory.protocol import PageRange
 from hvhost.memory.report import MemoryInfo
+from hvhost.memory.rules import changed_limits, check_size, in_mib
 from hvhost.memory.settings import STEP, ceiling, check_dynamic
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.units import MIB, format_size
@@ -188,7 +188,7 @@ class MemoryPeripheral:
         assigned = self._assigned(device)
         if assigned != self._told and device.state.work is Work.NONE:
             self._told = assigned
-            self._event("memory", f"the guest has {_mib(assigned)}")
+            self._event("memory", f"the guest has {in_mib(assigned)}")
         if device.idle:
             self._pursue()
 
@@ -202,7 +202,7 @@ class MemoryPeripheral:
         if missing == 0:
             self._goal = None
         elif wanted and work is Work.BALLOON:
-            self._give_up(f"the guest gave {_mib(wanted * PAGE_SIZE)} less than it was asked for")
+            self._give_up(f"the guest gave {in_mib(wanted * PAGE_SIZE)} less than it was asked for")
         elif wanted and work is Work.HOT_ADD:
             self._give_up("the guest did not add all the memory it was offered")
         else:
@@ -297,14 +297,15 @@ class MemoryPeripheral:
             while self._goal is not None and self._computer is not None:
                 if time.monotonic() > deadline:
                     raise HvHostError(
-                        f"the guest has {_mib(self._assigned(device))} of the "
-                        f"{_mib(size)} after {timeout:.0f} seconds and is still busy; "
+                        f"the guest has {in_mib(self._assigned(device))} of the "
+                        f"{in_mib(size)} after {timeout:.0f} seconds and is still busy; "
                         "look again later."
                     )
                 self._changed.wait(_PATIENCE)
             if self._problem is not None:
                 raise HvHostError(
-                    f"{self._problem}; it has {_mib(self._assigned(device))} now, not {_mib(size)}."
+                    f"{self._problem}; it has {in_mib(self._assigned(device))} now, "
+                    f"not {in_mib(size)}."
                 )
         return self.info()
 
@@ -321,35 +322,13 @@ class MemoryPeripheral:
         if device.state.phase is not Phase.READY:
             raise HvHostError(
                 "the guest has no driver for dynamic memory (hv_balloon) running; its memory "
-                f"stays {_mib(self._assigned(device))}."
+                f"stays {in_mib(self._assigned(device))}."
             )
         if self._goal is not None or device.state.work is not Work.NONE:
             raise HvHostError(
                 f"the guest is still busy with another change ({device.state.work}); wait for it."
             )
-        claim = self._claim(device)
-        if size > self._ceiling:
-            raise HvHostError(
-                f"{_mib(size)} is more than the {format_size(self._ceiling)} that this "
-                "machine can be given while it runs; stop it and start it with more."
-            )
-        if size > claim.assigned and size - claim.assigned > (room := self._commons.room()):
-            raise HvHostError(
-                f"this computer has {_mib(room)} to give, not the "
-                f"{_mib(size - claim.assigned)} that {_mib(size)} would take."
-            )
-        if size < claim.assigned:
-            if claim.demand is None:
-                raise HvHostError(
-                    "the guest has not told yet what it needs; Linux does so from about 45 "
-                    "seconds after its start on, try again then."
-                )
-            if size < (least := policy.least(claim.demand)):
-                raise HvHostError(
-                    f"{_mib(size)} is too little: the guest's demand is {_mib(claim.demand)} and "
-                    f"it keeps {_mib(least - claim.demand)} free, so {_mib(least)} is the least "
-                    "now."
-                )
+        check_size(self._claim(device), size, self._ceiling, self._commons.room)
 
     def change(
         self,
@@ -371,37 +350,14 @@ class MemoryPeripheral:
                     f"the memory of {self._name!r} is fixed, and cannot become dynamic while it "
                     "runs; stop it and start it with --memory-minimum and --memory-maximum."
                 )
-            for name, value in (("buffer", buffer), ("weight", weight)):
-                if value is not None and value != getattr(old, name):
-                    raise HvHostError(
-                        f"the memory {name} changes only while the machine is stopped; it is "
-                        f"{getattr(old, name)}."
-                    )
-            new = replace(
+            self.dynamic = changed_limits(
+                self._startup,
                 old,
-                minimum=old.minimum if minimum is None else minimum,
-                maximum=old.maximum if maximum is None else maximum,
+                self._ceiling,
+                minimum=minimum,
+                maximum=maximum,
+                buffer=buffer,
+                weight=weight,
             )
-            if new.minimum > old.minimum:
-                raise HvHostError(
-                    f"the memory minimum of a running machine can only go down from "
-                    f"{format_size(old.minimum)}, not up to {format_size(new.minimum)}."
-                )
-            if new.maximum < old.maximum:
-                raise HvHostError(
-                    f"the memory maximum of a running machine can only go up from "
-                    f"{format_size(old.maximum)}, not down to {format_size(new.maximum)}."
-                )
-            if new.maximum > self._ceiling:
-                raise HvHostError(
-                    f"the memory maximum cannot become {format_size(new.maximum)} while the "
-                    f"machine runs, {format_size(self._ceiling)} at most; stop it first."
-                )
-            check_dynamic(self._startup, new)
-            self.dynamic = new
             device.raise_maximum(self._most // PAGE_SIZE)
         return self.info()
-
-
-def _mib(size: int) -> str:
-    return f"{size / MIB:.0f} MiB"
