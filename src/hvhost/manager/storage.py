@@ -60,7 +60,7 @@ def _number(key: str, value: str) -> int:
 
 def parse_adapter(text: str, machine: str, number: int) -> FibreChannelConfig:
     """Names of a fibre channel adapter: ``PORT:NODE`` of 16 digits each, or ``auto``."""
-    from hvhost.storage.controller import default_names
+    from hvhost.storage.names import default_names
 
     if text == "auto":
         return default_names(machine, number)

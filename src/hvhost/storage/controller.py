@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import NAMESPACE_OID, UUID, uuid5
+from uuid import NAMESPACE_OID, uuid5
 
 from hvhost.errors import HvHostError
 from hvhost.machine.peripheral import Surroundings
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from hvhost.storage.device import StorageController
     from hvhost.storage.disk import Disk
     from hvhost.storage.optical import OpticalUnit
-    from hvhost.storage.protocol import WorldWideNames
     from hvhost.storage.worker import UnitWorker
     from hvhost.vmbus.channel import Channel
 
@@ -40,8 +39,6 @@ _CONTROLLER = re.compile(r"(scsi|fc)(0|[1-9][0-9]{0,2})")
 _ADDRESS = re.compile(r"((?:scsi|fc)\d+):(\d+)")
 #: How long a guest may take to see that a drive is gone, and how often that is looked at.
 _LEAVING_SECONDS, _LOOK_SECONDS = 5.0, 0.02
-#: A name of Hyper-V's own kind: company 00-03-FF, NAA 0xC.
-_FABRIC_PREFIX = "c003ff"
 
 
 @dataclass(slots=True)
@@ -90,15 +87,6 @@ def _open_image(config: DriveConfig) -> Disk:
     return open_disk(
         Path(config.path), read_only=config.read_only or dvd, image_format=image_format
     )
-
-
-def default_names(machine: str, number: int) -> FibreChannelConfig:
-    """World-wide names of a machine's adapter *number*, the same whenever it is defined."""
-
-    import hashlib
-
-    digest = hashlib.sha256(f"{machine}/{number}".encode()).hexdigest()
-    return FibreChannelConfig(_FABRIC_PREFIX + digest[:10], _FABRIC_PREFIX + digest[10:20])
 
 
 class Storage:
@@ -291,6 +279,8 @@ class Storage:
             raise HvHostError(f"{name!r} is no controller; name it like scsi0 or fc0.")
         if name in self._controllers:
             return self._controllers[name]
+        from hvhost.storage.names import default_names
+
         names = default_names(self._machine, int(match[2])) if match[1] == "fc" else None
         return Controller(name, names)
 
@@ -330,6 +320,7 @@ class Storage:
     def _plug(self, controller: Controller, computer: Computer) -> None:
         """Put a controller with its drives on the bus."""
         from hvhost.storage.device import StorageController, SubChannel, Surface
+        from hvhost.storage.names import instance, wire_names
         from hvhost.storage.protocol import HV_SCSI_GUID, HV_SYNTHFC_GUID
         from hvhost.vmbus.channel import ChannelState, Offer
 
@@ -354,8 +345,8 @@ class Storage:
             computer.memory_written,
         )
         kind = HV_SCSI_GUID if controller.names is None else HV_SYNTHFC_GUID
-        offer = Offer(kind, _instance(controller.name), controller.name)
-        device = StorageController(offer, surface, _wire_names(controller.names))
+        offer = Offer(kind, instance(controller.name), controller.name)
+        device = StorageController(offer, surface, wire_names(controller.names))
         for lun, drive in controller.drives.items():
             device.add(lun, drive.worker)
         controller.device = device
@@ -412,17 +403,3 @@ def _set_limits(drive: Drive) -> None:
     from hvhost.storage.limits import Limiter
 
     drive.worker.limiter = Limiter.of(drive.config.iops, drive.config.bandwidth)
-
-
-def _instance(name: str) -> UUID:
-    """A controller's interface instance: the same in every boot and on every host."""
-    return uuid5(NAMESPACE_OID, f"hvhost/{name}")
-
-
-def _wire_names(names: FibreChannelConfig | None) -> WorldWideNames | None:
-    from hvhost.storage.protocol import WorldWideNames
-
-    if names is None:
-        return None
-    port, node = bytes.fromhex(names.port_name), bytes.fromhex(names.node_name)
-    return WorldWideNames(1, 0, 0, port, node, port, node)

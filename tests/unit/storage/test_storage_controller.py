@@ -22,8 +22,9 @@ from hvhost.machine.peripheral import Surroundings
 from hvhost.machine.storage_model import DriveConfig, DriveKind, FibreChannelConfig
 from hvhost.manager.storage import parse_drive, with_storage
 from hvhost.partition.memory import GuestMemory
-from hvhost.storage.controller import Storage, default_names
+from hvhost.storage.controller import Storage
 from hvhost.storage.images import create_disk
+from hvhost.storage.names import default_names
 from hvhost.storage.protocol import HV_SCSI_GUID, HV_SYNTHFC_GUID
 from hvhost.verify.iso import iso_image
 from hvhost.vmbus.server import VmbusServer
