@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from bench.measurement import Measurement
@@ -53,6 +54,14 @@ def policy() -> list[Measurement]:
     ]
 
 
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise HvHostError("the guest's memory driver does not report.")
+        time.sleep(0.2)
+
+
 def resize(client: MachineClient) -> list[Measurement]:
     """GiB/s of hot-add, balloon inflate and deflate on a running guest with fixed memory.
 
@@ -60,6 +69,7 @@ def resize(client: MachineClient) -> list[Measurement]:
     before; Linux clears them first, and in the rig each first touch costs a fault.
     """
     memory = MemoryClient(client)
+    _await(lambda: memory.info().driver == "ready")
     probe = connect_probe(client.directory)
     try:
         parameters = "/sys/module/hv_balloon/parameters/pressure_report_delay"
@@ -67,11 +77,7 @@ def resize(client: MachineClient) -> list[Measurement]:
         probe.write_text("/sys/devices/system/memory/auto_online_blocks", "online")
     finally:
         probe.close()
-    deadline = time.monotonic() + _READY_SECONDS
-    while memory.info().demand is None:
-        if time.monotonic() > deadline:
-            raise HvHostError("the guest's memory driver does not report.")
-        time.sleep(0.2)
+    _await(lambda: memory.info().demand is not None)
     start = memory.info().assigned
     figures = []
     for name, size in (
