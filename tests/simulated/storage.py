@@ -121,6 +121,7 @@ class StorageHost:
         processors: int = 1,
         names: WorldWideNames | None = None,
         pages: int = 1024,
+        remember_reads: bool = True,
     ) -> StorageHost:
         guest = SimulatedGuest(pages=pages, processors=processors)
         guest.port.interrupts = Interrupts()
@@ -140,7 +141,8 @@ class StorageHost:
                     guest.server.remove_device(channel)
 
         def written(views: Sequence[memoryview]) -> None:
-            host.memory_written.append(b"".join(views))
+            if remember_reads:
+                host.memory_written.append(b"".join(views))
 
         surface = Surface(guest.memory, lock, processors, add, remove, written)
         offer: Offer = replace(an_offer(), interface_type=HV_SCSI_GUID, name="scsi0")
