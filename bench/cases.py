@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.inside import seconds_to_line
 from bench.measurement import Measurement
 from bench.memory import policy, resize
+from bench.network import network
 from bench.storage import storage
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
@@ -251,6 +252,7 @@ CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "start-up": start_up,
     "bus": bus,
     "storage": storage,
+    "network": network,
     "rig-boot": rig_boot,
     "memory": memory,
     "heartbeat": heartbeat,

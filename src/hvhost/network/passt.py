@@ -6,10 +6,12 @@ knows no offloads: sums are made and large segments cut before.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Final
 
@@ -21,11 +23,14 @@ from hvhost.network.transmit import Buffers
 
 #: Bytes read from the socket at once.
 READ_SIZE: Final = 1 << 18
+#: Seconds in which passt gives up if it cannot do what it was told.
+_START_SECONDS = 0.2
+_END_SECONDS = 3.0
 _LENGTH = struct.Struct("!I")
 
 
 def start_passt(forwards: tuple[PortForward, ...]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """passt and our end of its socket; :class:`HvHostError` where it is not installed."""
+    """passt and our end of its socket; :class:`HvHostError` where it is missing or gives up."""
     if shutil.which("passt") is None:
         raise HvHostError("the network nat needs the program passt; install the package passt.")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -33,16 +38,31 @@ def start_passt(forwards: tuple[PortForward, ...]) -> tuple[subprocess.Popen[byt
     for option, udp in (("-t", False), ("-u", True)):
         ports = [f"{each.host}:{each.guest}" for each in forwards if each.udp is udp]
         command += [option, ",".join(ports) or "none"]
-    with theirs:
+    with theirs, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=errors,
         )
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the usual case: it goes on
+            process.wait(_START_SECONDS)
+            ours.close()
+            errors.seek(0)
+            said = errors.read().decode("utf-8", "replace").strip().splitlines()
+            raise HvHostError(f"passt gave up: {said[-1] if said else 'it said nothing'}")
     ours.setblocking(False)
     return process, ours
+
+
+def end_passt(process: subprocess.Popen[bytes]) -> None:
+    """Wait for passt, which ends once our end of its socket is closed."""
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class PasstWire:

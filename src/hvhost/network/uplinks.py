@@ -10,7 +10,7 @@ from hvhost.machine.loop import Loop
 from hvhost.network.config import AdapterConfig, Uplink
 from hvhost.network.device import Wire
 from hvhost.network.namespace import open_namespace
-from hvhost.network.passt import PasstWire, start_passt
+from hvhost.network.passt import PasstWire, end_passt, start_passt
 from hvhost.network.switch_client import join
 from hvhost.network.wires import DescriptorWire, NoWire, open_tap
 
@@ -66,6 +66,6 @@ def plug_in(
 
     def end() -> None:
         nat.close()
-        process.wait()
+        end_passt(process)
 
     return Cable(nat, end)

@@ -89,10 +89,10 @@ def prove(session: Session) -> Iterator[str]:
         yield from _check(wire, _FIRST_PORT + 2 * FLOWS, "all to queue 1 (ethtool -X weight)")
         session.step("changing the number of channels")
         wire.guest("ethtool -X $I default && ethtool -L $I combined 1")
-        wire.configure()
+        wire.await_ping()
         if len(wire.queue_counters()) != 1:
             raise RowFailed("ethtool -L combined 1 left more than one queue")
         wire.guest(f"ethtool -L $I combined {channels}")
-        wire.configure()
+        wire.await_ping()
         yield f"ethtool -L: 1 channel and {channels} again, with traffic after each"
     yield f"flows spread over {channels} processors just as Toeplitz, key and table say"
