@@ -1,0 +1,105 @@
+"""Adapters of a machine: they come and go, outlive resets, and lose their link with their wire."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from hvhost.errors import HvHostError
+from hvhost.machine.loop import Loop
+from hvhost.network.config import parse_adapter
+from hvhost.network.peripheral import MAXIMUM_ADAPTERS, NetworkPeripheral
+from hvhost.vmbus.protocol import RescindChannelOffer
+from simulated.driver import SimulatedGuest
+
+if TYPE_CHECKING:
+    from hvhost.machine.computer import Computer
+
+
+@dataclass
+class Boot:
+    """What the peripheral needs of a computer."""
+
+    guest: SimulatedGuest = field(default_factory=SimulatedGuest)
+
+    @property
+    def computer(self) -> Computer:
+        made = SimpleNamespace(
+            lock=threading.RLock(),
+            bus=self.guest.server,
+            memory=self.guest.memory,
+            config=SimpleNamespace(cpus=2),
+        )
+        return cast("Computer", made)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[NetworkPeripheral]:
+    made = NetworkPeripheral((parse_adapter("none", name="net0"),), Loop(), tmp_path)
+    yield made
+    made.close()
+
+
+def offered(guest: SimulatedGuest) -> list[str]:
+    return [channel.offer.name for channel in guest.server.channels]
+
+
+def test_adapters_come_and_go(network: NetworkPeripheral) -> None:
+    boot = Boot()
+    network.attach(boot.computer)
+    boot.guest.connect()
+    network.add(parse_adapter("none", name="net1"))
+    assert offered(boot.guest) == ["network adapter net0", "network adapter net1"]
+    network.remove("net0")
+    messages = [message for _, message in boot.guest.port.messages]
+    assert [m.child_relid for m in messages if isinstance(m, RescindChannelOffer)] == [1]
+    assert [each.name for each in network.adapters()] == ["net1"]
+
+
+def test_every_boot_has_the_same_adapters(network: NetworkPeripheral) -> None:
+    first, second = Boot(), Boot()
+    network.attach(first.computer)
+    network.set_link("net0", False)
+    before = network.adapters()
+    network.detach()
+    assert network.adapters()[0].instance == ""
+    network.attach(second.computer)
+    assert offered(second.guest) == ["network adapter net0"]
+    assert network.adapters() == before and not before[0].link
+
+
+@pytest.mark.parametrize(
+    ("nic", "name", "sentence"),
+    [
+        ("none", "net0", "'net0' already"),
+        ("nat,vlan=3", "net1", "for ports of a switch"),
+        ("switch:nowhere", "net1", "there is no switch 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_added(
+    network: NetworkPeripheral, nic: str, name: str, sentence: str
+) -> None:
+    with pytest.raises(HvHostError, match=sentence):
+        network.add(parse_adapter(nic, name=name))
+    assert [each.name for each in network.adapters()] == ["net0"]
+
+
+def test_no_two_of_one_address_and_not_too_many(network: NetworkPeripheral) -> None:
+    mac = network.adapters()[0].mac
+    with pytest.raises(HvHostError, match=f"{mac} is the address of 'net0' already"):
+        network.add(parse_adapter(f"none,mac={mac}", name="twin"))
+    for number in range(1, MAXIMUM_ADAPTERS):
+        network.add(parse_adapter("none", name=f"net{number}"))
+    with pytest.raises(HvHostError, match="at most 8"):
+        network.add(parse_adapter("none", name="one more"))
+
+
+def test_there_is_no_such_adapter(network: NetworkPeripheral) -> None:
+    with pytest.raises(HvHostError, match=r"no network adapter 'x'; there are: net0\."):
+        network.set_link("x", True)
