@@ -176,7 +176,7 @@ class PasstWire:
             self._flush()
         if self._interest[1] and not self._unsent:
             self._writable()
-        if self._interest[0]:
+        if self._interest[0] and not self._closed:
             self._readable()
 
     def _hung_up(self) -> None:

@@ -121,7 +121,7 @@ class DescriptorWire:
             return
         if interest[1]:
             self._writable()
-        if interest[0]:
+        if interest[0] and not self._closed:
             self._readable()
 
     def _hung_up(self) -> None:
