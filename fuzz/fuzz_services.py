@@ -1,6 +1,6 @@
 """Fuzz the integration services with atheris: ``python fuzz/fuzz_services.py [options]``.
 
-The first byte chooses between all services and a file being copied.
+The first byte chooses between all services, a file being copied, and snapshots.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ except ImportError:
     sys.exit("atheris is not installed; install it with: pip install 'hvhost[fuzz]'")
 
 with atheris.instrument_imports(include=["hvhost"]):
-    from simulated.targets import fuzz_filecopy, fuzz_services
+    from simulated.targets import fuzz_filecopy, fuzz_services, fuzz_vss
 
-TARGETS = (fuzz_services, fuzz_filecopy)
+TARGETS = (fuzz_services, fuzz_filecopy, fuzz_vss)
 
 
 def one_input(data: bytes) -> None:

@@ -25,6 +25,8 @@ from hvhost.services.kvp_protocol import KvpItem, enumerate_message, parse_enume
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync
 from hvhost.services.timesync_protocol import TimeSample
+from hvhost.services.vss import Vss
+from hvhost.services.vss_protocol import VssOperation
 from hvhost.sockets.device import SocketDevice
 from hvhost.sockets.protocol import (
     HVS_MTU_SIZE,
@@ -166,6 +168,44 @@ def fuzz_filecopy(data: Buffer) -> None:
             device.cancel()
     guest.server.reset()
     assert len(ends) == (first & 1) and device.copy is None
+    assert len(guest.faults) <= 1
+
+
+def fuzz_vss(data: Buffer) -> None:
+    """Pieces of *data* as a guest's packets while its snapshots are asked for.
+
+    The first byte chooses: negotiated before (1); pieces made answers to what was asked (2).
+    """
+    guest = SimulatedGuest(pages=32)
+    device = Vss()
+    guest.server.add_device(device)
+    guest.connect()
+    channel = guest.open(1)
+    first = data[0] if data else 0
+    if first & 1:
+        GuestService(channel, [(5, 0)]).run()
+        assert device.ready
+    asked, ends = 0, 0
+
+    def done(result: object) -> None:
+        nonlocal ends
+        ends += 1
+
+    for number, piece in enumerate(pieces_of(bytes(data[1:]))):
+        with suppress(HvHostError):
+            device.request(tuple(VssOperation)[number % 3], done)
+            asked += 1
+        channel.read()
+        unanswered = device.state.conversation.unanswered
+        if first & 2 and len(piece) >= 26 and unanswered:
+            message = bytearray(piece)
+            struct.pack_into("<H", message, 12, 5)
+            struct.pack_into("<BB", message, 24, min(unanswered), 5)
+            piece = bytes(message)
+        channel.write(piece)
+        device.tick(25.0 * number)
+    guest.server.reset()
+    assert ends == asked and device.state.asked is None
     assert len(guest.faults) <= 1
 
 

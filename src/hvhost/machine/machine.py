@@ -45,6 +45,7 @@ from hvhost.services.kvp import Kvp
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync, read_clocks
 from hvhost.services.timesync_protocol import TimeSample
+from hvhost.services.vss import Vss
 from hvhost.sockets.bridge import SocketBridge
 from hvhost.vmbus.channel import Channel, ChannelState
 
@@ -57,7 +58,7 @@ _LOOK_SECONDS = 0.5
 _GONE = (ChannelState.RESCINDED, ChannelState.RELEASED)
 _SOCKETS = "sockets"
 Family = TypeVar("Family")
-_Service = Heartbeat | Shutdown | TimeSync | Kvp | FileCopy
+_Service = Heartbeat | Shutdown | TimeSync | Kvp | FileCopy | Vss
 
 
 class Machine:
@@ -95,6 +96,7 @@ class Machine:
         self._kvp = Kvp(host_items(config.name))
         self._file_copy = FileCopy()
         self._copier = Copier(self._file_copy)
+        self.vss = Vss()
         self._switched_off: set[str] = set()
         self._os_id = 0
         self._peripherals: list[Peripheral] = []
@@ -171,6 +173,7 @@ class Machine:
             self._timesync.tick(now)
             self._kvp.tick(now)
             self._file_copy.tick(now)
+            self.vss.tick(now)
             for peripheral in self._peripherals:
                 peripheral.tick(now)
         computer.tick()
@@ -420,7 +423,14 @@ class Machine:
 
     @property
     def _services(self) -> tuple[_Service, ...]:
-        return (self._heartbeat, self._shutdown, self._timesync, self._kvp, self._file_copy)
+        return (
+            self._heartbeat,
+            self._shutdown,
+            self._timesync,
+            self._kvp,
+            self._file_copy,
+            self.vss,
+        )
 
     def services(self) -> list[ServiceInfo]:
         computer = self._running()

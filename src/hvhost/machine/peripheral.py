@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import MachineConfig
+from hvhost.services.vss import Vss
 
 if TYPE_CHECKING:
     from hvhost.machine.computer import Computer
@@ -41,13 +42,15 @@ class Surroundings:
     """What a peripheral may use of its machine.
 
     ``directory`` is the machine's own, for sockets and the like; ``event`` records a
-    :class:`hvhost.machine.model.MachineEvent`, kind and detail, from any thread.
+    :class:`hvhost.machine.model.MachineEvent`, kind and detail, from any thread;
+    ``vss`` is the machine's snapshot service, to be used with the computer's lock held.
     """
 
     config: MachineConfig
     loop: Loop
     directory: Path
     event: Callable[[str, str], None]
+    vss: Vss = field(default_factory=Vss)
 
 
 def build_peripherals(around: Surroundings) -> list[Peripheral]:

@@ -77,7 +77,7 @@ def run(config_file: Path) -> None:
     machines.append(machine)
     api = ApiServer(machine, directory / "api.sock")
     try:
-        around = Surroundings(config, loop, directory, machine.record)
+        around = Surroundings(config, loop, directory, machine.record, machine.vss)
         machine.plug(build_peripherals(around))
         machine.power_on()
         sockets.open()

@@ -7,7 +7,7 @@ import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulated.targets import fuzz_filecopy, fuzz_services
+from simulated.targets import fuzz_filecopy, fuzz_services, fuzz_vss
 
 MESSAGE = st.builds(
     lambda kind, size, transaction, flags, tail: (
@@ -47,3 +47,17 @@ def test_services(data: bytes) -> None:
 )
 def test_filecopy(data: bytes) -> None:
     fuzz_filecopy(data)
+
+
+@settings(max_examples=150)
+@given(
+    st.builds(
+        lambda first, pieces: (
+            bytes([first]) + b"".join(bytes([len(piece)]) + piece for piece in pieces)
+        ),
+        st.integers(0, 3),
+        st.lists(MESSAGE | st.binary(max_size=100), max_size=9),
+    )
+)
+def test_vss(data: bytes) -> None:
+    fuzz_vss(data)
