@@ -22,7 +22,7 @@ Address = Annotated[
 
 @app.callback()
 def machine(context: typer.Context, name: Name) -> None:
-    """List, add and remove the drives of a machine while it runs, and change media and sizes.
+    """Drives of a running machine: list, add, remove, resize, insert.
 
     A drive is named by its place: scsi0:1 is LUN 1 of the first SCSI controller. Controllers have
     64 places; one that is not there yet comes into being with its first drive.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hvhost.cli.machines import Json, Name
-from hvhost.machine.model import KvpPool
+from hvhost.machine.kinds import KvpPool
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hvhost.machine.model import Transport
+from hvhost.machine.kinds import Transport
 
 
 def verify(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from hvhost.machine.kinds import KvpPool as KvpPool
+from hvhost.machine.kinds import Transport as Transport
 from hvhost.machine.storage_model import DriveConfig, FibreChannelConfig
 from hvhost.memory.settings import (
     HIGH_MMIO_DEFAULT,
@@ -43,29 +45,6 @@ class ShutdownAction(StrEnum):
 
     POWER_OFF = "power-off"
     REBOOT = "reboot"
-
-
-class KvpPool(StrEnum):
-    """``enum hv_kvp_exchg_pool``, by names for people.
-
-    ``external``: what the host's administrator gives the guest. ``guest``: what the guest tells the
-    host. ``auto``: what the guest's daemon says of its system. ``auto-external``: what the host
-    says of itself. ``auto-internal``: kept by the guest for itself.
-    """
-
-    EXTERNAL = "external"
-    GUEST = "guest"
-    AUTO = "auto"
-    AUTO_EXTERNAL = "auto-external"
-    AUTO_INTERNAL = "auto-internal"
-
-    @property
-    def number(self) -> int:
-        """The pool's number in messages and in the name of the guest's file."""
-        return _KVP_POOLS.index(self)
-
-
-_KVP_POOLS = tuple(KvpPool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +106,6 @@ class ServiceInfo:
     enabled: bool
     state: str | None
     ready: bool
-
-
-class Transport(StrEnum):
-    """Which KVM runs the virtual processors."""
-
-    AUTO = "auto"
-    LOCAL = "local"
-    RIG = "rig"
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,8 @@ def test_any_input(value: int, parameter: int, data: bytes, place: int) -> None:
     before = bytes(guest.backing)
     status = guest.calls.call(value, parameter)
     assert 0 <= status <= 0xFFFF
-    assert guest.backing == before, "input is only read"
+    answer = 8 if value & 0xFFFF == HypercallCode.EXT_CALL_QUERY_CAPABILITIES else 0
+    assert guest.backing[answer:] == before[answer:], "input is only read"
     for connection, payload in guest.posted:
         assert 0 <= connection < 1 << 24
         assert len(payload) <= 240
