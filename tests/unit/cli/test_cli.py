@@ -95,8 +95,7 @@ heavy = {{"asyncio", "httpx", "starlette", "uvicorn", "msgspec", "http.client", 
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 ours = {{name for name in sys.modules if name.startswith("hvhost.")}}
 ours -= {{name for name in ours if name.startswith("hvhost.cli")}}
-plain = {{"errors", "machine", "machine.model", "machine.storage_model", "memory",
-          "memory.settings", "network", "network.config", "units"}}
+plain = {{"errors", "machine", "machine.kinds", "units"}}
 assert ours <= {{f"hvhost.{{name}}" for name in plain}}, ours
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
