@@ -227,8 +227,19 @@ class Keeper:
             raise HvHostError("the rig's QEMU hangs: it takes no messages.") from None
         except OSError as error:
             raise HvHostError(
-                f"the rig's QEMU died ({error.strerror}): {self.read_console()}"
+                f"the rig's QEMU died ({error.strerror}{self.how_qemu_ended()}): "
+                f"{self.read_console()}"
             ) from error
+
+    def how_qemu_ended(self) -> str:
+        """For a sentence: by a signal, or by itself, as when the rig's kernel resets."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert self.process is not None
+            status = self.process.wait(FAREWELL_SECONDS)
+            if status < 0:
+                return f", by signal {-status}"
+            return f", status {status}" if status else ", the rig's kernel reset itself"
+        return ""
 
     def read_console(self) -> str:
         """Take in what QEMU and the rig's kernel printed; its last line."""
@@ -445,7 +456,9 @@ class Keeper:
                 elif idle and self.served:
                     return  # whom it was started for has left
             elif self.process.poll() is not None:
-                raise HvHostError(f"the rig's QEMU died: {self.read_console()}")
+                raise HvHostError(
+                    f"the rig's QEMU died{self.how_qemu_ended()}: {self.read_console()}"
+                )
             elif now - self.last_pong > HANG_SECONDS:
                 raise HvHostError(
                     f"the rig's QEMU hangs: it has not answered for {HANG_SECONDS:.0f} s."
