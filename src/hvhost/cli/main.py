@@ -11,6 +11,7 @@ import sys
 import typer
 
 from hvhost.cli import (
+    backup,
     disk,
     doctor,
     drive,
@@ -62,6 +63,7 @@ app.command()(services.services)
 app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
 app.command()(memory.memory)
+app.command()(backup.backup)
 app.add_typer(disk.app, name="disk")
 app.add_typer(drive.app, name="drive")
 app.add_typer(net.app, name="net")

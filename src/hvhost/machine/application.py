@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hvhost.errors import HvHostError
-from hvhost.machine import memory_api, network_api, storage_api
+from hvhost.machine import backup_api, memory_api, network_api, storage_api
 from hvhost.machine.endpoint import Endpoint, Nothing
 from hvhost.machine.model import (
     ClockSample,
@@ -371,6 +371,7 @@ ENDPOINTS = (
         _set_service,
         ServiceRequest,
     ),
+    *backup_api.ENDPOINTS,
     *memory_api.ENDPOINTS,
     *network_api.ENDPOINTS,
     *storage_api.ENDPOINTS,

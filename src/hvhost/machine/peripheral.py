@@ -63,12 +63,15 @@ def build_peripherals(around: Surroundings) -> list[Peripheral]:
     from hvhost.memory.peripheral import MemoryPeripheral
     from hvhost.network.peripheral import NetworkPeripheral
     from hvhost.paths import runtime_dir
+    from hvhost.storage.backup import Backup
     from hvhost.storage.controller import Storage
 
     config = around.config
     commons = Commons(runtime_dir("memory"), config.name)
+    storage = Storage(around)
     return [
         MemoryPeripheral(config, commons, around.event),
-        Storage(around),
+        Backup(around, storage),  # before the storage: they are closed in this order
+        storage,
         NetworkPeripheral(config.adapters, around.loop, around.directory),
     ]

@@ -8,9 +8,11 @@ channel adapter that the machine was defined with stays.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +86,10 @@ def _open_image(config: DriveConfig) -> Disk:
                 f"{config.image_format!r} is no format of images; there are "
                 f"{', '.join(ImageFormat)}."
             ) from None
+    if config.temporary and not config.read_only and not dvd:
+        from hvhost.storage.temporary import open_temporary
+
+        return open_temporary(Path(config.path), image_format)
     return open_disk(
         Path(config.path), read_only=config.read_only or dvd, image_format=image_format
     )
@@ -102,6 +108,7 @@ class Storage:
         self._changes = threading.RLock()
         self._computer: Computer | None = None
         self._controllers: dict[str, Controller] = {}
+        self._kept: set[str] = set()
         try:
             for number, names in enumerate(around.config.fibre_channel):
                 names.check()
@@ -173,6 +180,7 @@ class Storage:
         """Detach a drive; what the guest has sent before is still done."""
         with self._changes:
             drive = self._find(address)
+            self._check_not_kept(address)
             info = self._describe(drive)
             controller, lun = self._controllers[drive.config.controller], drive.config.lun
             assert lun is not None
@@ -217,6 +225,7 @@ class Storage:
         """Set a disk's size in bytes while the guest uses it; what is cut off is lost."""
         with self._changes:
             drive, unit = self._disk(address)
+            self._check_not_kept(address)
             if size < unit.disk.size and not shrink:
                 raise HvHostError(
                     f"{address} has {unit.disk.size} bytes, and what lies beyond {size} would be "
@@ -235,6 +244,34 @@ class Storage:
             drive.config = replace(drive.config, iops=iops, bandwidth=bandwidth)
             _set_limits(drive)
             return self._describe(drive)
+
+    # For backups.
+
+    def disks(self) -> list[Drive]:
+        """The drives that are disks, by their addresses."""
+        with self._changes:
+            return [
+                drive
+                for _, controller in sorted(self._controllers.items())
+                for _, drive in sorted(controller.drives.items())
+                if drive.config.kind is DriveKind.DISK
+            ]
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[list[Drive]]:
+        """The disks, of which none is removed or resized meanwhile."""
+        with self._changes:
+            disks = self.disks()
+            self._kept = {each.address for each in disks}
+        try:
+            yield disks
+        finally:
+            with self._changes:
+                self._kept = set()
+
+    def _check_not_kept(self, address: str) -> None:
+        if address in self._kept:
+            raise HvHostError(f"{address} is being backed up; wait for that or cancel it.")
 
     # The rest.
 

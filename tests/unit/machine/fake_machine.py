@@ -36,6 +36,7 @@ from hvhost.machine.model import (
 )
 from hvhost.machine.peripheral import Surroundings
 from hvhost.memory.peripheral import MemoryPeripheral
+from hvhost.storage.backup import Backup
 from hvhost.storage.controller import Storage
 
 
@@ -56,7 +57,9 @@ class FakeMachine:
         self.copied: CopyProgress | None = None
         self.switched_off: set[str] = set()
         self.memory = FakeMemory(config)
-        self.storage = Storage(Surroundings(config, Loop(), Path(), self.post))
+        around = Surroundings(config, Loop(), Path(), self.post)
+        self.storage = Storage(around)
+        self.backup = Backup(around, self.storage)
         self.stopped = threading.Event()
         self.post("started")
 
@@ -73,6 +76,8 @@ class FakeMachine:
     def peripheral(self, kind: type[Family]) -> Family:
         if kind is MemoryPeripheral:
             return cast("Family", self.memory)
+        if kind is Backup:
+            return cast("Family", self.backup)
         if kind is Storage:
             return cast("Family", self.storage)
         raise HvHostError(f"there is no {kind.__name__}.")

@@ -1,0 +1,409 @@
+"""Backups of a running machine's disks.
+
+The guest's file systems are frozen, each disk becomes a :class:`hvhost.storage.snapshot.Snapshot`
+while the commands of all of them are held for a moment, and the guest is thawed; then the copy is
+made while the guest goes on. The backup's directory gets its name when all of it is on stable
+storage: one that ends early leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from hvhost.errors import HvHostError
+from hvhost.machine.backup_model import BackupInfo, BackupOptions, BackupState, Consistency
+from hvhost.machine.peripheral import Surroundings
+from hvhost.services.vss import ANSWER_SECONDS, FREEZE_SECONDS, VssAnswer
+from hvhost.services.vss_protocol import VSS_HBU_NO_AUTO_RECOVERY, VssOperation
+
+if TYPE_CHECKING:
+    from hvhost.machine.computer import Computer
+    from hvhost.storage.block import DiskUnit
+    from hvhost.storage.controller import Drive, Storage
+    from hvhost.storage.disk import Disk, ImageDisk
+    from hvhost.storage.snapshot import Piece, Snapshot
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "backup.json"
+_WAIT_SECONDS = FREEZE_SECONDS + ANSWER_SECONDS
+_BLOCK_SIZE = 2 << 20
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Copy:
+    """One disk being copied into *file*."""
+
+    drive: Drive
+    file: Path
+    target: Disk
+    snapshot: Snapshot | None = None
+
+    @property
+    def unit(self) -> DiskUnit:
+        return cast("DiskUnit", self.drive.unit)
+
+
+@dataclass(slots=True)
+class Job:
+    """A backup under way."""
+
+    options: BackupOptions
+    path: Path
+    info: BackupInfo
+    started: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
+
+
+class Backup:
+    """Implements :class:`hvhost.machine.peripheral.Peripheral`; one backup at a time.
+
+    To be closed before *storage*. Methods for people may be called on any thread and raise
+    :class:`HvHostError`.
+    """
+
+    def __init__(self, around: Surroundings, storage: Storage) -> None:
+        self._config, self._event, self._vss = around.config, around.event, around.vss
+        self._storage = storage
+        self._computer: Computer | None = None
+        self._starting = threading.Lock()
+        self._job: Job | None = None
+
+    # Peripheral.
+
+    def attach(self, computer: Computer) -> None:
+        self._computer = computer
+
+    def detach(self) -> None:
+        self._computer = None
+
+    def tick(self, now: float) -> None:
+        """Nothing of backups needs the time."""
+
+    def close(self) -> None:
+        job = self._job
+        if job is not None and job.thread is not None:
+            job.cancelled = True
+            job.thread.join()
+
+    # For people.
+
+    def start(self, options: BackupOptions) -> BackupInfo:
+        """Begin a backup; :class:`HvHostError` if that should not be, or one is under way."""
+        from hvhost.storage.volumes import check_backup, volumes
+
+        directory = Path(options.directory)
+        if not directory.is_absolute():
+            raise HvHostError(f"{directory} is not an absolute path; name the whole of it.")
+        with self._starting:
+            if self._job is not None and not self._job.info.over:
+                raise HvHostError(
+                    f"machine {self._config.name!r} is being backed up already; wait or cancel."
+                )
+            drives = self._storage.disks()
+            if not drives:
+                raise HvHostError(f"machine {self._config.name!r} has no disks to back up.")
+            check_backup(
+                [path for drive in drives for path in _files(cast("DiskUnit", drive.unit).disk)],
+                directory,
+                volumes(),
+                allow_network=options.allow_network,
+                allow_same_volume=options.allow_same_volume,
+            )
+            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            path = directory / f"{self._config.name}-{stamp}"
+            if path.exists():
+                raise HvHostError(f"{path} exists already; wait a second.")
+            consistency = Consistency.CRASH if options.crash_consistent else Consistency.FILE_SYSTEM
+            job = Job(options, path, BackupInfo(BackupState.FREEZING, str(path), consistency))
+            self._job = job
+            job.thread = threading.Thread(target=self._run, args=(job,), name="backup", daemon=True)
+            job.thread.start()
+            return job.info
+
+    def progress(self, timeout: float = 0.0) -> BackupInfo:
+        """How far the last backup is; waits up to *timeout* seconds for its end."""
+        job = self._job
+        if job is None:
+            raise HvHostError(
+                f"machine {self._config.name!r} has not been backed up since it was started."
+            )
+        job.over.wait(timeout)
+        info = job.info
+        return info if info.over else replace(info, seconds=time.monotonic() - job.started)
+
+    def cancel(self) -> BackupInfo:
+        """Give the backup under way up; :meth:`progress` tells when that is done."""
+        if self._job is not None:
+            self._job.cancelled = True
+        return self.progress()
+
+    # The work, on a thread of its own.
+
+    def _run(self, job: Job) -> None:
+        error: str | None = None
+        try:
+            with self._storage.keeping() as drives:
+                self._back_up(job, drives)
+        except HvHostError as problem:
+            error = str(problem)
+        except OSError as problem:
+            error = f"The backup failed: {problem}."
+        except Exception as problem:  # a bug of ours must not look like a backup under way
+            log.exception("backup")
+            error = f"The backup failed: {problem!r}; the worker's log has more."
+        job.info = replace(
+            job.info,
+            state=BackupState.DONE if error is None else BackupState.FAILED,
+            seconds=time.monotonic() - job.started,
+            error=error,
+        )
+        self._event("backup", f"{job.path} is whole" if error is None else error)
+        job.over.set()
+
+    def _back_up(self, job: Job, drives: list[Drive]) -> None:
+        partial = job.path.with_name(job.path.name + ".partial")
+        partial.mkdir(parents=True)
+        try:
+            with _targets(partial, drives) as copies:
+                job.info = replace(job.info, size=sum(each.unit.disk.size for each in copies))
+                try:
+                    self._take_snapshots(job, copies)
+                    job.info = replace(job.info, state=BackupState.COPYING)
+                    for copy in copies:
+                        _copy(job, copy)
+                finally:
+                    hold(copies, lambda: _let_go(copies))
+                _check(job, copies)
+                for copy in copies:
+                    copy.target.flush()
+            (partial / MANIFEST).write_text(self._manifest(job, copies))
+            _settle(partial)
+            partial.rename(job.path)
+            _settle(job.path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _take_snapshots(self, job: Job, copies: list[Copy]) -> None:
+        if job.options.crash_consistent:
+            _snapshots(job, copies)
+            return
+        self._check_guest()
+        computer, started = self._computer, time.monotonic()
+        try:
+            if not self._ask(VssOperation.FREEZE).ok:
+                raise HvHostError(
+                    "The guest could not freeze its file systems; its log (hv_vss_daemon's lines) "
+                    "says which one. --crash-consistent backs up without that."
+                )
+            _snapshots(job, copies)
+            if not self._still_frozen(computer):
+                raise HvHostError(
+                    "The guest's file systems did not stay frozen until its disks were held; try "
+                    "again."
+                )
+        finally:
+            warning = self._thaw()
+            seconds = time.monotonic() - started
+            job.info = replace(job.info, frozen_seconds=seconds, warning=warning)
+
+    def _check_guest(self) -> None:
+        """:class:`HvHostError` unless the guest can freeze its file systems."""
+        answer = self._ask(VssOperation.HOT_BACKUP)
+        if not answer.ok or answer.flags != VSS_HBU_NO_AUTO_RECOVERY:
+            raise HvHostError(
+                "The guest cannot freeze its file systems: its hv_vss_daemon does not run; start "
+                "it (package hyperv-daemons), or use --crash-consistent for a backup as after a "
+                "loss of power."
+            )
+
+    def _still_frozen(self, computer: Computer | None) -> bool:
+        """Nobody has thawed the guest, or reset it, since it was frozen."""
+        if computer is None or self._computer is not computer:
+            return False
+        with computer.lock:
+            return self._vss.ready and self._vss.state.frozen and self._vss.state.asked is None
+
+    def _thaw(self) -> str | None:
+        """Thaw the guest; what there is to say if that failed."""
+        problem = "its hv_vss_daemon failed or ended"
+        try:
+            if self._ask(VssOperation.THAW).ok:
+                return None
+        except HvHostError as error:
+            problem = str(error).rstrip(".")
+        warning = (
+            f"The guest's file systems may still be frozen ({problem}). It is asked to thaw them "
+            "again and again: start its hv_vss_daemon, or use fsfreeze --unfreeze in it."
+        )
+        self._event("backup", warning)
+        return warning
+
+    def _ask(self, operation: VssOperation) -> VssAnswer:
+        computer = self._computer
+        if computer is None:
+            raise HvHostError("The machine is being reset; try again.")
+        answered = threading.Event()
+        result: list[VssAnswer | HvHostError] = []
+
+        def done(answer: VssAnswer | HvHostError) -> None:
+            result.append(answer)
+            answered.set()
+
+        with computer.lock:
+            self._vss.request(operation, done)
+        if not answered.wait(_WAIT_SECONDS):
+            raise HvHostError(f"The guest did not answer {operation.name}; see whether it hangs.")
+        if isinstance(result[0], HvHostError):
+            raise result[0]
+        return result[0]
+
+    def _manifest(self, job: Job, copies: list[Copy]) -> str:
+        from hvhost.machine.config_file import dump_config
+
+        content = {
+            "backup": asdict(replace(job.info, state=BackupState.DONE)),
+            "disks": [
+                {
+                    "address": copy.drive.address,
+                    "file": copy.file.name,
+                    "source": copy.drive.config.path,
+                    "size": copy.unit.disk.size,
+                    "identifier": str(copy.unit.disk.identifier),
+                }
+                for copy in copies
+            ],
+            "machine": json.loads(dump_config(self._config)),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def hold(copies: Sequence[Copy], function: Callable[[], Result]) -> Result:
+    """Run *function* between two commands of all disks at once."""
+    if not copies:
+        return function()
+    return copies[0].drive.worker.call(lambda: hold(copies[1:], function))
+
+
+def _files(disk: Disk) -> Iterator[Path]:
+    """The files of a disk and all its parents."""
+    from hvhost.storage.file import HostFile
+
+    link: object = disk
+    while link is not None:
+        file = getattr(link, "file", None)
+        if isinstance(file, HostFile):
+            yield file.path
+        link = getattr(link, "parent", None)
+
+
+@contextlib.contextmanager
+def _targets(directory: Path, drives: list[Drive]) -> Iterator[list[Copy]]:
+    """An empty VHDX for each disk, closed at the end."""
+    from hvhost.storage.images import create_disk
+    from hvhost.storage.vhdx_create import VhdxOptions
+
+    with contextlib.ExitStack() as stack:
+        copies = []
+        for drive in drives:
+            disk = cast("DiskUnit", drive.unit).disk
+            file = directory / f"{drive.address.replace(':', '-')}.vhdx"
+            options = VhdxOptions(
+                disk.size,
+                block_size=_BLOCK_SIZE,
+                logical_sector_size=disk.logical_sector_size,
+                physical_sector_size=disk.physical_sector_size,
+                identifier=disk.identifier,
+            )
+            target = create_disk(file, options)
+            stack.callback(target.close)
+            copies.append(Copy(drive, file, target))
+        yield copies
+
+
+def _snapshots(job: Job, copies: list[Copy]) -> None:
+    """From this moment on all disks are kept as they are now."""
+    from hvhost.storage.snapshot import Snapshot
+
+    for copy in copies:  # what takes time, before the commands are held
+        copy.snapshot = Snapshot(cast("ImageDisk", copy.unit.disk), copy.target)
+
+    def begin() -> None:
+        for copy in copies:
+            assert copy.snapshot is not None
+            copy.unit.disk = copy.snapshot
+
+    def timed() -> None:
+        started = time.monotonic()
+        hold(copies[1:], begin)
+        _paused(job, time.monotonic() - started)
+
+    hold(copies[:1], timed)
+
+
+def _let_go(copies: list[Copy]) -> None:
+    for copy in copies:
+        if copy.snapshot is not None:
+            copy.unit.disk = copy.snapshot.disk
+
+
+def _paused(job: Job, seconds: float) -> None:
+    job.info = replace(job.info, pause_seconds=max(job.info.pause_seconds, seconds))
+
+
+def _check(job: Job, copies: list[Copy]) -> None:
+    """:class:`HvHostError` if the backup was given up or cannot become whole."""
+    if job.cancelled:
+        raise HvHostError("The backup was cancelled; nothing of it is left.")
+    for copy in copies:
+        if copy.snapshot is not None and copy.snapshot.problem is not None:
+            raise HvHostError(
+                f"The backup of {copy.drive.address} failed, nothing of it is left: "
+                f"{copy.snapshot.problem}."
+            )
+
+
+def _copy(job: Job, copy: Copy) -> None:
+    from hvhost.storage.snapshot import CHUNK
+
+    snapshot, before, chunk = copy.snapshot, job.info.copied, 0
+    assert snapshot is not None
+    while True:
+        _check(job, [copy])
+
+        def take(first: int = chunk) -> tuple[Piece | None, float]:
+            started = time.monotonic()
+            return snapshot.take(first), time.monotonic() - started
+
+        piece, seconds = copy.drive.worker.call(take)
+        _paused(job, seconds)
+        if piece is None:
+            break
+        snapshot.put(piece)
+        chunk = piece.following
+        job.info = replace(job.info, copied=before + min(chunk * CHUNK, snapshot.size))
+    job.info = replace(job.info, copied=before + snapshot.size)
+
+
+def _settle(path: Path) -> None:
+    """Have a directory and the files in it on stable storage."""
+    for each in (*path.glob(MANIFEST), path):
+        descriptor = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,278 @@
+"""Backups of a machine whose guest freezes, does not, or dies over it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from hvhost.errors import HvHostError
+from hvhost.machine.backup_model import BackupInfo, BackupOptions, BackupState, Consistency
+from hvhost.machine.computer import Computer
+from hvhost.machine.config_file import load_config
+from hvhost.machine.loop import Loop
+from hvhost.machine.model import MachineConfig
+from hvhost.machine.peripheral import Surroundings
+from hvhost.machine.storage_model import DriveConfig, DriveKind
+from hvhost.services.vss import FROZEN_SECONDS, Vss
+from hvhost.services.vss_protocol import VssOperation
+from hvhost.storage.backup import Backup
+from hvhost.storage.block import DiskUnit
+from hvhost.storage.controller import Drive, Storage
+from hvhost.storage.images import create_disk, open_disk
+from hvhost.storage.snapshot import CHUNK, Snapshot
+from hvhost.storage.vhdx_create import VhdxOptions
+from simulated.driver import GuestService, SimulatedGuest
+
+SIZE = 40 * CHUNK
+CHECK, FREEZE, THAW = VssOperation
+
+
+class Board:
+    """As much of a computer as backups use; the guest answers at once."""
+
+    def __init__(self, vss: Vss) -> None:
+        self.lock = threading.RLock()
+        self.guest = SimulatedGuest()
+        self.guest.server.add_device(vss)
+        self.guest.connect()
+        self.service = GuestService(self.guest.open(1), [(5, 0)])
+        self.service.run()
+
+
+class Bench:
+    """A machine with two disks and a DVD drive. ``statuses``: what the guest answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.told = directory, list[tuple[str, str]]()
+        files = [directory / "a.vhdx", directory / "b.img"]
+        create_disk(files[0], VhdxOptions(SIZE)).close()
+        create_disk(files[1], SIZE).close()
+        drives = [DriveConfig(str(each)) for each in files]
+        self.config = MachineConfig(
+            "m1", "/vmlinuz", drives=(*drives, DriveConfig(None, kind=DriveKind.DVD))
+        )
+        self.vss = Vss()
+        around = Surroundings(
+            self.config, Loop(), directory, lambda *event: self.told.append(event), self.vss
+        )
+        self.storage = Storage(around)
+        self.backup = Backup(around, self.storage)
+        self.board = Board(self.vss)
+        self.backup.attach(cast("Computer", self.board))
+        self.statuses: dict[int, int] = {}
+        self.asked: list[int] = []
+        self.on: dict[int, Callable[[], None]] = {}
+        request = self.vss.request
+
+        def answered(operation: VssOperation, done: Callable[..., None]) -> None:
+            request(operation, done)
+            self.answer()
+
+        self.vss.request = answered  # type: ignore[method-assign]
+
+    def answer(self) -> None:
+        while packets := self.board.service.channel.read():
+            for packet in packets:
+                message = bytearray(packet.payload)
+                operation = message[28]
+                self.asked.append(operation)
+                self.on.get(operation, lambda: None)()
+                struct.pack_into("<I", message, 36, 5)
+                struct.pack_into("<I", message, 20, self.statuses.get(operation, 0))
+                message[25] = 5
+                self.board.service.channel.write(
+                    bytes(message), transaction_id=packet.transaction_id
+                )
+
+    @property
+    def drives(self) -> list[Drive]:
+        return self.storage.disks()
+
+    def write(self, number: int, offset: int, byte: int, length: int = CHUNK) -> None:
+        """As the guest does, through the drive's worker."""
+        drive = self.drives[number]
+        unit = cast("DiskUnit", drive.unit)
+        data = memoryview(bytes([byte]) * length)
+        drive.worker.call(lambda: unit.disk.writev(offset, [data]))
+
+    def run(self, *, crash_consistent: bool = False) -> BackupInfo:
+        target = self.directory / "backups"
+        self.backup.start(
+            BackupOptions(str(target), crash_consistent=crash_consistent, allow_same_volume=True)
+        )
+        return self.backup.progress(30.0)
+
+    def left(self) -> list[str]:
+        return [path.name for path in (self.directory / "backups").glob("*")]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.backup.close()
+    bench.storage.close()
+
+
+def contents(info: BackupInfo, name: str) -> bytes:
+    disk = open_disk(Path(info.path, name), read_only=True)
+    data = bytearray(disk.size)
+    disk.readv(0, [memoryview(data)])
+    disk.close()
+    return bytes(data)
+
+
+def refused(info: BackupInfo) -> str:
+    assert info.state is BackupState.FAILED and info.error is not None
+    assert info.error.endswith(".")
+    return info.error
+
+
+def test_all_disks_as_they_were_while_the_guest_was_frozen(bench: Bench) -> None:
+    bench.write(0, 0, 1)
+    bench.write(1, 5 * CHUNK, 2)
+    bench.on[FREEZE] = lambda: bench.write(1, 7 * CHUNK, 3)  # what was not written back yet
+
+    def overwrite() -> None:
+        for number in (0, 1):
+            bench.write(number, 0, 9, SIZE)
+
+    bench.on[THAW] = overwrite
+    info = bench.run()
+    assert info.error is None and info.warning is None
+    assert info.consistency is Consistency.FILE_SYSTEM
+    assert bench.asked == [CHECK, FREEZE, THAW]
+    one, other = contents(info, "scsi0-0.vhdx"), contents(info, "scsi0-1.vhdx")
+    assert one == b"\1" * CHUNK + bytes(SIZE - CHUNK)
+    parts = {5: b"\2", 7: b"\3"}
+    assert other == b"".join(parts.get(number, b"\0") * CHUNK for number in range(40))
+    assert info.copied == info.size == 2 * SIZE
+    assert 0 < info.pause_seconds < info.seconds
+    assert not any(isinstance(cast("DiskUnit", each.unit).disk, Snapshot) for each in bench.drives)
+    assert bench.told[-1] == ("backup", f"{info.path} is whole")
+    manifest = json.loads(Path(info.path, "backup.json").read_text())
+    assert load_config(json.dumps(manifest["machine"])) == bench.config
+    assert [each["address"] for each in manifest["disks"]] == ["scsi0:0", "scsi0:1"]
+    assert manifest["disks"][0]["source"] == str(bench.directory / "a.vhdx")
+
+
+def test_a_guest_without_a_daemon_is_backed_up_only_if_that_is_said(bench: Bench) -> None:
+    bench.statuses = {CHECK: 0x80004005}
+    assert "--crash-consistent" in refused(bench.run())
+    assert bench.asked == [CHECK] and bench.left() == []
+    info = bench.run(crash_consistent=True)
+    assert info.state is BackupState.DONE and info.consistency is Consistency.CRASH
+    assert bench.asked == [CHECK]
+
+
+def test_a_guest_that_fails_to_freeze_is_thawed_and_not_backed_up(bench: Bench) -> None:
+    bench.statuses = {FREEZE: 0x80004005}
+    assert "could not freeze" in refused(bench.run())
+    assert bench.asked == [CHECK, FREEZE, THAW] and bench.left() == []
+
+
+def test_a_daemon_that_dies_while_frozen_is_told_of(bench: Bench) -> None:
+    bench.statuses = {THAW: 0x80004005}
+    info = bench.run()
+    assert info.state is BackupState.DONE
+    assert info.warning is not None and "may still be frozen" in info.warning
+    assert bench.vss.state.frozen
+    bench.statuses = {}
+    bench.vss.tick(0.0)
+    bench.answer()
+    assert not bench.vss.state.frozen
+
+
+def test_a_guest_that_was_thawed_too_early_is_not_backed_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hvhost.storage import backup
+
+    take = backup._snapshots
+
+    def late(job: backup.Job, copies: list[backup.Copy]) -> None:
+        take(job, copies)
+        with bench.board.lock:
+            bench.vss.tick(0.0)
+            bench.vss.tick(FROZEN_SECONDS)
+            bench.answer()
+
+    monkeypatch.setattr(backup, "_snapshots", late)
+    assert "did not stay frozen" in refused(bench.run())
+    assert bench.left() == []
+
+
+def test_a_machine_without_a_driver_says_so(bench: Bench) -> None:
+    bench.board.guest.server.reset()
+    assert "hv_utils" in refused(bench.run())
+
+
+@contextmanager
+def held_copy(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A backup under way that goes on at the end."""
+    reached, go_on = threading.Event(), threading.Event()
+    take = Snapshot.take
+
+    def slow(snapshot: Snapshot, chunk: int) -> object:
+        reached.set()
+        go_on.wait(10.0)
+        return take(snapshot, chunk)
+
+    bench.write(0, 0, 1)
+    monkeypatch.setattr(Snapshot, "take", slow)
+    bench.backup.start(BackupOptions(str(bench.directory / "backups"), allow_same_volume=True))
+    assert reached.wait(10.0)
+    yield
+    go_on.set()
+
+
+def test_disks_stay_while_they_are_backed_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held_copy(bench, monkeypatch):
+        with pytest.raises(HvHostError, match="being backed up"):
+            bench.storage.remove("scsi0:1")
+        with pytest.raises(HvHostError, match="being backed up"):
+            bench.storage.resize("scsi0:0", 2 * SIZE)
+        with pytest.raises(HvHostError, match="already"):
+            bench.run()
+        assert bench.backup.progress().state is BackupState.COPYING
+    assert bench.backup.progress(10.0).state is BackupState.DONE
+    bench.storage.remove("scsi0:1")
+
+
+def test_a_backup_that_is_cancelled_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held_copy(bench, monkeypatch):
+        bench.backup.cancel()
+    assert "cancelled" in refused(bench.backup.progress(10.0))
+    assert bench.left() == []
+
+
+def test_a_machine_that_ends_gives_its_backup_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held_copy(bench, monkeypatch):
+        threading.Thread(target=bench.backup.close).start()
+        while not bench.backup._job or not bench.backup._job.cancelled:
+            pass
+    assert "cancelled" in refused(bench.backup.progress(10.0))
+
+
+def test_what_cannot_be_backed_up_is_refused_at_once(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(HvHostError, match="has not been backed up"):
+        bench.backup.progress()
+    with pytest.raises(HvHostError, match="--allow-same-volume"):
+        bench.backup.start(BackupOptions(str(tmp_path)))
+    with pytest.raises(HvHostError, match="absolute"):
+        bench.backup.start(BackupOptions("backups"))
+    for drive in bench.drives:
+        bench.storage.remove(drive.address)
+    with pytest.raises(HvHostError, match="no disks"):
+        bench.backup.start(BackupOptions(str(tmp_path)))

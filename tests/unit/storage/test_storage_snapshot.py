@@ -1,0 +1,131 @@
+"""What a disk held at one moment is in the copy, whatever its guest does meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvhost.errors import HvHostError
+from hvhost.storage.disk import Disk
+from hvhost.storage.images import create_disk
+from hvhost.storage.raw import RawDisk
+from hvhost.storage.snapshot import CHUNK, STEP, Snapshot
+from hvhost.storage.vhdx_create import VhdxOptions
+
+SECTOR = 512
+SIZE = 40 * CHUNK + 3 * SECTOR
+MIB = 1 << 20
+
+
+def content(disk: Disk) -> bytes:
+    data = bytearray(disk.size)
+    disk.readv(0, [memoryview(data)])
+    return bytes(data)
+
+
+def copy_all(snapshot: Snapshot) -> None:
+    chunk = 0
+    while (piece := snapshot.take(chunk)) is not None:
+        snapshot.put(piece)
+        chunk = piece.following
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "unmap", "copy"]),
+        st.integers(0, SIZE // SECTOR - 1),
+        st.integers(1, 3 * CHUNK // SECTOR),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["img", "vhdx"]), STEPS, STEPS)
+def test_the_copy_is_what_the_disk_was(
+    suffix: str, before: list[tuple[str, int, int]], meanwhile: list[tuple[str, int, int]]
+) -> None:
+    with TemporaryDirectory() as name:
+        disk = create_disk(
+            Path(name, f"disk.{suffix}"),
+            SIZE if suffix == "img" else VhdxOptions(SIZE, block_size=MIB),
+        )
+        target = create_disk(Path(name, "copy.vhdx"), VhdxOptions(SIZE, block_size=MIB))
+        model = bytearray(SIZE)
+
+        def change(to: Disk, kind: str, sector: int, sectors: int) -> None:
+            offset, end = sector * SECTOR, min((sector + sectors) * SECTOR, SIZE)
+            if kind == "write":
+                data = os.urandom(end - offset)
+                to.writev(offset, [memoryview(data)])
+            else:
+                data = bytes(end - offset)
+                to.unmap(offset, end - offset)
+            model[offset:end] = data
+
+        for step in before:
+            change(disk, *step)
+        then = bytes(model)
+        snapshot = Snapshot(disk, target)
+        chunk: int | None = 0
+        for step in meanwhile:
+            if step[0] != "copy":
+                change(snapshot, *step)
+            elif chunk is not None:
+                # What was read is written only after the guest had its turn.
+                piece = snapshot.take(chunk)
+                if piece is not None:
+                    change(snapshot, "write", piece.offset // SECTOR, step[2])
+                    snapshot.put(piece)
+                chunk = None if piece is None else piece.following
+        copy_all(snapshot)
+        assert snapshot.problem is None
+        assert content(target) == then
+        assert content(disk) == model == content(snapshot)
+        target.close()
+        snapshot.close()
+
+
+class FailingTarget(RawDisk):
+    """A disk that takes nothing."""
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_copy_that_fails_does_not_fail_the_guest(tmp_path: Path) -> None:
+    disk = create_disk(tmp_path / "disk.img", SIZE)
+    disk.writev(0, [memoryview(b"\1" * SECTOR)])
+    create_disk(tmp_path / "copy.img", SIZE).close()
+    snapshot = Snapshot(disk, FailingTarget(tmp_path / "copy.img"))
+    snapshot.writev(0, [memoryview(b"\2" * SECTOR)])
+    assert snapshot.problem is not None and "No space left" in snapshot.problem
+    assert content(disk)[:SECTOR] == b"\2" * SECTOR
+    snapshot.writev(CHUNK, [memoryview(b"\3" * SECTOR)])
+    assert content(disk)[CHUNK : CHUNK + SECTOR] == b"\3" * SECTOR
+
+
+def test_empty_parts_are_passed_over(tmp_path: Path) -> None:
+    disk = create_disk(tmp_path / "disk.vhdx", VhdxOptions(1 << 40))
+    disk.writev(1 << 39, [memoryview(b"\1" * SECTOR)])
+    target = create_disk(tmp_path / "copy.vhdx", VhdxOptions(1 << 40))
+    snapshot = Snapshot(disk, target)
+    snapshot._kept[: (1 << 39) // CHUNK - STEP] = b"\1" * ((1 << 39) // CHUNK - STEP)
+    piece = snapshot.take(0)
+    assert piece is not None and piece.offset == 1 << 39 and piece.data[0] == 1
+    rest = snapshot.take(piece.following)
+    assert rest is not None and not rest.data and rest.following > piece.following + STEP
+
+
+def test_a_disk_that_is_copied_keeps_its_size(tmp_path: Path) -> None:
+    disk = create_disk(tmp_path / "disk.img", SIZE)
+    snapshot = Snapshot(disk, create_disk(tmp_path / "copy.img", SIZE))
+    with pytest.raises(HvHostError, match="backed up"):
+        snapshot.resize(SIZE + SECTOR)
