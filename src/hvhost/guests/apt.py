@@ -195,7 +195,7 @@ def versioned_kernel_dependencies(depends: str) -> list[str]:
     return [name for name in names if _VERSIONED_KERNEL.fullmatch(name)]
 
 
-def _inherited_settings() -> list[str]:
+def inherited_settings() -> list[str]:
     """The system's own transport settings, as lines of an apt.conf."""
     done = subprocess.run(
         ["apt-config", "dump", "--format", "%F\t%v%n", "Acquire"],
@@ -262,7 +262,7 @@ class _PrivateApt:
             'Acquire::http::Timeout "30";',
             'Acquire::https::Timeout "30";',
             'Acquire::Retries "2";',
-            *_inherited_settings(),
+            *inherited_settings(),
         ]
         sources = [
             f"Types: deb\nURIs: {source.uri}\nSuites: {' '.join(source.suites)}\n"
@@ -492,6 +492,21 @@ def download(
     the suite or a package cannot be had, or cannot be verified.
     """
     return _download(suite, package_names, refresh=refresh, progress=progress, only_our_keys=False)
+
+
+def verified_sources(suite: str, progress: Progress = silent) -> list[Source]:
+    """The sources of a Debian suite, each with the keyring that verifies it.
+
+    Raises HvHostError when the mirror does not have them, or no keyring at hand verifies them.
+    """
+    directory = cache_dir("apt") / suite
+    directory.mkdir(exist_ok=True)
+    with _locked(directory):
+        apt = _PrivateApt(suite, directory, progress)
+        mirror = debian_mirror()
+        apt.configure(mirror, keyring())
+        _update(apt, mirror, progress, only_our_keys=False)
+        return parse_deb822((directory / "etc/suite.sources").read_text())
 
 
 def _download(

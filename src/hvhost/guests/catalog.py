@@ -64,18 +64,54 @@ GUESTS: dict[str, GuestRecipe] = {
         )
         for variant, kind, kernel in (
             ("", "cloud", "linux-image-cloud-amd64"),
-            ("-full", "full", "linux-image-amd64"),
+            ("-generic", "full", "linux-image-amd64"),
         )
     )
 }
 
 
+@dataclass(frozen=True, slots=True)
+class FullRecipe:
+    """A complete system: ``packages`` are those beside the suite's essential ones."""
+
+    title: str
+    suite: str
+    packages: tuple[str, ...]
+
+
+_SYSTEM = (
+    "linux-image-cloud-amd64", "initramfs-tools", "lz4", "systemd-sysv", "systemd-resolved", "udev",
+    "dbus", "hyperv-daemons", "chrony", "e2fsprogs", "iproute2", "kmod", "procps", "ethtool",
+    "ca-certificates",
+)  # fmt: skip
+FULL_GUESTS: dict[str, FullRecipe] = {
+    f"{name}-full": FullRecipe(f"{title}, complete", suite, _SYSTEM)
+    for name, title, suite, _ in _SUITES
+    if name != "debian-11"  # its systemd has no resolved of its own
+}
+
+
+def full_recipe(name: str) -> FullRecipe:
+    """The recipe of a complete guest; HvHostError with the known names if there is none."""
+    try:
+        return FULL_GUESTS[name]
+    except KeyError:
+        raise HvHostError(
+            f"There is no complete guest {name}; choose one of {', '.join(FULL_GUESTS)}."
+        ) from None
+
+
 def recipe(name: str) -> GuestRecipe:
     """The recipe of a guest; HvHostError with the known names if there is none."""
+    if name in FULL_GUESTS:
+        raise HvHostError(
+            f"{name} is a complete system, which `hvhost run` boots; its kernel without it is "
+            f"{name.removesuffix('-full')}."
+        )
     try:
         return GUESTS[name]
     except KeyError:
         raise HvHostError(
-            f"There is no guest {name}; choose one of {', '.join(GUESTS)}, or give a kernel with "
-            "--kernel or --deb."
+            f"There is no guest {name}; choose one of {', '.join((*GUESTS, *FULL_GUESTS))}, or "
+            "give a kernel with --kernel or --deb."
         ) from None

@@ -27,7 +27,8 @@ class DriveConfig:
     ``controller`` is ``scsi0``, ``scsi1``… or ``fc0``…; without a ``lun`` the next free one is
     taken. ``image_format`` is ``vhdx``, ``vhd`` or ``raw`` where the file's name does not say it.
     Limits are requests and bytes a second, 0 for none. ``pause_when_full``: when the host's
-    file system is full, the guest's writes wait for room instead of failing.
+    file system is full, the guest's writes wait for room instead of failing. ``temporary``: what
+    the guest writes is gone when the drive is, and the image is only read.
     """
 
     path: str | None
@@ -39,6 +40,7 @@ class DriveConfig:
     iops: int = 0
     bandwidth: int = 0
     pause_when_full: bool = False
+    temporary: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig, Transport
+from hvhost.machine.storage_model import DriveConfig
 from hvhost.manager.directory import check_name
 from hvhost.memory.settings import (
     BUFFER_DEFAULT,
@@ -17,6 +20,10 @@ from hvhost.memory.settings import (
     DynamicMemory,
 )
 from hvhost.units import parse_size
+
+if TYPE_CHECKING:
+    from hvhost.guests.build import GuestImages
+    from hvhost.guests.full import FullGuest
 
 CONSOLE = "console=ttyS0"
 """Added to a command line that names no console, so that the guest can be heard."""
@@ -108,12 +115,23 @@ def define_guest(
 ) -> MachineConfig:
     """:func:`define` for a distribution known by name, downloaded first if it is not cached.
 
-    Its root is an initramfs with busybox and a shell. *progress* is told what takes time.
+    Its root is an initramfs with busybox and a shell; of a complete system it is a disk, whose
+    changes are gone when the machine ends. *progress* is told what takes time.
     """
     from hvhost.guests.build import prepare_guest
+    from hvhost.guests.catalog import FULL_GUESTS
 
-    images = prepare_guest(guest, progress=progress)
-    return define(
+    drives: tuple[DriveConfig, ...] = ()
+    images: FullGuest | GuestImages
+    if guest in FULL_GUESTS:
+        from hvhost.guests.full import prepare_full
+
+        images = prepare_full(guest, progress=progress)
+        command_line = f"{images.command_line} {command_line}".rstrip()
+        drives = (DriveConfig(str(images.disk), temporary=True),)
+    else:
+        images = prepare_guest(guest, progress=progress)
+    config = define(
         kernel=images.kernel,
         initrd=images.initrd,
         command_line=command_line,
@@ -125,3 +143,4 @@ def define_guest(
         mmio_low=mmio_low,
         mmio_high=mmio_high,
     )
+    return replace(config, drives=drives)

@@ -18,7 +18,7 @@ RESIZE_SECONDS = 600.0
 
 def parse_drive(text: str, kind: DriveKind) -> DriveConfig:
     """What ``FILE[,controller=scsi0][,lun=N][,readonly][,iops=N][,bandwidth=SIZE]``
-    ``[,format=raw][,full=pause]`` means; a DVD drive without FILE is empty.
+    ``[,format=raw][,full=pause][,temporary]`` means; a DVD drive without FILE is empty.
     """
     file, *options = text.split(",")
     drive = DriveConfig(path=str(Path(file).absolute()) if file else None, kind=kind)
@@ -44,11 +44,13 @@ def _with_option(drive: DriveConfig, option: str) -> DriveConfig:
             return replace(drive, image_format=value)
         case "readonly" if not value:
             return replace(drive, read_only=True)
+        case "temporary" if not value:
+            return replace(drive, temporary=True)
         case "full" if value in ("pause", "fail"):
             return replace(drive, pause_when_full=value == "pause")
     raise HvHostError(
-        f"{option!r} is no option of a drive; there are controller=, lun=, readonly, iops=, "
-        "bandwidth=, format=, full=pause."
+        f"{option!r} is no option of a drive; there are controller=, lun=, readonly, temporary, "
+        "iops=, bandwidth=, format=, full=pause."
     )
 
 

@@ -80,7 +80,7 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
 
 
 def test_an_unknown_guest_lists_the_known_ones() -> None:
-    with pytest.raises(HvHostError, match="debian-11, debian-11-full, debian-12"):
+    with pytest.raises(HvHostError, match="debian-11, debian-11-generic, debian-12"):
         prepare_guest("windows")
 
 
@@ -88,9 +88,9 @@ def test_the_catalogue_has_cloud_and_full_kernels_of_every_suite() -> None:
     assert set(catalog.GUESTS) == {
         f"{name}{variant}"
         for name in ("debian-11", "debian-12", "debian-13", "sid")
-        for variant in ("", "-full")
+        for variant in ("", "-generic")
     }
-    assert catalog.recipe("sid-full").kernel == "linux-image-amd64"
+    assert catalog.recipe("sid-generic").kernel == "linux-image-amd64"
     assert catalog.recipe("debian-13").suite == "trixie"
 
 
