@@ -27,6 +27,7 @@ class DriveAddRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     iops: Rate = 0
     bandwidth: Rate = 0
     pause_when_full: bool = False
+    temporary: bool = False
 
 
 class DriveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,6 +78,7 @@ def _add(machine: LiveMachine, request: DriveAddRequest) -> DriveInfo:
             iops=request.iops,
             bandwidth=request.bandwidth,
             pause_when_full=request.pause_when_full,
+            temporary=request.temporary,
         )
     )
 
