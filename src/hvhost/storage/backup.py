@@ -16,9 +16,11 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 from hvhost.errors import HvHostError
 from hvhost.machine.backup_model import BackupInfo, BackupOptions, BackupState, Consistency
@@ -38,7 +40,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "backup.json"
 _WAIT_SECONDS = FREEZE_SECONDS + ANSWER_SECONDS
 _BLOCK_SIZE = 2 << 20
-Result = TypeVar("Result")
+#: How long a disk may be held for the others, and how often that is tried.
+_HOLD_SECONDS, _HOLD_ATTEMPTS = 1.0, 10
 
 
 @dataclass(slots=True)
@@ -175,10 +178,10 @@ class Backup:
         job.over.set()
 
     def _back_up(self, job: Job, drives: list[Drive]) -> None:
-        partial = job.path.with_name(job.path.name + ".partial")
-        partial.mkdir(parents=True)
+        unfinished = job.path.with_name(job.path.name + ".partial")
+        unfinished.mkdir(parents=True)
         try:
-            with _targets(partial, drives) as copies:
+            with _targets(unfinished, drives) as copies:
                 job.info = replace(job.info, size=sum(each.unit.disk.size for each in copies))
                 try:
                     self._take_snapshots(job, copies)
@@ -186,16 +189,16 @@ class Backup:
                     for copy in copies:
                         _copy(job, copy)
                 finally:
-                    hold(copies, lambda: _let_go(copies))
+                    _let_go(copies)
                 _check(job, copies)
                 for copy in copies:
                     copy.target.flush()
-            (partial / MANIFEST).write_text(self._manifest(job, copies))
-            _settle(partial)
-            partial.rename(job.path)
+            (unfinished / MANIFEST).write_text(self._manifest(job, copies))
+            _settle(unfinished)
+            unfinished.rename(job.path)
             _settle(job.path.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
     def _take_snapshots(self, job: Job, copies: list[Copy]) -> None:
@@ -292,11 +295,30 @@ class Backup:
         return json.dumps(content, indent=2) + "\n"
 
 
-def hold(copies: Sequence[Copy], function: Callable[[], Result]) -> Result:
-    """Run *function* between two commands of all disks at once."""
-    if not copies:
-        return function()
-    return copies[0].drive.worker.call(lambda: hold(copies[1:], function))
+def hold(drives: Sequence[Drive], function: Callable[[], None]) -> float:
+    """Run *function* between two commands of all disks at once; seconds they were held for.
+
+    A disk that is held may keep somebody from giving back the bus's lock, which another disk needs
+    before it can be held. So none is held for long: all are let go then, and it is tried again.
+    """
+    longest = 0.0
+    for _ in range(_HOLD_ATTEMPTS):
+        barrier = threading.Barrier(len(drives), function, _HOLD_SECONDS)
+
+        def wait(barrier: threading.Barrier = barrier) -> tuple[float, bool]:
+            started = time.monotonic()
+            try:
+                barrier.wait()
+            except threading.BrokenBarrierError:
+                return time.monotonic() - started, False
+            return time.monotonic() - started, True
+
+        with ThreadPoolExecutor(len(drives)) as pool:
+            results = list(pool.map(lambda each: each.worker.call(wait), drives))
+        longest = max(longest, max(seconds for seconds, _ in results))
+        if all(done for _, done in results):
+            return longest
+    raise HvHostError("The disks could not all be held at one moment; try again.")
 
 
 def _files(disk: Disk) -> Iterator[Path]:
@@ -347,18 +369,15 @@ def _snapshots(job: Job, copies: list[Copy]) -> None:
             assert copy.snapshot is not None
             copy.unit.disk = copy.snapshot
 
-    def timed() -> None:
-        started = time.monotonic()
-        hold(copies[1:], begin)
-        _paused(job, time.monotonic() - started)
-
-    hold(copies[:1], timed)
+    _paused(job, hold([copy.drive for copy in copies], begin))
 
 
 def _let_go(copies: list[Copy]) -> None:
+    """The guest uses its disks themselves again."""
     for copy in copies:
-        if copy.snapshot is not None:
-            copy.unit.disk = copy.snapshot.disk
+        snapshot, unit = copy.snapshot, copy.unit
+        if snapshot is not None and unit.disk is snapshot:
+            copy.drive.worker.call(partial(setattr, unit, "disk", snapshot.disk))
 
 
 def _paused(job: Job, seconds: float) -> None:

@@ -22,7 +22,7 @@ from hvhost.machine.peripheral import Surroundings
 from hvhost.machine.storage_model import DriveConfig, DriveKind
 from hvhost.services.vss import FROZEN_SECONDS, Vss
 from hvhost.services.vss_protocol import VssOperation
-from hvhost.storage.backup import Backup
+from hvhost.storage.backup import Backup, hold
 from hvhost.storage.block import DiskUnit
 from hvhost.storage.controller import Drive, Storage
 from hvhost.storage.images import create_disk, open_disk
@@ -276,3 +276,33 @@ def test_what_cannot_be_backed_up_is_refused_at_once(bench: Bench, tmp_path: Pat
         bench.storage.remove(drive.address)
     with pytest.raises(HvHostError, match="no disks"):
         bench.backup.start(BackupOptions(str(tmp_path)))
+
+
+def test_a_disk_that_cannot_be_held_keeps_no_other_for_long(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the one worker delivers answers, and who has the bus's lock waits for the other."""
+    monkeypatch.setattr("hvhost.storage.backup._HOLD_SECONDS", 0.1)
+    one, other = bench.drives
+    busy, freed = threading.Event(), threading.Event()
+
+    def work() -> None:
+        busy.set()
+        assert freed.wait(10.0)
+
+    threading.Thread(target=lambda: other.worker.call(work)).start()
+    assert busy.wait(10.0)
+
+    def needs_the_first() -> None:
+        with one.worker.running:
+            freed.set()
+
+    held: list[float] = []
+    ran: list[int] = []
+    holder = threading.Thread(target=lambda: held.append(hold([one, other], lambda: ran.append(1))))
+    holder.start()
+    while not one.worker.running.locked():
+        pass
+    needs_the_first()
+    holder.join(10.0)
+    assert ran == [1] and len(held) == 1
