@@ -34,7 +34,8 @@ check: setup-dev
 	$(BIN)/pytest -m 'not guest'
 
 test-matrix: setup-dev
-	HVHOST_TEST_GUESTS=debian-11,debian-12,debian-13,sid $(BIN)/pytest -m guest
+	HVHOST_TEST_GUESTS=debian-11,debian-12,debian-13,sid HVHOST_TEST_FULL=debian-12-full \
+		$(BIN)/pytest -m guest
 
 bench: setup-dev
 	$(BIN)/python -m bench

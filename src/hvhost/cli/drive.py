@@ -96,7 +96,7 @@ def add(
         list[str] | None,
         typer.Option(
             metavar="KEY[=VALUE]",
-            help="controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE (a second),"
+            help="controller=scsi0, lun=N, readonly, temporary, iops=N, bandwidth=SIZE (a second),"
             " format=raw (where the name does not say it), full=pause (when the host is full,"
             " writes wait).",
         ),

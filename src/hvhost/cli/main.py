@@ -15,6 +15,7 @@ from hvhost.cli import (
     disk,
     doctor,
     drive,
+    guest,
     kvp,
     machines,
     memory,
@@ -64,6 +65,7 @@ app.add_typer(time.app, name="time")
 app.add_typer(kvp.app, name="kvp")
 app.command()(memory.memory)
 app.command()(backup.backup)
+app.add_typer(guest.app, name="guest")
 app.add_typer(disk.app, name="disk")
 app.add_typer(drive.app, name="drive")
 app.add_typer(net.app, name="net")

@@ -20,7 +20,8 @@ def run(
         str | None,
         typer.Option(
             metavar="GUEST",
-            help="Boot a known distribution's kernel with a small root of ours, like debian-12.",
+            help="Boot a known distribution's kernel with a small root of ours, like debian-12,"
+            " or a complete system, like debian-12-full; `hvhost guest list` knows them all.",
         ),
     ] = None,
     initrd: Annotated[
@@ -71,7 +72,8 @@ def run(
         typer.Option(
             metavar="FILE[,OPTION…]",
             help="A disk: an image or a block device. May be given several times; options:"
-            " controller=scsi0, lun=N, readonly, iops=N, bandwidth=SIZE, format=raw, full=pause"
+            " controller=scsi0, lun=N, readonly, temporary, iops=N, bandwidth=SIZE, format=raw,"
+            " full=pause"
             " (see docs/storage.md).",
         ),
     ] = None,
@@ -126,6 +128,7 @@ def run(
     \b
     Examples:
       hvhost run --guest debian-12
+      hvhost run --guest debian-12-full --memory 1G
       hvhost run --kernel vmlinuz --initrd initrd.img --append "quiet root=/dev/sda1"
       hvhost run --name build --kernel vmlinuz --cpus 2 --memory 2G --detach
       hvhost run --guest debian-12 --disk data.vhdx --disk logs.img,lun=5,readonly

@@ -1,0 +1,84 @@
+"""``hvhost guest``: the guests that are made from distribution packages."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="guest",
+    help="""Make guests from distribution packages, before `hvhost run --guest` needs them.
+
+    \b
+    Examples:
+      hvhost guest build debian-12-full
+      hvhost guest list
+    """,
+    short_help="Guests made from distribution packages.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def build(
+    guest: Annotated[str, typer.Argument(metavar="GUEST", help="As in debian-12-full.")],
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Make it anew, of the newest packages.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Make a guest, if it is not there, and print where its parts are.
+
+    A complete system (-full) has a disk. Never write to that: it is the parent of what machines
+    write. Copy it with `hvhost disk convert` to have one of your own.
+
+    \b
+    Example:
+      hvhost guest build debian-12-full --refresh
+    """
+    from hvhost.cli import output
+    from hvhost.guests.build import prepare_guest
+    from hvhost.guests.catalog import FULL_GUESTS
+
+    parts: dict[str, str]
+    if guest in FULL_GUESTS:
+        from hvhost.guests.full import prepare_full
+
+        full = prepare_full(guest, refresh=refresh, progress=_say)
+        parts = {
+            "kernel": str(full.kernel),
+            "initrd": str(full.initrd),
+            "append": full.command_line,
+            "disk": str(full.disk),
+        }
+    else:
+        images = prepare_guest(guest, refresh=refresh, progress=_say)
+        parts = {"kernel": str(images.kernel), "initrd": str(images.initrd)}
+    if json:
+        output.print_json(parts)
+    else:
+        for name, value in parts.items():
+            print(f"{name:8}{value}")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the guests that are known by name.
+
+    \b
+    Example:
+      hvhost guest list
+    """
+    from hvhost.guests.catalog import FULL_GUESTS, GUESTS
+
+    titles = {name: recipe.title for name, recipe in GUESTS.items()}
+    titles |= {name: recipe.title for name, recipe in FULL_GUESTS.items()}
+    for name, title in titles.items():
+        print(f"{name:20}{title}")
+
+
+def _say(message: str) -> None:
+    print(f"hvhost: {message}…", file=sys.stderr)
