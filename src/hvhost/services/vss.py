@@ -20,7 +20,6 @@ from hvhost.services.vss_protocol import (
     VSS_OFFER,
     VSS_VERSIONS,
     VssOperation,
-    parse_flags,
     request_body,
 )
 from hvhost.vmbus.channel import Channel, Offer, Packet
@@ -39,10 +38,9 @@ RETRY_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class VssAnswer:
-    """The guest's status and, of a HOT_BACKUP, its flags."""
+    """The guest's status."""
 
     status: int
-    flags: int = 0
 
     @property
     def ok(self) -> bool:
@@ -139,8 +137,6 @@ class Vss:
         if message is None:
             return
         operation, answer = self.state.asked, VssAnswer(message.status)
-        if operation is VssOperation.HOT_BACKUP and answer.ok:
-            answer = VssAnswer(message.status, parse_flags(message.data))
         done, self._done, self.state.asked = self._done, None, None
         if operation is VssOperation.THAW and answer.ok:
             self.state.frozen = False

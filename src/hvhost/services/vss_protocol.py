@@ -5,7 +5,8 @@ and ``tools/hv/hv_vss_daemon.c`` of Linux 6.1, for what guests make of them.
 
 Every request of the host is answered with a status before the next is sent. HOT_BACKUP asks whether
 the guest can be backed up while it runs; Linux's driver answers it for its daemon, which has to be
-there. FREEZE has the daemon freeze every file system on a writable block device, THAW undoes that.
+there. It would fill in ``vss_cf.flags``, too, but takes the daemon's error, which lies in the same
+place, for the operation and never does: the status is what tells. FREEZE has the daemon freeze every file system on a writable block device, THAW undoes that.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import struct
 from enum import IntEnum
 from typing import Final
 
-from hvhost.errors import RemoteProtocolError
 from hvhost.services.protocol import IcVersion, integration_offer
 
 #: The version that has FREEZE and THAW.
@@ -22,8 +22,6 @@ VSS_VERSIONS: Final = (IcVersion(5, 0),)
 VSS_OFFER: Final = integration_offer(
     "vss", "35fa2e29-ea23-4236-96ae-3a6ebacba440", "2450ee40-33bf-4fbd-892e-9fb06e9214cf"
 )
-#: The guest takes its snapshot whole, and needs no recovery on the backup; the only flag there is.
-VSS_HBU_NO_AUTO_RECOVERY: Final = 5
 
 _MESSAGE = struct.Struct("<B7xI")  # hv_vss_hdr; then vss_cf.flags
 
@@ -39,14 +37,3 @@ class VssOperation(IntEnum):
 def request_body(operation: VssOperation) -> bytes:
     """``struct hv_vss_msg`` as the host sends it."""
     return _MESSAGE.pack(operation, 0)
-
-
-def parse_flags(data: bytes) -> int:
-    """``vss_cf.flags`` of the answer to a HOT_BACKUP.
-
-    :class:`RemoteProtocolError` if it is cut short.
-    """
-    if len(data) < _MESSAGE.size:
-        raise RemoteProtocolError(f"a backup check was answered with {len(data)} bytes.")
-    flags: int = _MESSAGE.unpack_from(data)[1]
-    return flags

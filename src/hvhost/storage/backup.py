@@ -26,7 +26,7 @@ from hvhost.errors import HvHostError
 from hvhost.machine.backup_model import BackupInfo, BackupOptions, BackupState, Consistency
 from hvhost.machine.peripheral import Surroundings
 from hvhost.services.vss import ANSWER_SECONDS, FREEZE_SECONDS, VssAnswer
-from hvhost.services.vss_protocol import VSS_HBU_NO_AUTO_RECOVERY, VssOperation
+from hvhost.services.vss_protocol import VssOperation
 
 if TYPE_CHECKING:
     from hvhost.machine.computer import Computer
@@ -226,8 +226,7 @@ class Backup:
 
     def _check_guest(self) -> None:
         """:class:`HvHostError` unless the guest can freeze its file systems."""
-        answer = self._ask(VssOperation.HOT_BACKUP)
-        if not answer.ok or answer.flags != VSS_HBU_NO_AUTO_RECOVERY:
+        if not self._ask(VssOperation.HOT_BACKUP).ok:
             raise HvHostError(
                 "The guest cannot freeze its file systems: its hv_vss_daemon does not run; start "
                 "it (package hyperv-daemons), or use --crash-consistent for a backup as after a "
@@ -314,7 +313,9 @@ def hold(drives: Sequence[Drive], function: Callable[[], None]) -> float:
             return time.monotonic() - started, True
 
         with ThreadPoolExecutor(len(drives)) as pool:
-            results = list(pool.map(lambda each: each.worker.call(wait), drives))
+            results: list[tuple[float, bool]] = list(
+                pool.map(lambda each: each.worker.call(wait), drives)
+            )
         longest = max(longest, max(seconds for seconds, _ in results))
         if all(done for _, done in results):
             return longest

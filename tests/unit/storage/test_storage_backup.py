@@ -84,7 +84,6 @@ class Bench:
                 operation = message[28]
                 self.asked.append(operation)
                 self.on.get(operation, lambda: None)()
-                struct.pack_into("<I", message, 36, 5)
                 struct.pack_into("<I", message, 20, self.statuses.get(operation, 0))
                 message[25] = 5
                 self.board.service.channel.write(
