@@ -6,7 +6,8 @@ and ``tools/hv/hv_vss_daemon.c`` of Linux 6.1, for what guests make of them.
 Every request of the host is answered with a status before the next is sent. HOT_BACKUP asks whether
 the guest can be backed up while it runs; Linux's driver answers it for its daemon, which has to be
 there. It would fill in ``vss_cf.flags``, too, but takes the daemon's error, which lies in the same
-place, for the operation and never does: the status is what tells. FREEZE has the daemon freeze every file system on a writable block device, THAW undoes that.
+place, for the operation and never does: the status is what tells. FREEZE has the daemon freeze
+every file system on a writable block device, THAW undoes that.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hvhost.errors import HvHostError
+from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import (
     CopyProgress,
     MachineConfig,
@@ -173,6 +174,10 @@ class Machine(Protocol):
 
         Cancelled if *watch*, which sees the progress now and then, raises.
         """
+        ...
+
+    def back_up(self, options: BackupOptions) -> BackupInfo:
+        """Back the disks up; :class:`HvHostError` if there is no backup in the end."""
         ...
 
     @property

@@ -18,6 +18,7 @@ from typing import TypeVar
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.guests.probe import ProbeClient, ProbeTimeout
+from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import (
     CopyProgress,
     MachineConfig,
@@ -28,6 +29,7 @@ from hvhost.machine.model import (
     Transport,
 )
 from hvhost.machine.serial import listen
+from hvhost.manager.backup import back_up
 from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.directory import MachineDirectory
@@ -330,6 +332,9 @@ class LiveMachine:
         return self._client.copy(
             source, destination, create_path=create_path, overwrite=overwrite, watch=watch
         )
+
+    def back_up(self, options: BackupOptions) -> BackupInfo:
+        return back_up(self._client, options)
 
     @property
     def services(self) -> Services:

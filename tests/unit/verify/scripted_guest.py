@@ -12,6 +12,7 @@ from pathlib import Path
 from scripted_services import ScriptedServices
 
 from hvhost.errors import HvHostError
+from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import (
     ChannelInfo,
     CopyProgress,
@@ -59,6 +60,7 @@ INSTANCES = {
 # Others speak through real sockets with the real probe, or need a guest's real memory.
 _UNSCRIPTED = (
     "file-copy",
+    "live-backup",
     "hvsocket",
     "mmio-gap",
     "memory-resize",
@@ -157,6 +159,9 @@ class ScriptedMachine:
     @property
     def network(self) -> NetworkControl:
         raise NotImplementedError("the network is not scripted")
+
+    def back_up(self, options: BackupOptions) -> BackupInfo:
+        raise NotImplementedError("backups are not scripted")
 
     @property
     def drives(self) -> Drives:

@@ -256,10 +256,10 @@ def test_a_probe_lost_between_rows_is_noted() -> None:
 
 def test_missing_rows_say_what_the_guest_has() -> None:
     guest = ScriptedGuest()
-    backup, mouse = run(guest, "mouse", "live-backup").results[::-1]
-    assert {mouse.status, backup.status} == {Status.MISSING}
+    static_ip, mouse = run(guest, "mouse", "static-ip").results[::-1]
+    assert {mouse.status, static_ip.status} == {Status.MISSING}
     assert "has its drivers and daemons" in mouse.evidence[1]
-    assert "no hv_vss_daemon" in backup.evidence[0]
+    assert "no hv_set_ifconfig" in static_ip.evidence[0]
     assert not guest.machines, "nothing to prove, so nothing to boot"
 
 
