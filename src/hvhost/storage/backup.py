@@ -16,7 +16,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -300,6 +299,8 @@ def hold(drives: Sequence[Drive], function: Callable[[], None]) -> float:
     A disk that is held may keep somebody from giving back the bus's lock, which another disk needs
     before it can be held. So none is held for long: all are let go then, and it is tried again.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     longest = 0.0
     for _ in range(_HOLD_ATTEMPTS):
         barrier = threading.Barrier(len(drives), function, _HOLD_SECONDS)
