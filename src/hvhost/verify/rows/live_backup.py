@@ -29,6 +29,8 @@ from hvhost.verify.guest import Probe, RowFailed
 from hvhost.verify.session import Session
 
 SIZE, FILE_SIZE = 192 * MIB, 24 * MIB
+#: Lines that the writer has written before the backup begins.
+LEAST = 200
 DAEMON = "/usr/sbin/hv_vss_daemon"
 LOG, COPY = "/tmp/hvhost-syslog", "/tmp/hvhost-backup"
 STOP = "/tmp/hvhost-writer-stop"
@@ -87,6 +89,7 @@ def _fill(session: Session, probe: Probe, path: Path) -> tuple[str, str, str]:
     digest = told_digest(probe, f"{MOUNT_POINT}/large")
     run(probe, f"rm -f {STOP}; echo '{WRITER}' > /tmp/writer")
     run(probe, "setsid sh /tmp/writer </dev/null >/dev/null 2>&1 &")
+    run(probe, f"until [ $(cat {MOUNT_POINT}/numbers | wc -l) -ge {LEAST} ]; do sleep 0.1; done")
     return drive.address, device, digest
 
 
@@ -95,6 +98,11 @@ def _numbers(probe: Probe, path: str) -> int:
     script = f"awk '$0 != NR - 1 {{ print NR; exit }}' {path}"
     require(not (gap := run(probe, script)), f"line {gap} of {path} is not what was written there")
     return int(run(probe, f"wc -l < {path}"))
+
+
+def _count(probe: Probe) -> int:
+    """How many lines the writer has written."""
+    return int(run(probe, f"wc -l < {MOUNT_POINT}/numbers"))
 
 
 def _attach(session: Session, probe: Probe, info: BackupInfo, live: str) -> tuple[str, str]:
@@ -128,6 +136,7 @@ def _consistent(
 ) -> Iterator[str]:
     session.step("backing up while the guest writes")
     info = _back_up(session, directory)
+    live_count = _count(probe)
     require(info.consistency is Consistency.FILE_SYSTEM, f"the backup is {info.consistency}")
     require(info.warning is None, f"the backup warns: {info.warning}")
     freezes, thaws = _log(probe, "op=FREEZE: succeeded"), _log(probe, "op=THAW: succeeded")
@@ -151,14 +160,14 @@ def _consistent(
     copied = _numbers(probe, f"{COPY}/numbers")
     run(probe, f"umount {COPY}")
     _detach(session, probe, address, device)
-    live_count = int(run(probe, f"wc -l < {MOUNT_POINT}/numbers"))
     require(
-        0 < copied < live_count, f"the backup has {copied} of the writer's {live_count} numbers"
+        LEAST <= copied < live_count,
+        f"the backup has {copied} of the writer's numbers, and {live_count} were there at its end",
     )
     yield (
         f"the backup's ext4 is clean on a write-protected disk; {format_size(FILE_SIZE)} written "
-        f"before it are whole, and of a writer that went on to {live_count} it has the first "
-        f"{copied} lines without a gap"
+        f"before it are whole, and of a writer at work it has the first {copied} lines without a "
+        f"gap; when it was done there were {live_count}"
     )
     yield (
         f"{format_size(info.size)} in {info.seconds:.1f} s; file systems frozen for "
