@@ -198,7 +198,10 @@ def prepare_full(
         target = directory / f"{name}-{fingerprint}"
         if refresh or not target.is_dir():
             mode = installation_mode()
-            temporary = Path(tempfile.mkdtemp(prefix=".incoming-", dir=directory))
+            prefix = f".incoming-{name}-"
+            for left in directory.glob(f"{prefix}*"):  # by a build that was killed
+                shutil.rmtree(left)
+            temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
             try:
                 _check_room(temporary)
                 _build(recipe, mode, probe, root, temporary, progress)
