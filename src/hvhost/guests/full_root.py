@@ -62,7 +62,8 @@ def _network_files() -> tuple[RootFile, ...]:
             "etc/systemd/network/80-hyperv.network",
             *("[Match]", "Driver=hv_netvsc", "", "[Network]", "DHCP=yes"),
         ),
-        RootFile("etc/resolv.conf", link="/run/systemd/resolve/stub-resolv.conf"),
+        # The servers themselves, not the local stub: hv_kvp_daemon tells the host what is in it.
+        RootFile("etc/resolv.conf", link="/run/systemd/resolve/resolv.conf"),
         RootFile("usr/libexec/hypervkvpd/hv_set_ifconfig", SET_IFCONFIG.read_bytes(), mode=0o755),
         # Debian's unit takes every capability away, and makes /etc read-only.
         _text(
