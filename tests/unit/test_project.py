@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from hvhost.cli.main import app
-from hvhost.guests.catalog import GUESTS
+from hvhost.guests.catalog import FULL_GUESTS, GUESTS
 from hvhost.verify.contract import ROWS
 from hvhost.verify.rows import PROOFS
 
@@ -77,7 +77,9 @@ def check_command(words: list[str]) -> None:
             assert option in known, f"hvhost {' '.join(words)}: there is no option {option}"
     for option, value in pairwise(own):
         if option == "--guest" and value.isascii() and value.islower():
-            assert value in GUESTS, f"hvhost {' '.join(words)}: there is no guest {value}"
+            assert value in GUESTS or (words[0] != "verify" and value in FULL_GUESTS), (
+                f"hvhost {' '.join(words)}: there is no guest {value}"
+            )
         if option == "--rows" and value.islower():
             assert set(value.split(",")) <= {row.id for row in ROWS}, words
 
