@@ -219,8 +219,9 @@ def _reset(session: Session) -> Iterator[str]:
 
 
 def _listen(session: Session, probe: Probe) -> None:
-    command = f"setsid hvhost-probe listen {ECHO_PORT} </dev/null >/tmp/echo.log 2>&1 &"
-    _run(probe, command)
+    # The log is there before the program is: it starts in its own time.
+    start = f"setsid hvhost-probe listen {ECHO_PORT} </dev/null >>/tmp/echo.log 2>&1 &"
+    _run(probe, f": >/tmp/echo.log; {start}")
     deadline = time.monotonic() + session.timing.event
     while "listening" not in (log := probe.read("/tmp/echo.log")):
         if time.monotonic() > deadline:
