@@ -233,8 +233,9 @@ class Keeper:
 
     def how_qemu_ended(self) -> str:
         """For a sentence: by a signal, or by itself, as when the rig's kernel resets."""
+        if self.process is None:
+            return ""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            assert self.process is not None
             status = self.process.wait(FAREWELL_SECONDS)
             if status < 0:
                 return f", by signal {-status}"

@@ -258,8 +258,9 @@ def test_a_qemu_that_dies_is_told_to_everybody(rig: Rig) -> None:
     os.kill(qemu_process, signal.SIGKILL)
     for session in sessions:
         assert readable(session.connection.fileno())
-        assert reason_of_end(session) == "the rig's QEMU died: hvhost-agent: ready"
-        assert reason_of_end(session) == "the rig's QEMU died: hvhost-agent: ready", "said once"
+        reason = "the rig's QEMU died, by signal 9: hvhost-agent: ready"
+        assert reason_of_end(session) == reason
+        assert reason_of_end(session) == reason, "said once"
         close_session(session)
     assert rig.ended() == 1
     assert "Traceback" not in rig.log()
@@ -281,7 +282,7 @@ def test_the_reason_is_the_same_for_every_thread(rig: Rig) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(reasons) == {"the rig's QEMU died: hvhost-agent: ready"}
+    assert set(reasons) == {"the rig's QEMU died, by signal 9: hvhost-agent: ready"}
     assert len(reasons) == 8
     close_session(session)
 
