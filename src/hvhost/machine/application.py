@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from hvhost.errors import HvHostError
 from hvhost.machine import backup_api, memory_api, network_api, storage_api
-from hvhost.machine.endpoint import Endpoint, Nothing
+from hvhost.machine.endpoint import Endpoint, Nothing, WaitQuery
 from hvhost.machine.model import (
     ClockSample,
     CopyProgress,
@@ -110,12 +110,6 @@ class CopyRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     destination: str
     create_path: bool = False
     overwrite: bool = False
-
-
-class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Waits up to ``timeout`` seconds."""
-
-    timeout: Annotated[float, msgspec.Meta(ge=0, le=300, description="seconds to wait")] = 0.0
 
 
 class ServiceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

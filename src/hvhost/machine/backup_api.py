@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-
 from hvhost.machine.backup_model import BackupInfo, BackupOptions
-from hvhost.machine.endpoint import Endpoint
+from hvhost.machine.endpoint import Endpoint, WaitQuery
 from hvhost.storage.backup import Backup
-
-
-class BackupWaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Waits up to ``timeout`` seconds."""
-
-    timeout: Annotated[float, msgspec.Meta(ge=0, le=300, description="seconds to wait")] = 0.0
-
 
 ENDPOINTS = (
     Endpoint(
@@ -33,7 +22,7 @@ ENDPOINTS = (
         "backup_progress",
         "How far the last backup is, or wait for its end",
         lambda machine, query: machine.peripheral(Backup).progress(query.timeout),
-        BackupWaitQuery,
+        WaitQuery,
         BackupInfo,
     ),
     Endpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -13,6 +13,12 @@ from hvhost.machine.model import LiveMachine
 
 class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A request without parameters."""
+
+
+class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Waits up to ``timeout`` seconds."""
+
+    timeout: Annotated[float, msgspec.Meta(ge=0, le=300, description="seconds to wait")] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
