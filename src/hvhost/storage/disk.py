@@ -23,6 +23,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 from uuid import UUID
 
+from hvhost.errors import DiskError
+from hvhost.storage.buffers import clear, section
+
 Progress = Callable[[int, int], None]
 """Told how many bytes of how many are done, now and then, by work that takes long."""
 
@@ -85,3 +88,18 @@ class ImageDisk(Disk, Protocol):
 
     def may_have_data(self, offset: int, length: int) -> bool:
         """Whether the range may be something else than zeros; quick, for it reads nothing."""
+
+
+def read_parent(
+    name: str, parent: Disk | None, offset: int, buffers: Sequence[memoryview], count: int
+) -> None:
+    """Read *count* bytes of a differencing disk's parent; zeros beyond its end.
+
+    :class:`DiskError` naming the child if it was opened without one.
+    """
+    if parent is None:
+        raise DiskError(f"{name} was opened without its parent.")
+    there = max(0, min(count, parent.size - offset))
+    if there:
+        parent.readv(offset, section(buffers, 0, there))
+    clear(section(buffers, there, count - there))

@@ -16,7 +16,7 @@ from hvhost.errors import DiskError, HvHostError
 from hvhost.storage.bits import runs
 from hvhost.storage.bounds import check_range, check_writable
 from hvhost.storage.buffers import clear, section
-from hvhost.storage.disk import ImageDisk
+from hvhost.storage.disk import ImageDisk, read_parent
 from hvhost.storage.file import ImageFile, read_exactly, write_all
 from hvhost.storage.vhd_format import (
     DYNAMIC_COOKIE,
@@ -223,14 +223,10 @@ class VhdDisk:
                     start += size
 
     def _read_parent(self, offset: int, buffers: Sequence[memoryview], count: int) -> None:
-        there = 0
         if self.has_parent:
-            if self.parent is None:
-                raise DiskError(f"{self.file.name} was opened without its parent.")
-            there = max(0, min(count, self.parent.size - offset))
-            if there:
-                self.parent.readv(offset, section(buffers, 0, there))
-        clear(section(buffers, there, count - there))
+            read_parent(self.file.name, self.parent, offset, buffers, count)
+        else:
+            clear(section(buffers, 0, count))
 
     def _bitmap(self, block: int) -> bytearray:
         bitmap = self.bitmaps.get(block)

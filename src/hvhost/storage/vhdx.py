@@ -16,7 +16,7 @@ from uuid import UUID
 from hvhost.errors import DiskError
 from hvhost.storage.bounds import check_range, check_writable
 from hvhost.storage.buffers import clear, section
-from hvhost.storage.disk import ImageDisk
+from hvhost.storage.disk import ImageDisk, read_parent
 from hvhost.storage.file import ImageFile
 from hvhost.storage.space import Space
 from hvhost.storage.vhdx_bitmap import SectorBitmaps
@@ -186,12 +186,7 @@ class VhdxDisk:
                 yield start, used, state == _FULL
 
     def _read_parent(self, offset: int, buffers: Sequence[memoryview], count: int) -> None:
-        if self.parent is None:
-            raise DiskError(f"{self.file.name} was opened without its parent.")
-        there = max(0, min(count, self.parent.size - offset))
-        if there:
-            self.parent.readv(offset, section(buffers, 0, there))
-        clear(section(buffers, there, count - there))
+        read_parent(self.file.name, self.parent, offset, buffers, count)
 
     # --- sector bitmaps -----------------------------------------------------------------------
 
