@@ -1,6 +1,8 @@
 # make verify and make test need nothing done before: scripts/setup sees to it.
 BIN := .venv/bin
 GUEST ?= debian-12
+# Unit tests run side by side, guests one after another.
+UNIT := -m 'not guest' -n auto --dist worksteal
 
 export PYTHON
 
@@ -25,13 +27,14 @@ test: setup-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest $(UNIT)
+	$(BIN)/pytest -m guest
 
 check: setup-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -m 'not guest'
+	$(BIN)/pytest $(UNIT)
 
 test-matrix: setup-dev
 	HVHOST_TEST_GUESTS=debian-11,debian-12,debian-13,sid HVHOST_TEST_FULL=debian-12-full \
