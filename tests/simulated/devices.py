@@ -41,6 +41,10 @@ class Echo:
         self.channel = channel
         self.opens += 1
 
+    def restored(self, channel: Channel) -> None:
+        assert self.channel is None
+        self.channel = channel
+
     def closed(self) -> None:
         assert self.channel is not None
         self.channel = None

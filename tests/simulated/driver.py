@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import msgspec
+
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
-from hvhost.vmbus.channel import Channel
+from hvhost.vmbus.channel import Channel, ChannelDevice
 from hvhost.vmbus.gpadl import GpaRange, pack_ranges
 from hvhost.vmbus.protocol import (
     AllOffersDelivered,
@@ -41,6 +43,7 @@ from hvhost.vmbus.protocol import (
     decode,
     encode,
 )
+from hvhost.vmbus.saved import SavedBus
 from hvhost.vmbus.server import VmbusServer
 
 M = TypeVar("M")
@@ -217,6 +220,7 @@ class SimulatedGuest:
             on_event=lambda kind, detail: self.events.append((kind, detail)),
             processors=processors,
         )
+        self.processors = processors
         self.offers: dict[int, OfferChannel] = {}
         self.open_channels: dict[int, GuestChannel] = {}
         self._free = [
@@ -225,6 +229,30 @@ class SimulatedGuest:
         ]
         self._next_gpadl = 0xE1E10
         self._seen = 0
+
+    def move_to_another_host(self, devices: Callable[[GuestMemory], list[ChannelDevice]]) -> None:
+        """Go on elsewhere: memory copied, the bus saved as JSON, *devices* those of the new host.
+
+        Nothing here knows of it, as nothing in a guest does; the old host is of no use after it.
+        """
+        saved = msgspec.json.encode(self.server.save())
+        self.low, self.high = bytearray(self.low), bytearray(self.high)
+        self.memory = GuestMemory(
+            [
+                MemoryRegion(0, memoryview(self.low)),
+                MemoryRegion(HIGH_MEMORY, memoryview(self.high)),
+            ]
+        )
+        self.port = RecordingPort(self.port.messages, self.port.interrupts)
+        self.server = VmbusServer(
+            self.memory,
+            self.port,
+            on_event=lambda kind, detail: self.events.append((kind, detail)),
+            processors=self.processors,
+        )
+        for channel in self.open_channels.values():
+            channel.out.memory = channel.incoming.memory = self.memory
+        self.server.restore(msgspec.json.decode(saved, type=SavedBus), devices(self.memory))
 
     # Memory.
 
@@ -347,6 +375,7 @@ class SimulatedGuest:
     def take_rescinds(self) -> list[int]:
         """Rescinded channels; Linux closes them if open, keeps their GPADLs, and lets go."""
         rescinded = [item.child_relid for item in self.replies(RescindChannelOffer)]
+        self.collect_offers()
         self._seen = len(self.port.messages)
         for relid in rescinded:
             if self.open_channels.pop(relid, None):

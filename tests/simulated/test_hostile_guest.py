@@ -24,9 +24,9 @@ from hypothesis.stateful import (
 
 from hvhost.errors import RemoteProtocolError
 from hvhost.machine.model import HeartbeatStatus
-from hvhost.partition.memory import PAGE_SIZE
+from hvhost.partition.memory import PAGE_SIZE, GuestMemory
 from hvhost.services.heartbeat import Heartbeat
-from hvhost.vmbus.channel import Channel, ChannelState
+from hvhost.vmbus.channel import Channel, ChannelDevice, ChannelState
 from hvhost.vmbus.protocol import (
     CloseChannel,
     GpadlBody,
@@ -116,6 +116,30 @@ class HostileGuest(RuleBasedStateMachine):
         for channel in self.channels():
             for _ in range(count):
                 channel.send(bytes(size))
+
+    @rule()
+    def host_is_another_one_now(self) -> None:
+        """Saved at any moment, restored elsewhere: whatever the guest did, it goes on."""
+        before = len(self.guest.faults)
+        old = {
+            each.channel_id: each
+            for each in self.channels()
+            if each.state is not ChannelState.RESCINDED
+        }
+        beats = self.heartbeat.state
+
+        def devices(memory: GuestMemory) -> list[ChannelDevice]:
+            self.heartbeat = Heartbeat(state=beats, clock=lambda: self.now)
+            new = {n: Echo(memory, c.offer, self.echoes[n].state) for n, c in old.items()}
+            self.echoes.update(new)
+            return [self.heartbeat, *new.values()]
+
+        self.guest.move_to_another_host(devices)
+        assert len(self.guest.faults) <= before + len(old)
+        for number, channel in old.items():
+            now = next(c for c in self.guest.server.channels if c.channel_id == number)
+            assert now.state in (channel.state, ChannelState.FAULTED)
+            assert now.held_open == channel.held_open
 
     # The honest side.
 

@@ -64,11 +64,12 @@ class Heartbeat:
     def __init__(
         self,
         *,
+        state: HeartbeatState | None = None,
         interval: float = INTERVAL,
         clock: Callable[[], float] = time.perf_counter,
         on_status: Callable[[HeartbeatStatus], None] = lambda status: None,
     ) -> None:
-        self.state = HeartbeatState()
+        self.state = HeartbeatState() if state is None else state
         #: Seconds the last answered heartbeat took, ``None`` before the first.
         self.round_trip: float | None = None
         self.interval = interval
@@ -139,6 +140,9 @@ class Heartbeat:
     def opened(self, channel: Channel) -> None:
         self.state.crashed = False
         self._conversation.opened(channel)
+
+    def restored(self, channel: Channel) -> None:
+        self._conversation.restored(channel)
 
     def closed(self) -> None:
         self._conversation.closed()

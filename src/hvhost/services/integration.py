@@ -92,6 +92,10 @@ class Conversation:
             _OLDEST,
         )
 
+    def restored(self, channel: Channel) -> None:
+        """Go on with a channel that was opened elsewhere; the state is as it was then."""
+        self._channel = channel
+
     def closed(self) -> None:
         self._channel = None
         self.state.phase = Phase.CLOSED

@@ -14,17 +14,14 @@ into a channel holds the bus's lock.
 
 from __future__ import annotations
 
-import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from hvhost.errors import LocalProtocolError, RemoteProtocolError
 from hvhost.partition.memory import GuestMemory
 from hvhost.vmbus.gpadl import Gpadl
-from hvhost.vmbus.protocol import MAX_USER_DEFINED_BYTES, VMBUS_MESSAGE_SINT
+from hvhost.vmbus.protocol import VMBUS_MESSAGE_SINT
 from hvhost.vmbus.ring import (
     COMPLETION_REQUESTED,
     IncomingRing,
@@ -34,9 +31,18 @@ from hvhost.vmbus.ring import (
     RingBuffer,
     encode_packet,
 )
+from hvhost.vmbus.saved import ChannelState, Offer, SavedChannel, SavedRings
 from hvhost.wire import Buffer
 
-__all__ = ["Channel", "ChannelDevice", "ChannelState", "Offer", "Packet", "PacketType"]
+__all__ = [
+    "Channel",
+    "ChannelDevice",
+    "ChannelState",
+    "Offer",
+    "Packet",
+    "PacketType",
+    "RestorableDevice",
+]
 
 #: Packets that may wait for room in the guest's ring; a guest that lets more pile up is at fault.
 QUEUE_LIMIT: Final = 1024
@@ -44,15 +50,6 @@ QUEUE_LIMIT: Final = 1024
 QUEUE_THROTTLE: Final = 64
 #: Packets handled in one call of :meth:`Channel.process`.
 PROCESS_PACKETS: Final = 4096
-
-
-class ChannelState(StrEnum):
-    OFFERED = "offered"
-    OPEN = "open"
-    CLOSED = "closed"
-    FAULTED = "faulted"
-    RESCINDED = "rescinded"
-    RELEASED = "released"
 
 
 _ALIVE = {ChannelState.OFFERED, ChannelState.OPEN, ChannelState.CLOSED, ChannelState.FAULTED}
@@ -64,30 +61,6 @@ _NEXT: dict[ChannelState, set[ChannelState]] = {
     ChannelState.RESCINDED: {ChannelState.RELEASED},
     ChannelState.RELEASED: set(),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a device tells the guest about itself (``struct vmbus_channel_offer``).
-
-    ``name`` is for people and does not go to the guest; ``flags`` are
-    :class:`hvhost.vmbus.protocol.OfferFlags`. The guest signals a dedicated channel by hypercall
-    alone, without a flag in a shared page.
-    """
-
-    interface_type: uuid.UUID
-    interface_instance: uuid.UUID
-    name: str
-    flags: int = 0
-    user_defined: bytes = bytes(MAX_USER_DEFINED_BYTES)
-    mmio_megabytes: int = 0
-    sub_channel_index: int = 0
-    is_dedicated_interrupt: bool = True
-
-    @property
-    def identity(self) -> tuple[uuid.UUID, uuid.UUID, int]:
-        """What no two channels have in common."""
-        return self.interface_type, self.interface_instance, self.sub_channel_index
 
 
 class ChannelDevice(Protocol):
@@ -111,6 +84,14 @@ class ChannelDevice(Protocol):
 
     def received(self, packet: Packet) -> None:
         """The guest sent a packet."""
+
+
+@runtime_checkable
+class RestorableDevice(ChannelDevice, Protocol):
+    """A device that can go on with a channel which the guest opened on another computer."""
+
+    def restored(self, channel: Channel) -> None:
+        """In place of ``opened``: the device's ``state`` is as it was, and so is *channel*."""
 
 
 class HostPort(Protocol):
@@ -150,6 +131,7 @@ class Channel:
         self.held_open = False
         #: The GPADL its rings lie in, while it is held open.
         self.ring_gpadl: int | None = None
+        self._downstream = 0
         #: No packets are taken from the guest; whoever ends that calls :meth:`process`.
         self.paused = False
         #: Called whenever what came was handed over and what waited was sent, as far as it goes.
@@ -277,17 +259,72 @@ class Channel:
 
         :class:`RemoteProtocolError`, and nothing done, if they cannot be rings.
         """
+        from_guest, to_guest = self._rings(gpadl, downstream)
+        incoming, outgoing = IncomingRing(from_guest), OutgoingRing(to_guest)
+        self._enter(ChannelState.OPEN)
+        self._incoming, self._outgoing, self._downstream = incoming, outgoing, downstream
+        self.paused, self.settle = False, None
+        self.target_vp, self.held_open, self.ring_gpadl = target_vp, True, gpadl.handle
+        self._port.connect_signal(self.connection_id, self)
+
+    def _rings(self, gpadl: Gpadl, downstream: int) -> tuple[RingBuffer, RingBuffer]:
         pfns = gpadl.ring_pages()
         if not 0 < downstream < len(pfns):
             raise RemoteProtocolError(
                 f"the host's ring starts at page {downstream} of {len(pfns)} pages."
             )
-        incoming = IncomingRing(RingBuffer(self._memory, pfns[:downstream]))
-        outgoing = OutgoingRing(RingBuffer(self._memory, pfns[downstream:]))
-        self._enter(ChannelState.OPEN)
-        self._incoming, self._outgoing = incoming, outgoing
-        self.paused, self.settle = False, None
-        self.target_vp, self.held_open, self.ring_gpadl = target_vp, True, gpadl.handle
+        return (
+            RingBuffer(self._memory, pfns[:downstream]),
+            RingBuffer(self._memory, pfns[downstream:]),
+        )
+
+    def save(self, *, offered: bool) -> SavedChannel:
+        """All of it that a guest relies on; *offered*: the guest was told of it."""
+        rings = None
+        if self._incoming is not None and self._outgoing is not None:
+            rings = SavedRings(
+                self._downstream,
+                self._incoming.read_index,
+                self._incoming.guest_has_room,
+                self._outgoing.write_index,
+                self._outgoing.pending_send_size,
+                tuple(self._queue),
+                self._interrupt_wanted,
+            )
+        return SavedChannel(
+            self.channel_id,
+            self.offer,
+            offered,
+            self.state,
+            self.target_vp,
+            self.held_open,
+            self.ring_gpadl,
+            self.paused,
+            self.packets_received,
+            self.packets_sent,
+            self.interrupts,
+            rings,
+        )
+
+    def restore(self, saved: SavedChannel) -> None:
+        """Become what :meth:`save` described; its GPADLs are there again.
+
+        The device is not told. :class:`RemoteProtocolError` if the rings cannot be that.
+        """
+        self.state, self.target_vp = saved.state, saved.target_vp
+        self.held_open, self.ring_gpadl = saved.held_open, saved.ring_gpadl
+        self.paused, self.packets_received = saved.paused, saved.packets_received
+        self.packets_sent, self.interrupts = saved.packets_sent, saved.interrupts
+        rings = saved.rings
+        if (rings is not None) is not self.is_open or (rings and saved.ring_gpadl is None):
+            raise RemoteProtocolError(f"{self!r} and its rings contradict each other.")
+        if rings is None or saved.ring_gpadl is None:
+            return
+        from_guest, to_guest = self._rings(self.gpadl(saved.ring_gpadl), rings.downstream)
+        self._incoming = IncomingRing.restore(from_guest, rings.read_index, rings.guest_has_room)
+        self._outgoing = OutgoingRing.restore(to_guest, rings.write_index, rings.pending_send_size)
+        self._downstream, self._interrupt_wanted = rings.downstream, rings.interrupt_wanted
+        self._queue.extend(rings.queue)
         self._port.connect_signal(self.connection_id, self)
 
     def start(self) -> None:

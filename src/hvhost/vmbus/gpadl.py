@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from hvhost.errors import RemoteProtocolError
 from hvhost.partition.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
+from hvhost.vmbus.saved import SavedGpadl
 
 #: GPADLs of one connection, finished and unfinished together.
 MAX_GPADLS: Final = 4096
@@ -188,6 +189,23 @@ class GpadlTable:
         del self._partial[handle]
         gpadl = self._finished[handle] = Gpadl(handle, partial.channel_id, ranges)
         return gpadl
+
+    def save(self) -> tuple[SavedGpadl, ...]:
+        """Every list as the guest sent it, so far as it came; :meth:`start` takes it back."""
+        finished = [
+            (gpadl.handle, gpadl.channel_id, len(gpadl.ranges), pack_ranges(gpadl.ranges))
+            for gpadl in self._finished.values()
+        ]
+        return (
+            *(
+                SavedGpadl(handle, channel, count, len(data), data)
+                for handle, channel, count, data in finished
+            ),
+            *(
+                SavedGpadl(handle, each.channel_id, each.range_count, each.size, bytes(each.data))
+                for handle, each in self._partial.items()
+            ),
+        )
 
     def channel_of(self, handle: int) -> int | None:
         """The channel for which *handle* was made, finished or not."""

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Final
 
 from hvhost.errors import RemoteProtocolError
 from hvhost.partition.synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT
+from hvhost.vmbus.saved import MAX_USER_DEFINED_BYTES as MAX_USER_DEFINED_BYTES
 from hvhost.wire import U8, U16, U32, U64, Buffer, Bytes120, Guid, Record
 
 #: The SINT on which VMBus messages and channel interrupts arrive.
@@ -27,7 +28,6 @@ VMBUS_MESSAGE_CONNECTION_ID_4: Final = 4
 MAX_SIZE_CHANNEL_MESSAGE: Final = HV_MESSAGE_PAYLOAD_BYTE_COUNT
 #: Channel ids are flags of a SynIC event page: 1 to 2047 (``HV_EVENT_FLAGS_COUNT``).
 MAX_CHANNEL_RELIDS: Final = 2048
-MAX_USER_DEFINED_BYTES: Final = 120
 
 #: ``status`` of results: zero or an NTSTATUS.
 STATUS_SUCCESS: Final = 0

@@ -202,8 +202,11 @@ class RingBuffer:
 
     def index(self, word: int) -> int:
         """An index of the guest's, loaded once; :class:`RemoteProtocolError` if out of range."""
-        value = self.header[word]
-        if value >= self.size or value & 7:
+        return self.checked(word, self.header[word])
+
+    def checked(self, word: int, value: int) -> int:
+        """*value*, if *word* could have it; :class:`RemoteProtocolError` otherwise."""
+        if not 0 <= value < self.size or value & 7:
             name = "write" if word == WRITE_INDEX else "read"
             raise RemoteProtocolError(
                 f"ring {name} index {value:#x} is not a packet boundary in {self.size:#x} bytes."
@@ -258,6 +261,15 @@ class IncomingRing:
         self.read_index = ring.index(READ_INDEX)
         #: Set when a batch made the room the guest waits for; whoever interrupts it, clears it.
         self.guest_has_room = False
+
+    @classmethod
+    def restore(cls, ring: RingBuffer, read_index: int, guest_has_room: bool) -> IncomingRing:
+        """A reader that goes on at *read_index*, whatever the guest wrote over it since."""
+        incoming = cls.__new__(cls)
+        incoming._ring = ring
+        incoming.read_index = ring.checked(READ_INDEX, read_index)
+        incoming.guest_has_room = guest_has_room
+        return incoming
 
     def mask(self) -> None:
         """Tell the guest not to signal: we are reading anyway."""
@@ -354,6 +366,15 @@ class OutgoingRing:
         self.pending_send_size = 0
         ring.header[PENDING_SEND_SIZE] = 0
         ring.header[FEATURE_BITS] |= FEAT_PENDING_SEND_SZ
+
+    @classmethod
+    def restore(cls, ring: RingBuffer, write_index: int, pending_send_size: int) -> OutgoingRing:
+        """A writer that goes on at *write_index*; the header is as that writer left it."""
+        outgoing = cls.__new__(cls)
+        outgoing._ring = ring
+        outgoing.write_index = ring.checked(WRITE_INDEX, write_index)
+        outgoing.pending_send_size = pending_send_size
+        return outgoing
 
     @property
     def size(self) -> int:

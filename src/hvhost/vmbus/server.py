@@ -16,13 +16,21 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from hvhost.errors import LocalProtocolError, RemoteProtocolError
+from hvhost.errors import HvHostError, LocalProtocolError, RemoteProtocolError
 from hvhost.partition.hypercall import HypercallStatus
 from hvhost.partition.memory import GuestMemory
-from hvhost.vmbus.channel import Channel, ChannelDevice, ChannelState, HostPort
+from hvhost.vmbus.channel import (
+    Channel,
+    ChannelDevice,
+    ChannelState,
+    HostPort,
+    Offer,
+    Packet,
+    RestorableDevice,
+)
 from hvhost.vmbus.gpadl import Gpadl, GpadlTable
 from hvhost.vmbus.protocol import (
     MAX_CHANNEL_RELIDS,
@@ -62,6 +70,7 @@ from hvhost.vmbus.protocol import (
     encode,
     format_version,
 )
+from hvhost.vmbus.saved import SavedBus, SavedChannel
 
 __all__ = ["HostPort", "VmbusServer"]
 
@@ -75,6 +84,24 @@ MAX_VIOLATIONS: Final = 1000
 SIGNAL_ROUNDS: Final = 256
 
 _CONNECTION_ID_MASK = 0xFF_FFFF  # union hv_connection_id: 24 bits, the rest reserved
+
+
+class _Absent:
+    """Stands on a channel whose device is gone, until the guest let go of it."""
+
+    state = None
+
+    def __init__(self, offer: Offer) -> None:
+        self.offer = offer
+
+    def opened(self, channel: Channel) -> None:
+        raise LocalProtocolError(f"{channel!r} has no device.")
+
+    def closed(self) -> None:
+        """Nobody is there to care."""
+
+    def received(self, packet: Packet) -> None:
+        """Nor to read."""
 
 
 class VmbusServer:
@@ -151,7 +178,12 @@ class VmbusServer:
                 break
         else:
             raise LocalProtocolError(f"the bus is full; {offer.name} cannot be added.")
-        channel = self._channels[number] = Channel(
+        channel = self._channels[number] = self._new_channel(number, device)
+        self._offer_new_channels()
+        return channel
+
+    def _new_channel(self, number: int, device: ChannelDevice) -> Channel:
+        return Channel(
             number,
             device,
             self._memory,
@@ -159,8 +191,6 @@ class VmbusServer:
             violation=self._violation,
             gpadl=self._find_gpadl,
         )
-        self._offer_new_channels()
-        return channel
 
     def remove_device(self, channel: Channel) -> None:
         """Take a device off the bus; its id is in use until the guest released it."""
@@ -173,6 +203,81 @@ class VmbusServer:
             self._post(RescindChannelOffer(channel.channel_id))
         else:
             self._release(channel)
+
+    def save(self) -> SavedBus:
+        """All that a guest relies on, between two calls into the bus; nothing changes."""
+        return SavedBus(
+            self._version,
+            self._message_vp,
+            self._offers_requested,
+            self._violations,
+            self._gpadls.save(),
+            tuple(
+                channel.save(offered=channel.channel_id in self._offered)
+                for channel in self.channels
+            ),
+        )
+
+    def restore(self, saved: SavedBus, devices: Iterable[ChannelDevice]) -> None:
+        """Be the bus that was *saved*; on a new one, with memory and processors in place.
+
+        *devices* are those of then, each with its state, sub-channels' too. One that is missing is
+        rescinded, one that is new is offered. Nobody needs to signal again: what the guest sent
+        meanwhile is taken. :class:`HvHostError` if *saved* is damaged or does not fit the devices.
+        """
+        if self._channels or self._version is not None:
+            raise LocalProtocolError("only a new bus without devices can be restored.")
+        try:
+            self._restore(saved, {device.offer.identity: device for device in devices})
+        except (RemoteProtocolError, ValueError) as error:
+            raise HvHostError(
+                f"the saved state of the bus is damaged or of another machine: {error} "
+                "Start the machine anew."
+            ) from error
+
+    def _restore(
+        self, saved: SavedBus, devices: dict[tuple[uuid.UUID, uuid.UUID, int], ChannelDevice]
+    ) -> None:
+        self._version = None if saved.version is None else Version(saved.version)
+        self._check_vp(saved.message_vp)
+        self._message_vp, self._violations = saved.message_vp, saved.violations
+        for item in saved.gpadls:
+            self._gpadls.start(item.channel_id, item.handle, item.range_count, item.size, item.data)
+        restored: list[tuple[Channel, RestorableDevice]] = []
+        missing: list[Channel] = []
+        for old in saved.channels:
+            device: ChannelDevice | None = None
+            if old.state is not ChannelState.RESCINDED:
+                device = devices.pop(old.offer.identity, None)
+            channel = self._restore_channel(old, device or _Absent(old.offer))
+            if device is None and old.state is not ChannelState.RESCINDED:
+                missing.append(channel)
+            elif device is not None and channel.is_open:
+                if not isinstance(device, RestorableDevice):
+                    raise RemoteProtocolError(f"{channel!r} has a device that cannot go on.")
+                restored.append((channel, device))
+        self._offers_requested = saved.offers_requested
+        for channel, device in restored:
+            device.restored(channel)
+        for channel in missing:
+            self.remove_device(channel)
+        for device in devices.values():
+            self.add_device(device)
+        for channel, _ in restored:
+            self._process(channel)
+
+    def _restore_channel(self, saved: SavedChannel, device: ChannelDevice) -> Channel:
+        number = saved.channel_id
+        if not 0 < number < MAX_CHANNEL_RELIDS or number in self._channels:
+            raise RemoteProtocolError(f"channel {number} cannot be, or is there twice.")
+        if device.offer != saved.offer:
+            raise RemoteProtocolError(f"the guest knows another {saved.offer.name}.")
+        self._check_vp(saved.target_vp)
+        channel = self._channels[number] = self._new_channel(number, device)
+        channel.restore(saved)
+        if saved.offered:
+            self._offered.add(number)
+        return channel
 
     def reset(self) -> None:
         """The machine was reset: no guest is connected, every device waits to be offered."""
@@ -212,12 +317,16 @@ class VmbusServer:
                 break
         else:
             return HypercallStatus.INVALID_CONNECTION_ID
+        self._process(channel)
+        return HypercallStatus.SUCCESS
+
+    @staticmethod
+    def _process(channel: Channel) -> None:
         for _ in range(SIGNAL_ROUNDS):
             if not channel.process():
                 break
         else:
             channel.fault("the guest fills the ring faster than it can be read, without a pause.")
-        return HypercallStatus.SUCCESS
 
     # Messages of the guest.
 
