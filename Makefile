@@ -44,10 +44,11 @@ bench: setup-dev
 	$(BIN)/python -m bench
 
 FUZZ_SECONDS ?= 60
+FUZZ := -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -verbosity=0 -print_final_stats=1
 fuzz: setup-dev
 	$(BIN)/python -m pip --quiet install -e '.[fuzz]'
 	for target in fuzz/fuzz_*.py; do \
-		$(BIN)/python $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+		echo "$$target" && $(BIN)/python $$target $(FUZZ) || exit 1; \
 	done
 
 docs: setup-dev

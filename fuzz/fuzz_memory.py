@@ -1,21 +1,6 @@
-"""Fuzz dynamic memory with atheris: ``python fuzz/fuzz_memory.py [options]``."""
+"""Fuzz dynamic memory."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-
-try:
-    import atheris
-except ImportError:
-    sys.exit("atheris is not installed; install it with: pip install 'hvhost[fuzz]'")
-
-with atheris.instrument_imports(include=["hvhost"]):
-    from simulated.targets import fuzz_memory
+from harness import fuzz
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, fuzz_memory)
-    atheris.Fuzz()
+    fuzz("simulated.targets", "fuzz_memory")

@@ -1,21 +1,6 @@
-"""Fuzz the network adapter with atheris: ``python fuzz/fuzz_network.py [options]``."""
+"""Fuzz the network adapter."""
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-
-try:
-    import atheris
-except ImportError:
-    sys.exit("atheris is not installed; install it with: pip install 'hvhost[fuzz]'")
-
-with atheris.instrument_imports(include=["hvhost"]):
-    from simulated.targets import fuzz_network
+from harness import fuzz
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, fuzz_network)
-    atheris.Fuzz()
+    fuzz("simulated.targets", "fuzz_network")

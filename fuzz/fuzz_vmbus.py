@@ -1,32 +1,6 @@
-"""Fuzz the bus with atheris: ``python fuzz/fuzz_vmbus.py [libFuzzer options]``.
+"""Fuzz the bus: channel messages, single records, ring contents."""
 
-The first byte chooses between channel messages, single records and ring contents.
-"""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-
-try:
-    import atheris
-except ImportError:
-    sys.exit("atheris is not installed; install it with: pip install 'hvhost[fuzz]'")
-
-with atheris.instrument_imports(include=["hvhost"]):
-    from simulated.targets import fuzz_decode, fuzz_messages, fuzz_ring
-
-TARGETS = (fuzz_messages, fuzz_decode, fuzz_ring)
-
-
-def one_input(data: bytes) -> None:
-    if data:
-        TARGETS[data[0] % len(TARGETS)](data[1:])
-
+from harness import fuzz
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, one_input)
-    atheris.Fuzz()
+    fuzz("simulated.targets", "fuzz_messages", "fuzz_decode", "fuzz_ring")

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_files import BzImage, Elf, Segment, pvh_note
 
-TARGET = Path(__file__).parents[3] / "fuzz" / "fuzz_images.py"
+from simulated.image_target import fuzz_images
 
-
-def load_target() -> Callable[[bytes], None]:
-    spec = importlib.util.spec_from_file_location("fuzz_images", TARGET)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    target: Callable[[bytes], None] = module.fuzz_one
-    return target
-
-
-fuzz_one = load_target()
 ELF = Elf([Segment(b"text" * 20, memory_size=4000), pvh_note()]).build()
 FREEBSD = Elf([Segment(b"text" * 20, 0x200000), pvh_note(0x200000)], 1 << 63).build()
 BZIMAGE = BzImage(payload=gzip.compress(ELF) + len(ELF).to_bytes(4, "little")).build()
@@ -42,4 +27,4 @@ def test_no_file_causes_another_exception(
     data = bytearray(base)
     for offset, patch in patches:
         data[offset : offset + len(patch)] = patch
-    fuzz_one(bytes(data[:length]))
+    fuzz_images(bytes(data[:length]))

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
-from collections.abc import Callable
-from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-TARGET = Path(__file__).parents[3] / "fuzz" / "fuzz_partition.py"
+from simulated.partition_target import fuzz_partition
 
-
-def load_target() -> Callable[[bytes], None]:
-    spec = importlib.util.spec_from_file_location("fuzz_partition", TARGET)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    target: Callable[[bytes], None] = module.fuzz_one
-    return target
-
-
-fuzz_one = load_target()
 ADDRESSES = st.one_of(
     st.builds(
         lambda base, offset: (base + offset) % 2**64,
@@ -45,4 +30,4 @@ STEPS = st.builds(
 @settings(max_examples=200)
 @given(st.lists(STEPS, max_size=20), st.binary(max_size=30))
 def test_partition(steps: list[bytes], tail: bytes) -> None:
-    fuzz_one(b"".join(steps) + tail)
+    fuzz_partition(b"".join(steps) + tail)
