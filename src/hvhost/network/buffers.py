@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Final
 
 from hvhost.errors import RemoteProtocolError
+from hvhost.network import frame
 from hvhost.partition.memory import GuestMemory
 from hvhost.vmbus.gpadl import Gpadl
 
@@ -98,7 +99,7 @@ class ReceiveBuffer:
     """The guest's receive buffer: sections that the host fills, and gets back when they were read.
 
     ``heads`` is each section's first page, where headers and the frame's start go; ``bodies`` what
-    a frame may fill of it, from ``HEADROOM`` on.
+    a frame may fill of it, from ``HEADROOM`` on; ``starts`` its first bytes, with all headers.
     """
 
     def __init__(self, gpadl: Gpadl, memory: GuestMemory, mtu: int) -> None:
@@ -116,12 +117,14 @@ class ReceiveBuffer:
         self.capacity = self.section_size - HEADROOM
         self.heads: list[memoryview] = []
         self.bodies: list[list[memoryview]] = []
+        self.starts: list[memoryview] = []
         for number in range(self.count):
             views = span.slice(number * self.section_size, self.section_size)
             if len(views[0]) < _PAGE:
                 raise RemoteProtocolError("a receive buffer does not start at a page.")
             self.heads.append(views[0][:_PAGE])
             self.bodies.append([views[0][HEADROOM:], *views[1:]])
+            self.starts.append(views[0][HEADROOM : HEADROOM + frame.HEAD_SIZE])
         self.free: list[int] = list(range(self.count))
         self._lent: dict[int, tuple[int, ...]] = {}
         self._transaction = 0

@@ -37,11 +37,12 @@ from hvhost.network.state import AdapterState
 from hvhost.network.toeplitz import FlowTable
 from hvhost.partition.memory import GuestMemory
 from hvhost.vmbus.channel import Channel, ChannelDevice, Offer, Packet, PacketType
-from hvhost.vmbus.ring import TransferPages
 from hvhost.wire import Record
 
 #: Control messages that may wait for a free section of the receive buffer.
 CONTROL_LIMIT: Final = 64
+#: Packets that may have been handled before the guest hears of it.
+COMPLETIONS: Final = 32
 #: Largest MTU a guest may ask for; smallest frame buffers are made for.
 MAXIMUM_MTU: Final = 65535 - 14
 MINIMUM_MTU: Final = 68
@@ -55,6 +56,10 @@ _RNDIS_CONTROL = protocol.encode(
 _DONE = protocol.encode(
     MessageType.SEND_RNDIS_PKT_COMPLETE, protocol.SendRndisPacketComplete(Status.SUCCESS)
 )
+# Of an enumeration, but once: they are looked at for every packet.
+_COMP, _INBAND = PacketType.COMP, PacketType.DATA_INBAND
+_GPA_DIRECT = PacketType.DATA_USING_GPA_DIRECT
+_SEND_RNDIS_PKT = int(MessageType.SEND_RNDIS_PKT)
 _SUB_NAMESPACE = uuid.UUID("c7f0b2a5-6a0f-4c6c-a0a5-6e6574767363")
 
 
@@ -113,6 +118,8 @@ class NetworkAdapter:
         self._receive_buffer: ReceiveBuffer | None = None
         self._send_buffer: SendBuffer | None = None
         self._waiting: deque[tuple[transmit.Buffers | None, Channel, int]] = deque()
+        # Transactions to be completed once all that came with them was handled.
+        self._done: dict[Channel, list[int]] = {}
         self._controls: deque[bytes] = deque()
         self._watching = (False, False)
         #: Set by the machine: handles a channel anew, outside of what is being done now.
@@ -175,6 +182,7 @@ class NetworkAdapter:
         state.subchannels = 0
         self._receiver = self._receive_buffer = self._send_buffer = None
         self._waiting.clear()
+        self._done.clear()
         self._controls.clear()
         self._watch()
 
@@ -187,23 +195,24 @@ class NetworkAdapter:
     def take(self, channel: Channel, packet: Packet) -> None:
         """A packet on *channel*, the first one or another."""
         kind = packet.type
-        if kind is PacketType.COMP:
+        if kind is _COMP:
             if self._receive_buffer is None:
                 raise RemoteProtocolError("the guest completed a packet without a receive buffer.")
             self._receive_buffer.take_back(packet.transaction_id)
             return
-        if kind is not PacketType.DATA_INBAND and kind is not PacketType.DATA_USING_GPA_DIRECT:
+        if kind is not _INBAND and kind is not _GPA_DIRECT:
             raise RemoteProtocolError(f"a network adapter got a packet {kind.name}.")
-        message = protocol.message_type(packet.payload)
-        if message == MessageType.SEND_RNDIS_PKT:
-            self._rndis(channel, packet)
+        message, channel_type, index, size = protocol.peek(packet.payload)
+        if message == _SEND_RNDIS_PKT:
+            self._rndis(channel, packet, channel_type, index, size)
         elif channel is self._channel:
             self._nvsp(channel, message, packet)
         else:
             raise RemoteProtocolError(f"NVSP message {message} came on a sub-channel.")
 
-    def _rndis(self, channel: Channel, packet: Packet) -> None:
-        channel_type, index, size = protocol.rndis_section(packet.payload)
+    def _rndis(
+        self, channel: Channel, packet: Packet, channel_type: int, index: int, size: int
+    ) -> None:
         span, size = self._span(packet, index, size)
         if channel_type == protocol.RMC_CONTROL:
             message = span.read(0, min(size, rndis.CONTROL_LIMIT))
@@ -212,26 +221,30 @@ class NetworkAdapter:
             if answer is not None:
                 self._send_control(answer)
             return
-        if self.state.version is None or not self.state.initialized:
+        state = self.state
+        if state.version is None or not state.initialized:
             raise RemoteProtocolError("a frame came before RNDIS was initialised.")
-        for item in transmit.messages(span, size):
-            buffers = transmit.frame_buffers(self.state, span, *item, may_spoof=self._may_spoof)
-            if buffers is None or not self.state.link:
-                continue
-            if self._waiting or not self.wire.send(buffers):
-                self._waiting.append((buffers, channel, 0))
-        if self._waiting:
-            self._waiting.append((None, channel, packet.transaction_id))
+        waiting, send = self._waiting, self.wire.send
+        for buffers in transmit.frames(state, span, size, may_spoof=self._may_spoof):
+            if state.link and (waiting or not send(buffers)):
+                waiting.append((buffers, channel, 0))
+        if waiting:
+            waiting.append((None, channel, packet.transaction_id))
             for other in self._channels():
                 other.paused = True
             self._watch()
         else:
-            channel.send_completion(packet.transaction_id, _DONE)
+            done = self._done.setdefault(channel, [])
+            done.append(packet.transaction_id)
+            if len(done) >= COMPLETIONS:
+                channel.send_completions(done, _DONE)
+                done.clear()
 
     def _span(self, packet: Packet, index: int, size: int) -> tuple[Span, int]:
         """Where a packet's RNDIS messages lie, and how many bytes they take."""
+        pieces: list[memoryview]
         if index == NETVSC_INVALID_INDEX:
-            pieces: list[memoryview] = []
+            pieces = []
         elif self._send_buffer is None:
             raise RemoteProtocolError("the guest names a section, but has no send buffer.")
         else:
@@ -366,7 +379,7 @@ class NetworkAdapter:
         """The guest does not empty a ring."""
         return any(channel.queued for channel in self._channels())
 
-    def _deliver(self, number: int, ranges: list[tuple[int, int]], sections: list[int]) -> None:
+    def _deliver(self, number: int, ranges: list[int], sections: list[int]) -> None:
         if self._channel is None or self._receive_buffer is None:
             return  # it just faulted
         channel, payload = self._channel, _RNDIS_DATA
@@ -381,7 +394,7 @@ class NetworkAdapter:
             packet_type=PacketType.DATA_USING_XFER_PAGES,
             transaction_id=self._receive_buffer.lend(sections),
             completion_requested=True,
-            header=TransferPages(NETVSC_RECEIVE_BUFFER_ID, 0, tuple(ranges)).pack(),
+            header=protocol.transfer_pages_header(NETVSC_RECEIVE_BUFFER_ID, ranges),
             more=True,
         )
 
@@ -403,7 +416,10 @@ class NetworkAdapter:
             channel.flush()
 
     def settle(self) -> None:
-        """The guest's packets were handled: sections may have come back."""
+        """The guest's packets were handled: it hears so, and sections may have come back."""
+        for channel, transactions in self._done.items():
+            channel.send_completions(transactions, _DONE)
+        self._done.clear()
         if self._controls:
             self._send_controls()
         self._watch()
@@ -431,6 +447,7 @@ class NetworkAdapter:
     def subchannel_closed(self) -> None:
         """A sub-channel is no longer open: what it had waiting is not sent."""
         self._waiting = deque(item for item in self._waiting if item[1].is_open)
+        self._done = {each: ids for each, ids in self._done.items() if each.is_open}
         self._watch()
 
 

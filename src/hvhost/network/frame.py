@@ -93,6 +93,14 @@ class Headers(NamedTuple):
     protocol: int
 
 
+_PLAIN_IPV4: Final = IPV4 + b"\x45"
+_PLAIN_SIZE: Final = 54
+#: Headers of TCP over IPv4 without options of IP, by the length of TCP's in words.
+_PLAIN_TCP: Final = {
+    words: Headers(14, 34, 34 + 4 * words, is_ipv6=False, protocol=TCP) for words in range(5, 16)
+}
+
+
 def ethertype_offset(head: bytes | bytearray) -> int:
     """Where the type of what the frame carries stands: behind a tag if it has one."""
     return 16 if head[12:14] == ETHERTYPE_TAG else 12
@@ -100,6 +108,16 @@ def ethertype_offset(head: bytes | bytearray) -> int:
 
 def parse(head: bytes | bytearray) -> Headers | None:
     """The headers of a TCP or UDP frame; ``None`` for any other, fragments, and broken ones."""
+    if (
+        head[12:15] == _PLAIN_IPV4
+        and len(head) >= _PLAIN_SIZE
+        and head[23] == TCP
+        and not head[20] & 0x3F
+        and not head[21]
+        and (usual := _PLAIN_TCP.get(head[46] >> 4)) is not None
+        and len(head) >= usual.payload
+    ):
+        return usual  # untagged, no IP options: nearly all frames
     start = ethertype_offset(head) + 2
     kind = bytes(head[start - 2 : start])
     if kind == IPV4:
@@ -163,6 +181,11 @@ def set_pseudo_checksum(head: bytearray, where: Headers, frame_length: int) -> N
     """Store what ``NEEDS_CSUM`` expects in the checksum field: the pseudo header's sum."""
     total = _pseudo(head, where, frame_length - where.transport)
     struct.pack_into("!H", head, _checksum_at(where), total)
+
+
+def tcp_sum_is_right(head: bytes | bytearray, where: Headers, segment: bytes | memoryview) -> bool:
+    """Whether the TCP checksum of *segment*, header and payload, is what it must be."""
+    return not (_pseudo(head, where, len(segment)) + checksum(segment)) % 0xFFFF
 
 
 def finish_checksum(frame: bytearray, offload: Offload) -> None:

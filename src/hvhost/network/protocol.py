@@ -198,16 +198,21 @@ class SendIndirectionTable(Record):
     offset: U32
 
 
+#: Ranges of one packet to the guest; Linux takes up to 562.
+RANGES_PER_PACKET: Final = 96
 _TYPE = struct.Struct("<I")
 _RNDIS = struct.Struct("<IIII")
 
 
-def message_type(payload: Buffer) -> int:
-    """The type of a message; :class:`RemoteProtocolError` if it is too short for one."""
-    if len(payload) < _TYPE.size:
-        raise RemoteProtocolError(f"an NVSP message of {len(payload)} bytes has no type.")
-    kind: int = _TYPE.unpack_from(payload)[0]
-    return kind
+def peek(payload: Buffer) -> tuple[int, int, int, int]:
+    """A message's type and, of SEND_RNDIS_PKT, channel type, send buffer section and its size.
+
+    The fast path's :class:`SendRndisPacket`; :class:`RemoteProtocolError` if it is too short.
+    """
+    if len(payload) < _RNDIS.size:
+        raise RemoteProtocolError(f"an NVSP message has {len(payload)} bytes only.")
+    kind, channel_type, index, size = _RNDIS.unpack_from(payload)
+    return kind, channel_type, index, size
 
 
 def body_offset() -> int:
@@ -220,19 +225,20 @@ def encode(kind: MessageType, body: Record) -> bytes:
     return (_TYPE.pack(kind) + body.pack()).ljust(MESSAGE_SIZE, b"\0")
 
 
-def rndis_section(payload: Buffer) -> tuple[int, int, int]:
-    """Channel type, send buffer section and its size of a SEND_RNDIS_PKT message.
-
-    The fast path's :class:`SendRndisPacket`; :class:`RemoteProtocolError` if it is too short.
-    """
-    if len(payload) < _RNDIS.size:
-        raise RemoteProtocolError(f"an RNDIS message was announced in {len(payload)} bytes only.")
-    _, channel_type, index, size = _RNDIS.unpack_from(payload)
-    return channel_type, index, size
-
-
 def indirection_table(entries: list[int]) -> bytes:
     """The message that tells a guest which channel to send on."""
     offset = MESSAGE_SIZE
     head = encode(MessageType.SEND_INDIRECTION_TABLE, SendIndirectionTable(len(entries), offset))
     return head + struct.pack(f"<{len(entries)}I", *entries)
+
+
+_TRANSFER_PAGES = [struct.Struct(f"<HBBI{2 * count}I") for count in range(RANGES_PER_PACKET + 1)]
+
+
+def transfer_pages_header(pageset: int, ranges: list[int]) -> bytes:
+    """``vmtransfer_page_packet_header``: *ranges* are byte_count, byte_offset, byte_count….
+
+    The fast path's :meth:`hvhost.vmbus.ring.TransferPages.pack`.
+    """
+    count = len(ranges) >> 1
+    return _TRANSFER_PAGES[count].pack(pageset, 0, 0, count, *ranges)

@@ -2,9 +2,10 @@
 
 A frame is read from the wire straight into sections of the buffer; only its first bytes are
 looked at, in a copy. What stands before it (the RNDIS header and per-packet information) is
-written into the room left for it in front. Frames that the guest cannot take as they are
-(segments it does not want merged, checksums nobody can vouch for) are worked on in host memory and
-copied.
+written into the room left for it in front. TCP segments that follow each other stay in the
+sections they were read into and are handed over as one frame, if the guest wants that. Frames that
+the guest cannot take as they are (segments it does not want merged, checksums nobody can vouch for)
+are worked on in host memory and copied.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Final, Protocol
 
 from hvhost.network import frame, rndis
 from hvhost.network.buffers import HEADROOM, ReceiveBuffer
+from hvhost.network.merge import Train, mergeable
+from hvhost.network.protocol import RANGES_PER_PACKET
 from hvhost.network.rndis import InfoType, PacketFilter
 from hvhost.network.state import AdapterState
 from hvhost.network.toeplitz import FlowTable
 
-#: Ranges of one packet to the guest; Linux takes up to 562.
-RANGES_PER_PACKET: Final = 96
+#: Bytes of the smallest frame that is worth being merged with its neighbours.
+MERGE_LEAST: Final = 512
 #: Frames read from the wire in one go; others get their turn then.
 FRAMES_PER_ROUND: Final = 128
 
@@ -34,21 +37,45 @@ class Source(Protocol):
 
 _DHCP_SERVERS: Final = (67, 547)
 
-Deliver = Callable[[int, list[tuple[int, int]], list[int]], None]
+_DIRECTED: Final = int(PacketFilter.DIRECTED)
+_BROADCAST: Final = int(PacketFilter.BROADCAST)
+_ANY_MULTICAST: Final = int(PacketFilter.ALL_MULTICAST | PacketFilter.MULTICAST)
+_PROMISCUOUS: Final = int(PacketFilter.PROMISCUOUS)
+_OFFLOAD_SIZE: Final = frame.VIRTIO_NET_HDR_SIZE
+_GSO_KINDS: Final = 0xFF & ~frame.GSO_ECN
+# What the guest need not check any more of a frame whose sum is good or not yet made.
+_GOOD_TCP: Final = rndis.information_item(
+    InfoType.TCPIP_CHKSUM, rndis.RECEIVE_TCP_CHECKSUM_SUCCEEDED
+)
+_GOOD_UDP: Final = rndis.information_item(
+    InfoType.TCPIP_CHKSUM, rndis.RECEIVE_UDP_CHECKSUM_SUCCEEDED
+)
+
+Batch = tuple[list[int], list[int]]
+Deliver = Callable[[int, list[int], list[int]], None]
 
 
 class Receiver:
     """Fills one receive buffer.
 
-    *deliver* gets a channel's number, ranges of the buffer as (byte_count, byte_offset), one for
-    each RNDIS message, and the sections they lie in, which are no longer free.
+    *deliver* gets a channel's number, ranges of the buffer as byte_count, byte_offset,
+    byte_count…, one pair for each RNDIS message, and the sections they lie in, which are no longer
+    free.
     """
 
     def __init__(self, state: AdapterState, buffer: ReceiveBuffer, deliver: Deliver) -> None:
         self._state, self._buffer, self._deliver = state, buffer, deliver
         self._header = memoryview(bytearray(frame.VIRTIO_NET_HDR_SIZE))
+        self._overflow = memoryview(bytearray(frame.FRAME_LIMIT))
+        # Where a frame goes that is expected to fit in a section, by section.
+        self._single: dict[int, list[memoryview]] = {}
+        self._expect_large = False
         self.flows = FlowTable(state.scaling)
-        self._batches: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        self._batches: dict[int, Batch] = {}
+        self._train: Train | None = None
+        # Sections and information of the train's segments.
+        self._wagons: list[int] = []
+        self._train_infos = b""
 
     @property
     def has_room(self) -> bool:
@@ -59,25 +86,57 @@ class Receiver:
     def pull(self, source: Source) -> bool:
         """Hand on what *source* has; true if there may be more, for which there is room."""
         buffer = self._buffer
-        free, bodies, count = buffer.free, buffer.bodies, buffer.sections_per_frame
+        free, count, capacity = buffer.free, buffer.sections_per_frame, buffer.capacity
+        receive_into = source.receive_into
         more = False
         for _ in range(FRAMES_PER_ROUND):
             if len(free) <= count:
                 break
-            buffers = [self._header]
-            for number in range(-1, -1 - count, -1):
-                buffers += bodies[free[number]]
-            size = source.receive_into(buffers)
+            expect_large = self._expect_large
+            size = receive_into(self._several() if expect_large else self._one(free[-1]))
             if not size:
                 break
-            self._received(size - frame.VIRTIO_NET_HDR_SIZE)
+            size -= _OFFLOAD_SIZE
+            self._expect_large = size > capacity
+            if size > capacity and not expect_large:
+                self._spread(size)
+            self._received(size)
         else:
             more = True
         self.flush()
         return more and self.has_room
 
+    def _one(self, section: int) -> list[memoryview]:
+        buffers = self._single.get(section)
+        if buffers is None:
+            buffers = [self._header, *self._buffer.bodies[section], self._overflow]
+            self._single[section] = buffers
+        return buffers
+
+    def _several(self) -> list[memoryview]:
+        """Where a frame of any size goes, straight into guest memory."""
+        buffer = self._buffer
+        buffers = [self._header]
+        for number in range(-1, -1 - buffer.sections_per_frame, -1):
+            buffers += buffer.bodies[buffer.free[number]]
+        return buffers
+
+    def _spread(self, size: int) -> None:
+        """Copy what did not fit in the one section that was ready: the first of large frames."""
+        buffer, position = self._buffer, 0
+        left = size - buffer.capacity
+        for number in range(-2, -1 - buffer.sections_per_frame, -1):
+            for body in buffer.bodies[buffer.free[number]]:
+                length = min(len(body), left - position)
+                if length <= 0:
+                    return
+                body[:length] = self._overflow[position : position + length]
+                position += length
+
     def flush(self) -> None:
         """Hand over what is ready."""
+        if self._train is not None:
+            self._end_train()
         for number, (ranges, sections) in self._batches.items():
             if ranges:
                 self._deliver(number, ranges, sections)
@@ -89,56 +148,155 @@ class Receiver:
         buffer = self._buffer
         section = buffer.free.pop()
         buffer.heads[section][: len(message)] = message
-        self._deliver(-1, [(len(message), section * buffer.section_size)], [section])
+        self._deliver(-1, [len(message), section * buffer.section_size], [section])
 
     def _received(self, size: int) -> None:
         """A frame of *size* bytes lies in the last free sections."""
         state, buffer = self._state, self._buffer
-        counters = state.counters
         if size < frame.ETHERNET_HEADER:
-            counters.receive_errors += 1
+            state.counters.receive_errors += 1
             return
-        first = buffer.heads[buffer.free[-1]]
-        head = bytes(first[HEADROOM : HEADROOM + min(size, frame.HEAD_SIZE)])
-        if not self._wanted(head):
-            counters.filtered += 1
+        section = buffer.free[-1]
+        head = buffer.starts[section].tobytes()
+        if size < frame.HEAD_SIZE:
+            head = head[:size]
+        chosen = state.filter
+        if not (
+            (chosen & _DIRECTED and head[:6] == state.mac and not head[0] & 1)
+            or self._wanted(head, chosen)
+        ):
+            state.counters.filtered += 1
             return
-        offload = frame.unpack_offload(self._header)
+        header = self._header
+        flags, merged = header[0], header[1] & _GSO_KINDS
         skip, infos = 0, b""
-        if head[12:14] == frame.ETHERTYPE_TAG and size > 18:
+        kind = head[12:14]
+        if kind == frame.ETHERTYPE_TAG and size > 18:
             tag = int.from_bytes(head[14:16], "big")
-            first[HEADROOM + 4 : HEADROOM + 16] = head[:12]
+            buffer.heads[section][HEADROOM + 4 : HEADROOM + 16] = head[:12]
             head = head[:12] + head[16:]
             skip = frame.TAG_SIZE
             infos = rndis.information_item(InfoType.IEEE_8021Q, rndis.info_of_tag(tag))
-        merged = offload.segmented
         if not merged and size - skip > state.mtu + frame.ETHERNET_HEADER:
-            counters.receive_errors += 1
+            state.counters.receive_errors += 1
             return
-        if offload.flags or merged:
+        where = None
+        if flags or merged:
             where = frame.parse(head)
             if where is None or (merged and not self._can_merge(where)) or _is_dhcp(head, where):
+                offload = frame.unpack_offload(header)
+                if self._train is not None:
+                    self._end_train()
                 self._slow(size, skip, infos, head, offload)
                 return
-            infos += rndis.information_item(InfoType.TCPIP_CHKSUM, _verified(where))
-            counters.merged += merged
+            if merged:
+                state.counters.merged += 1
+        elif state.merging and size >= MERGE_LEAST:
+            where = frame.parse(head)
+        if (
+            state.merging
+            and not merged
+            and where is not None
+            and MERGE_LEAST <= size <= buffer.capacity
+            and mergeable(head, where, size - skip)
+            and (flags or self._sum_is_right(section, head, where, size, skip))
+        ):
+            self._board(section, head, where, size, skip, infos)
+            return
+        if self._train is not None:
+            self._end_train()
+        if flags or merged:
+            assert where is not None
+            infos += _GOOD_TCP if where.protocol == frame.TCP else _GOOD_UDP
         channel, value = self.flows.look_up(head)
         if value:
             infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
         self._commit(channel, size, skip, infos)
 
-    def _wanted(self, head: bytes) -> bool:
-        chosen = self._state.filter
-        if chosen & PacketFilter.PROMISCUOUS:
+    # Segments that belong together.
+
+    def _sum_is_right(
+        self, section: int, head: bytes, where: frame.Headers, size: int, skip: int
+    ) -> bool:
+        body = self._buffer.bodies[section][0]
+        return size <= len(body) and frame.tcp_sum_is_right(
+            head, where, body[skip + where.transport : size]
+        )
+
+    def _board(
+        self, section: int, head: bytes, where: frame.Headers, size: int, skip: int, infos: bytes
+    ) -> None:
+        """A segment whose sum is good: it waits for the next one, and leaves the free sections."""
+        train = self._train
+        if train is None or infos != self._train_infos or not train.take(head, where, size - skip):
+            if train is not None:
+                self._end_train()
+            self._train = Train(head, where, size - skip)
+            self._train_infos = infos
+        self._buffer.free.pop()
+        self._wagons.append(section)
+
+    def _end_train(self) -> None:
+        """Hand on the segments that wait: as one frame, each in the section it was read into."""
+        train, wagons, infos = self._train, self._wagons, self._train_infos
+        assert train is not None
+        self._train, self._wagons = None, []
+        buffer, counters = self._buffer, self._state.counters
+        channel, value = self.flows.look_up(train.head)
+        skip = frame.TAG_SIZE if infos else 0
+        infos += _GOOD_TCP
+        if value:
+            infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
+        where, payload = train.where, train.payload
+        if train.count == 1:
+            buffer.free.append(wagons[0])
+            self._commit(channel, where.payload + payload + skip, skip, infos)
+            return
+        counters.merged += 1
+        counters.received += 1
+        counters.received_bytes += where.payload + payload
+        whole = train.headers()
+        start = HEADROOM + skip
+        buffer.heads[wagons[0]][start : start + len(whole)] = whole
+        ranges, sections = self._batch(channel, train.count)
+        first, length = start, where.payload + train.segment
+        flag = rndis.FRAGMENT | rndis.FRAGMENT_FIRST
+        for number, section in enumerate(wagons, 1):
+            if number == train.count:
+                flag |= rndis.FRAGMENT_LAST
+            mark = rndis.PACKET_ID_VERSION | flag << 8
+            items = infos + rndis.information_item(InfoType.INTERNAL_PACKET_ID, mark)
+            header = rndis.packet_header(items, length)
+            begin = first - len(header)
+            buffer.heads[section][begin:first] = header
+            ranges += len(header) + length, section * buffer.section_size + begin
+            # The others are bare payload, behind their headers.
+            flag, infos, first = rndis.FRAGMENT, b"", start + where.payload
+            payload -= train.segment
+            length = min(train.segment, payload)
+        sections += wagons
+
+    def _wanted(self, head: bytes, chosen: int) -> bool:
+        if chosen & _PROMISCUOUS:
             return True
         if not head[0] & 1:
-            return bool(chosen & PacketFilter.DIRECTED) and head[:6] == self._state.mac
+            return bool(chosen & _DIRECTED) and head[:6] == self._state.mac
         if head[:6] == b"\xff\xff\xff\xff\xff\xff":
-            return bool(chosen & PacketFilter.BROADCAST)
-        return bool(chosen & (PacketFilter.ALL_MULTICAST | PacketFilter.MULTICAST))
+            return bool(chosen & _BROADCAST)
+        return bool(chosen & _ANY_MULTICAST)
 
     def _can_merge(self, where: frame.Headers) -> bool:
         return self._state.merging and where.protocol == frame.TCP
+
+    def _batch(self, channel: int, messages: int) -> Batch:
+        """What is collected for a channel, with room for so many messages more in one packet."""
+        batch = self._batches.get(channel)
+        if batch is None:
+            batch = self._batches[channel] = ([], [])
+        elif len(batch[0]) > 2 * (RANGES_PER_PACKET - messages):
+            self._deliver(channel, *batch)
+            batch = self._batches[channel] = ([], [])
+        return batch
 
     def _commit(self, channel: int, size: int, skip: int, infos: bytes) -> None:
         """Put headers before the frame in the last free sections, and take these."""
@@ -146,18 +304,13 @@ class Receiver:
         free, capacity = buffer.free, buffer.capacity
         counters.received += 1
         counters.received_bytes += size - skip
-        if channel not in self._batches:
-            self._batches[channel] = ([], [])
-        ranges, sections = self._batches[channel]
-        if len(ranges) > RANGES_PER_PACKET - buffer.sections_per_frame:
-            self._deliver(channel, ranges, sections)
-            ranges, sections = self._batches[channel] = ([], [])
+        ranges, sections = self._batch(channel, buffer.sections_per_frame)
         if size <= capacity:
             section = free.pop()
             header = rndis.packet_header(infos, size - skip)
             start = HEADROOM + skip - len(header)
             buffer.heads[section][start : HEADROOM + skip] = header
-            ranges.append((len(header) + size - skip, section * buffer.section_size + start))
+            ranges += len(header) + size - skip, section * buffer.section_size + start
             sections.append(section)
             return
         flag = rndis.FRAGMENT | rndis.FRAGMENT_FIRST
@@ -172,7 +325,7 @@ class Receiver:
             header = rndis.packet_header(items, length - skip)
             start = HEADROOM + skip - len(header)
             buffer.heads[section][start : HEADROOM + skip] = header
-            ranges.append((len(header) + length - skip, section * buffer.section_size + start))
+            ranges += len(header) + length - skip, section * buffer.section_size + start
             sections.append(section)
             flag, infos, skip = rndis.FRAGMENT, b"", 0
 
@@ -216,10 +369,3 @@ def _is_dhcp(head: bytes, where: frame.Headers) -> bool:
     """Whether a frame comes from a DHCP server: clients check its sum themselves."""
     ports = head[where.transport : where.transport + 2]
     return where.protocol == frame.UDP and int.from_bytes(ports, "big") in _DHCP_SERVERS
-
-
-def _verified(where: frame.Headers) -> int:
-    """What the guest need not check any more of a frame whose sum is good or not yet made."""
-    if where.protocol == frame.TCP:
-        return rndis.RECEIVE_TCP_CHECKSUM_SUCCEEDED
-    return rndis.RECEIVE_UDP_CHECKSUM_SUCCEEDED

@@ -305,6 +305,12 @@ _U32 = struct.Struct("<I")
 _SIMPLE = struct.Struct("<11I")
 
 
+def info_size(head: bytes) -> int:
+    """Bytes of per-packet information that a data message says it has; *head* is its header."""
+    size: int = _U32.unpack_from(head, 32)[0]
+    return size
+
+
 def decode_packet(head: bytes, available: int) -> DataMessage:
     """The data message at the start of *head*, which is a copy of its first bytes.
 
@@ -316,7 +322,7 @@ def decode_packet(head: bytes, available: int) -> DataMessage:
     kind, length, offset, size, _, oob_size, _, info_offset, info_size, _, _ = _PACKET.unpack_from(
         head
     )
-    if kind != RndisType.PACKET:
+    if kind != _DATA:
         raise RemoteProtocolError(f"RNDIS message type {kind:#x} came where frames belong.")
     body = length - HEADER_SIZE
     if not PACKET_SIZE <= length <= available:
@@ -350,31 +356,33 @@ def _per_packet_info(
         if left < _INFO.size:
             raise RemoteProtocolError(f"per-packet information ends with {left} stray bytes.")
         size, kind, offset = _INFO.unpack_from(head, position)
-        if not _INFO.size <= size <= left or not _INFO.size <= offset <= size:
+        if not 12 <= size <= left or not 12 <= offset <= size:
             raise RemoteProtocolError(
                 f"per-packet information {kind:#x} of {size} bytes with its value at {offset} "
                 f"does not fit in {left} bytes."
             )
         if kind in _USED:
-            if size - offset < _U32.size:
+            if size - offset < 4:
                 raise RemoteProtocolError(f"per-packet information {kind:#x} is cut short.")
             value = _U32.unpack_from(head, position + offset)[0]
-            if kind == InfoType.TCPIP_CHKSUM:
+            if kind == _CHECKSUM:
                 checksum = value
-            elif kind == InfoType.TCP_LARGESEND:
+            elif kind == _LARGE_SEND:
                 large_send = value
-            elif kind == InfoType.IEEE_8021Q:
-                vlan = value
-            else:
+            elif kind == _HASH:
                 hash_value = value
+            else:
+                vlan = value
         position += size
         left -= size
     return checksum, large_send, vlan, hash_value
 
 
-_USED = frozenset(
-    (InfoType.TCPIP_CHKSUM, InfoType.TCP_LARGESEND, InfoType.IEEE_8021Q, InfoType.NBL_HASH_VALUE)
-)
+# Of enumerations, but once: they are looked at for every frame.
+_DATA = int(RndisType.PACKET)
+_CHECKSUM, _LARGE_SEND = int(InfoType.TCPIP_CHKSUM), int(InfoType.TCP_LARGESEND)
+_HASH = int(InfoType.NBL_HASH_VALUE)
+_USED = frozenset((_CHECKSUM, _LARGE_SEND, _HASH, int(InfoType.IEEE_8021Q)))
 
 
 def information_item(kind: int, value: int) -> bytes:
@@ -387,7 +395,7 @@ def packet_header(information_bytes: bytes, data_length: int) -> bytes:
     extra = len(information_bytes)
     return (
         _SIMPLE.pack(
-            RndisType.PACKET,
+            _DATA,
             PACKET_SIZE + extra + data_length,
             PACKET_SIZE - HEADER_SIZE + extra,
             data_length,

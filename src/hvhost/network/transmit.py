@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import functools
+import struct
+from typing import Final, NamedTuple
 
 from hvhost.network import frame, rndis
 from hvhost.network.buffers import Span
@@ -14,115 +16,196 @@ _HEAD = rndis.PACKET_SIZE + rndis.PER_PACKET_INFO_LIMIT
 _USUAL_HEAD = 288
 #: RNDIS messages in one packet; the host offers 8, a section has room for more.
 MESSAGES_PER_PACKET: Final = 256
+#: More information than this needs a longer head.
+_USUAL_INFO: Final = 64
+_DATA_MESSAGE: Final = b"\1\0\0\0"
+#: Where the information begins: behind the header, counted from the body.
+_USUAL_OFFSET: Final = (rndis.PACKET_SIZE - rndis.HEADER_SIZE).to_bytes(4, "little")
+_ADDRESSES: Final = 12
 _LSO_V2 = 1 << 30
 _LSO_IPV6 = 1 << 31
 
 Buffers = list[bytes | bytearray | memoryview]
 
 
-def messages(span: Span, end: int) -> list[tuple[int, bytes, DataMessage]]:
-    """The data messages in the first *end* bytes of *span*, each with where and how it starts.
+class Shape(NamedTuple):
+    """What all messages have in common that differ in nothing but their lengths.
 
-    :class:`hvhost.errors.RemoteProtocolError` if it is not made of such.
+    ``begin`` is where the frame starts, ``least`` how long it must be for ``header``, which goes
+    before it; ``header`` is ``None`` if its own headers have to be worked on.
     """
-    found: list[tuple[int, bytes, DataMessage]] = []
-    position = 0
-    while position < end and len(found) < MESSAGES_PER_PACKET:
+
+    begin: int
+    least: int
+    header: bytes | None
+
+
+#: Messages look alike: what was decoded once is remembered, up to so many. A guest that makes up
+#: others all the time only pays for decoding them.
+SHAPE_LIMIT: Final = 512
+_shapes: dict[bytes, Shape] = {}
+_LENGTHS = struct.Struct("<I4xI")
+
+
+def _learn(head: bytes, message: DataMessage) -> None:
+    """Remember the shape of a message that was decoded, if all of it can be seen in *head*."""
+    if rndis.info_size(head) > _USUAL_INFO or head[28:32] != _USUAL_OFFSET:
+        return
+    if message.data_offset > _USUAL_HEAD - _ADDRESSES:
+        return
+    header: bytes | None = None
+    least = frame.ETHERNET_HEADER
+    wants = message.checksum or 0
+    if (
+        message.large_send is None
+        and message.vlan is None
+        and not wants & rndis.TRANSMIT_IP_HEADER_CHECKSUM
+    ):
+        header = _checksum(wants, frame.FRAME_LIMIT)
+        if header is not None and header is not frame.NO_OFFLOAD:
+            least = (wants >> 16 & 0x3FF) + frame.unpack_offload(header).csum_offset + 2
+    shape = Shape(message.data_offset, least, header)
+    if len(_shapes) >= SHAPE_LIMIT:
+        _shapes.clear()
+    # All but the two lengths, up to the end of the information.
+    _shapes[head[8:12] + head[16 : rndis.PACKET_SIZE + head[32]]] = shape
+
+
+def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> list[Buffers]:
+    """The frames in the first *end* bytes of *span*, each with its offload header, to be written.
+
+    Their data stay where they are, in the guest's memory; only headers are copied, and what was
+    checked is what is written. Frames that may not be sent are counted and left out.
+    :class:`hvhost.errors.RemoteProtocolError` if the bytes are not made of RNDIS data messages;
+    nothing is sent then.
+    """
+    found: list[Buffers] = []
+    position = count = total = 0
+    while position < end and count < MESSAGES_PER_PACKET:
+        count += 1
         left = end - position
-        head = span.read(position, min(left, _USUAL_HEAD))
-        if len(head) >= rndis.PACKET_SIZE and int.from_bytes(head[32:36], "little") > 64:
-            head = span.read(position, min(left, _HEAD))
+        head = span.read(position, left if left < _USUAL_HEAD else _USUAL_HEAD)
+        if len(head) >= rndis.PACKET_SIZE and head[:4] == _DATA_MESSAGE:
+            shape = _shapes.get(head[8:12] + head[16 : rndis.PACKET_SIZE + head[32]])
+            if shape is not None and (header := shape.header) is not None:
+                length, size = _LENGTHS.unpack_from(head, 4)
+                begin = shape.begin
+                if (
+                    length <= left
+                    and shape.least <= size <= frame.FRAME_LIMIT
+                    and begin + size <= length
+                    and rndis.PACKET_SIZE + head[32] <= length
+                ):
+                    buffers = _usual(span, position + begin, head, header, begin, size)
+                    if may_spoof or buffers[1][6:12] == state.mac:
+                        found.append(buffers)
+                        total += size
+                    else:
+                        state.counters.spoofed += 1
+                    position += length
+                    continue
+            if rndis.info_size(head) > _USUAL_INFO:
+                head = span.read(position, min(left, _HEAD))
         message = rndis.decode_packet(head, left)
-        found.append((position, head, message))
+        _learn(head, message)
+        made = _frame_buffers(state, span, position, head, message, may_spoof)
+        if made is not None:
+            found.append(made)
+            total += message.data_length
         position += message.length
+    state.counters.transmitted += len(found)
+    state.counters.transmitted_bytes += total
     return found
 
 
-def frame_buffers(
+def _usual(span: Span, at: int, head: bytes, header: bytes, begin: int, size: int) -> Buffers:
+    """A frame whose headers are as they have to be: a short one copied, of others the addresses."""
+    if begin + size <= len(head):
+        return [header, head[begin : begin + size]]
+    copied = head[begin : begin + _ADDRESSES]
+    return [header, copied, *span.slice(at + _ADDRESSES, size - _ADDRESSES)]
+
+
+def _frame_buffers(
     state: AdapterState,
     span: Span,
     start: int,
     copy: bytes,
     message: DataMessage,
-    *,
     may_spoof: bool,
 ) -> Buffers | None:
-    """A frame with its offload header, ready to be written; ``None`` for one to be dropped.
+    """A frame ready to be written; ``None`` for one to be dropped.
 
-    *copy* is how its message, at *start* of *span*, starts. Its data stay where they are, in the
-    guest's memory.
+    *copy* is how its message, at *start* of *span*, starts.
     """
     counters = state.counters
-    size = message.data_length
+    _, offset, size, wants, large_send, vlan, _ = message
     if not frame.ETHERNET_HEADER <= size <= frame.FRAME_LIMIT:
         counters.transmit_errors += 1
         return None
-    offset = message.data_offset
-    start += offset
-    large_send = message.large_send
-    wants = message.checksum or 0
-    if large_send is not None or wants & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
-        copied = frame.HEAD_SIZE
-    elif message.vlan is not None or not may_spoof:
-        copied = 12
+    # The usual one first: a sum to be made, or nothing, and no tag.
+    header: bytes | None = frame.NO_OFFLOAD
+    head: bytes | bytearray
+    if large_send is None and not (wants or 0) & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
+        inside = offset + size <= len(copy)
+        copied = size if inside else min(_ADDRESSES, size)
+        head = copy[offset : offset + copied]
+        if len(head) < copied:
+            head = span.read(start + offset, copied)
+        if wants is not None:
+            header = _checksum(wants, size)
     else:
-        copied = 0
-    copied = min(copied, size)
-    if offset + copied <= len(copy):
+        copied = min(frame.HEAD_SIZE, size)
         head = bytearray(copy[offset : offset + copied])
-    else:
-        head = bytearray(span.read(start, copied))
+        if len(head) < copied:
+            head = bytearray(span.read(start + offset, copied))
+        if large_send is not None:
+            header = _large_send(head, large_send, size)
+            if header is not None:
+                counters.large_sends += header[1] != frame.GSO_NONE
+        else:
+            if where := frame.parse(head):
+                frame.set_ip_checksum(head, where)
+            header = _checksum(wants or 0, size)
     if not may_spoof and head[6:12] != state.mac:
         counters.spoofed += 1
         return None
-    offload = frame.NOTHING
-    if large_send is not None:
-        made = _large_send(head, large_send, size)
-        if made is None:
-            counters.transmit_errors += 1
-            return None
-        offload = made
-        counters.large_sends += offload.segmented
-    elif message.checksum is not None:
-        made = _checksum(head, message.checksum, size)
-        if made is None:
-            counters.transmit_errors += 1
-            return None
-        offload = made
-    buffers: Buffers
-    body = span.slice(start + len(head), size - len(head))
-    if message.vlan is None:
-        buffers = [offload.pack(), head, *body]
-    else:
-        tag = frame.ETHERTYPE_TAG + rndis.tag_of_info(message.vlan).to_bytes(2, "big")
-        if offload is not frame.NOTHING:
-            offload = offload._replace(
-                csum_start=offload.csum_start + frame.TAG_SIZE if offload.flags else 0,
-                hdr_len=offload.hdr_len + frame.TAG_SIZE if offload.hdr_len else 0,
-            )
-        buffers = [offload.pack(), head[:12], tag, head[12:], *body]
-    counters.transmitted += 1
-    counters.transmitted_bytes += size
-    return buffers
+    if header is None:
+        counters.transmit_errors += 1
+        return None
+    body = span.slice(start + offset + copied, size - copied) if copied < size else []
+    if vlan is None:
+        return [header, head, *body]
+    if header is not frame.NO_OFFLOAD:
+        offload = frame.unpack_offload(header)
+        header = offload._replace(
+            csum_start=offload.csum_start + frame.TAG_SIZE if offload.flags else 0,
+            hdr_len=offload.hdr_len + frame.TAG_SIZE if offload.hdr_len else 0,
+        ).pack()
+    tag = frame.ETHERTYPE_TAG + rndis.tag_of_info(vlan).to_bytes(2, "big")
+    return [header, head[:12], tag, head[12:], *body]
 
 
-def _checksum(head: bytearray, value: int, size: int) -> frame.Offload | None:
+def _checksum(value: int, size: int) -> bytes | None:
     """What a checksum request asks of the wire; ``None`` if it points outside the frame."""
-    if value & rndis.TRANSMIT_IP_HEADER_CHECKSUM and (where := frame.parse(head)):
-        frame.set_ip_checksum(head, where)
     if value & rndis.TRANSMIT_TCP_CHECKSUM:
         field = 16
     elif value & rndis.TRANSMIT_UDP_CHECKSUM:
         field = 6
     else:
-        return frame.NOTHING
+        return frame.NO_OFFLOAD
     offset = value >> 16 & 0x3FF
     if offset < frame.ETHERNET_HEADER or offset + field + 2 > size:
         return None
-    return frame.Offload(flags=frame.NEEDS_CSUM, csum_start=offset, csum_offset=field)
+    return _needs_checksum(offset, field)
 
 
-def _large_send(head: bytearray, value: int, size: int) -> frame.Offload | None:
+@functools.lru_cache(maxsize=2 * 1024)  # all that a guest can name
+def _needs_checksum(offset: int, field: int) -> bytes:
+    return frame.Offload(flags=frame.NEEDS_CSUM, csum_start=offset, csum_offset=field).pack()
+
+
+def _large_send(head: bytearray, value: int, size: int) -> bytes | None:
     """What a large send asks of the wire, its headers made whole; ``None`` if they are not TCP's.
 
     The guest left lengths and sums out of the headers (NDIS_TCP_LARGE_SEND_OFFLOAD_V2).
@@ -148,4 +231,4 @@ def _large_send(head: bytearray, value: int, size: int) -> frame.Offload | None:
         gso_size=mss if segmented else 0,
         csum_start=where.transport,
         csum_offset=16,
-    )
+    ).pack()

@@ -397,6 +397,22 @@ class OutgoingRing:
         ring.header[WRITE_INDEX] = self.write_index
         return True
 
+    def write_all(self, packets: Sequence[bytes]) -> bool:
+        """As :meth:`write`, of several packets at once: all of them, or none."""
+        ring, start = self._ring, self.write_index
+        position, pieces = start, list[bytes]()
+        for packet in packets:
+            pieces += packet, _TRAILER.pack(position << 32)
+            position = (position + len(packet) + _TRAILER_SIZE) % ring.size
+        data = b"".join(pieces)
+        room = (ring.index(READ_INDEX) - start) % ring.size or ring.size
+        if len(data) >= room:
+            return False
+        ring.write(start, data)
+        self.write_index = position
+        ring.header[WRITE_INDEX] = position
+        return True
+
     def ask_for_room(self, packet: bytes | None) -> None:
         """Have the guest signal once *packet* fits; ``None`` withdraws that."""
         self.pending_send_size = 0 if packet is None else len(packet) + _TRAILER_SIZE

@@ -337,7 +337,7 @@ def test_completing_twice() -> None:
         (nvsp(1, 0x60001, 0x60001), "anew with its buffers lent"),
         (nvsp(133, 2, 1), "sub-channels"),
         (nvsp(999), "message 999 is unknown"),
-        (b"\x6b\0\0\0\0\0\0\0", "announced in 8 bytes"),
+        (b"\x6b\0\0\0\0\0\0\0", "has 8 bytes only"),
     ],
 )
 def test_messages_that_cannot_be(message: bytes, sentence: str) -> None:

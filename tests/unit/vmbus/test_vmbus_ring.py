@@ -382,3 +382,17 @@ def test_a_packet_that_no_descriptor_describes_is_our_bug(payload: bytes, header
 def test_completion_requested_is_a_flag() -> None:
     assert Packet(PacketType.DATA_INBAND, 1, 0, b"").completion_requested
     assert not Packet(PacketType.DATA_INBAND, 0, 0, b"").completion_requested
+
+
+@pytest.mark.parametrize("pfns", LAYOUTS)
+@pytest.mark.parametrize("start", [0, SIZE - 24, SIZE - 8])
+def test_several_packets_at_once_are_all_there_or_none(pfns: list[int], start: int) -> None:
+    rings = Rings(pfns, start)
+    outgoing = OutgoingRing(rings.ring)
+    packets = [encode_packet(PacketType.COMP, 0, number, b"%d" % number) for number in range(20)]
+    assert outgoing.write_all(packets)
+    assert [packet.transaction_id for packet in rings.take()] == list(range(20))
+    many = [encode_packet(PacketType.COMP, 0, 1, bytes(1000))] * 9
+    before = outgoing.write_index
+    assert not outgoing.write_all(many)
+    assert (outgoing.write_index, list(rings.take())) == (before, [])

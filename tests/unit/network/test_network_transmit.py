@@ -1,0 +1,119 @@
+"""Frames of a guest: what is remembered of earlier messages changes nothing about the next ones."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvhost.errors import RemoteProtocolError
+from hvhost.network import transmit
+from hvhost.network.buffers import Span
+from hvhost.network.state import AdapterState
+from simulated.frames import tcp
+from simulated.netvsc import MAC, rndis_packet
+
+CHECKSUM, LARGE_SEND, VLAN, HASH = 0, 2, 6, 8
+INFOS = st.lists(
+    st.sampled_from(
+        [
+            (CHECKSUM, 0x5 | 34 << 16),
+            (CHECKSUM, 0x9 | 34 << 16),
+            (CHECKSUM, 0x5 | 1023 << 16),
+            (CHECKSUM, 0x14 | 34 << 16),
+            (CHECKSUM, 0x5),
+            (CHECKSUM, 0),
+            (LARGE_SEND, 1448 | 34 << 20 | 1 << 30),
+            (VLAN, 5 << 4),
+            (HASH, 77),
+        ]
+    ),
+    max_size=6,
+)
+#: Words of a message that are made wrong: which, and what is put there.
+FAULTS = st.lists(
+    st.tuples(
+        st.integers(0, 22),
+        st.one_of(st.integers(0, 120), st.sampled_from([0xFFFFFFFF, 0x80000000, 0x100, 5000])),
+    ),
+    max_size=2,
+)
+
+
+def message(
+    size: int, infos: list[tuple[int, int]], faults: list[tuple[int, int]], sender: bytes
+) -> bytes:
+    made = bytearray(rndis_packet(tcp(b"x" * size, sender=sender), *infos))
+    for word, value in faults:
+        struct.pack_into("<I", made, 4 * word, value)
+    return bytes(made)
+
+
+MESSAGES = st.lists(
+    st.builds(
+        message,
+        st.sampled_from([0, 1, 20, 180, 600]),
+        INFOS,
+        FAULTS,
+        st.sampled_from([MAC, MAC, MAC, bytes(6)]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def outcome(data: bytes, cut: int, *, may_spoof: bool) -> object:
+    """What becomes of the messages in *data*, which lies in two pieces of memory."""
+    memory = memoryview(bytearray(data))
+    span = Span([memory[:cut], memory[cut:]] if 0 < cut < len(data) else [memory])
+    state = AdapterState(MAC)
+    try:
+        found = transmit.frames(state, span, len(data), may_spoof=may_spoof)
+    except RemoteProtocolError as error:
+        return str(error)
+    return [b"".join(each) for each in found], state.counters
+
+
+@settings(deadline=None, max_examples=300)
+@given(MESSAGES, st.integers(0, 400), st.booleans())
+def test_it_makes_no_difference_what_came_before(
+    messages: list[bytes], cut: int, may_spoof: bool
+) -> None:
+    for data in (*messages, b"".join(messages)):
+        remembered = outcome(data, cut, may_spoof=may_spoof)
+        kept = dict(transmit._shapes)
+        transmit._shapes.clear()
+        assert outcome(data, cut, may_spoof=may_spoof) == remembered
+        transmit._shapes.update(kept)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "sentence"),
+    [
+        (1, 2000, "came in"),  # longer than what there is
+        (1, 60, "60 bytes puts"),  # shorter than its frame
+        (3, 2000, "2000 bytes of data"),
+        (3, 13, None),  # no whole frame: not sent
+        (3, 50, None),  # the sum would be outside
+    ],
+)
+def test_a_known_shape_with_other_lengths_is_checked(
+    word: int, value: int, sentence: str | None
+) -> None:
+    info = [(CHECKSUM, 0x5 | 34 << 16)]
+    good = message(20, info, [], MAC)
+    transmit._shapes.clear()
+    assert isinstance(outcome(good, 0, may_spoof=False), tuple) and len(transmit._shapes) == 1
+    bad = outcome(message(20, info, [(word, value)], MAC), 0, may_spoof=False)
+    if sentence is not None:
+        assert sentence in str(bad)
+    else:
+        assert isinstance(bad, tuple) and bad[0] == [] and bad[1].transmit_errors == 1
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    for number in range(2 * transmit.SHAPE_LIMIT):
+        outcome(message(20, [(HASH, number)], [], MAC), 0, may_spoof=False)
+    assert 0 < len(transmit._shapes) <= transmit.SHAPE_LIMIT
