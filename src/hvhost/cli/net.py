@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hvhost.cli.machines import Json, Name
 
+
+class NetGroup(TyperGroup):
+    """Takes ``NAME set-ip …`` as well as ``set-ip NAME …``: as people say it of a machine."""
+
+    def resolve_command(self, context: Any, words: list[str]) -> Any:  # click's, or typer's own
+        if len(words) > 1 and words[1] == "set-ip" and words[0] not in self.commands:
+            words = [words[1], words[0], *words[2:]]
+        return super().resolve_command(context, words)
+
+
 app = typer.Typer(
+    cls=NetGroup,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Virtual switches, and the network adapters of machines.",
@@ -182,3 +194,40 @@ def link(
     if state not in ("up", "down"):
         raise typer.BadParameter("say up or down.")
     NetworkClient(MachineClient(name)).set_link(adapter, state == "up")
+
+
+@app.command("set-ip")
+def set_ip(
+    name: Name,
+    adapter: Adapter,
+    addresses: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADDRESS/LENGTH…|dhcp", help="IPv4 and IPv6 addresses, or dhcp to ask for them."
+        ),
+    ],
+    gateway: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Default gateway; once for IPv4, once for IPv6."),
+    ] = None,
+    dns: Annotated[
+        list[str] | None, typer.Option(metavar="ADDRESS", help="Name server; may be repeated.")
+    ] = None,
+) -> None:
+    """Set an adapter's addresses in the guest, without any network to reach it by.
+
+    The guest's own hv_kvp_daemon does it, through its script hv_set_ifconfig. Debian ships none;
+    our complete guests have one (docs/guests.md).
+
+    \b
+    Examples:
+      hvhost net set-ip demo net0 192.0.2.5/24 --gateway 192.0.2.1 --dns 192.0.2.53
+      hvhost net set-ip demo net0 192.0.2.5/24 2001:db8::5/64 --gateway 2001:db8::1
+      hvhost net set-ip demo net0 dhcp
+    """
+    from hvhost.manager.client import MachineClient
+    from hvhost.manager.network import NetworkClient
+    from hvhost.network.addresses import parse
+
+    wanted = parse(addresses, gateway or (), dns or ())
+    NetworkClient(MachineClient(name)).set_ip(adapter, wanted)

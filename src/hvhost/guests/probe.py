@@ -137,7 +137,7 @@ class ProbeClient:
         deadline = time.monotonic() + timeout
         self._wait_probe(timeout)
         if drivers:
-            wait = f"until [ -e {READY_FILE} ]; do usleep 20000; done"
+            wait = f"until [ -e {READY_FILE} ]; do sleep 0.05; done"
             try:
                 self.run(wait, max(deadline - time.monotonic(), 1.0))
             except ProbeTimeout as error:

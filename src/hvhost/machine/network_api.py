@@ -6,6 +6,7 @@ import msgspec
 
 from hvhost.machine.endpoint import Endpoint
 from hvhost.machine.model import LiveMachine
+from hvhost.network.addresses import Addresses
 from hvhost.network.config import parse_adapter
 from hvhost.network.peripheral import NetworkPeripheral
 from hvhost.network.report import AdapterInfo
@@ -31,6 +32,15 @@ class AdapterLinkRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     up: bool
 
 
+class AdapterAddressesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter and its addresses with prefix lengths; without any, it asks by DHCP."""
+
+    name: str
+    addresses: list[str] = []
+    gateways: list[str] = []
+    dns_servers: list[str] = []
+
+
 def _add(machine: LiveMachine, request: AdapterAddRequest) -> AdapterInfo:
     return machine.peripheral(NetworkPeripheral).add(parse_adapter(request.nic, name=request.name))
 
@@ -39,6 +49,15 @@ def _remove(machine: LiveMachine, request: AdapterNameRequest) -> list[AdapterIn
     network = machine.peripheral(NetworkPeripheral)
     network.remove(request.name)
     return network.adapters()
+
+
+def _set_ip(machine: LiveMachine, request: AdapterAddressesRequest) -> AdapterInfo:
+    adapter = machine.peripheral(NetworkPeripheral).adapter(request.name)
+    wanted = Addresses(
+        tuple(request.addresses), tuple(request.gateways), tuple(request.dns_servers)
+    )
+    machine.set_ip(wanted.settings(adapter.instance))
+    return adapter
 
 
 ENDPOINTS = (
@@ -77,6 +96,15 @@ ENDPOINTS = (
             request.name, request.up
         ),
         AdapterLinkRequest,
+        AdapterInfo,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/network/ip",
+        "network_set_ip",
+        "Have the guest's key-value daemon give a network adapter addresses, or DHCP",
+        _set_ip,
+        AdapterAddressesRequest,
         AdapterInfo,
     ),
 )

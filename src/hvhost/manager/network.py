@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvhost.manager.client import MachineClient
+from hvhost.manager.client import KVP_SECONDS, MachineClient
+from hvhost.network.addresses import Addresses
 from hvhost.network.report import AdapterInfo
 
 
@@ -36,3 +37,14 @@ class NetworkClient:
         """Pull an adapter's cable, or plug it in."""
         body = {"name": name, "up": up}
         return self.machine.ask("POST", "/v1/machine/network/link", AdapterInfo, body)
+
+    def set_ip(self, name: str, wanted: Addresses) -> AdapterInfo:
+        """Have the guest's ``hv_kvp_daemon`` give an adapter these addresses, or DHCP."""
+        body = {
+            "name": name,
+            "addresses": list(wanted.addresses),
+            "gateways": list(wanted.gateways),
+            "dns_servers": list(wanted.dns_servers),
+        }
+        path = "/v1/machine/network/ip"
+        return self.machine.ask("POST", path, AdapterInfo, body, KVP_SECONDS)

@@ -177,6 +177,11 @@ class NetworkPeripheral:
         with self._changing:
             return [port.info() for port in self._ports.values()]
 
+    def adapter(self, name: str) -> AdapterInfo:
+        """The one of this name."""
+        with self._changing:
+            return self._port(name).info()
+
     def add(self, config: AdapterConfig) -> AdapterInfo:
         """Give the machine another adapter; the guest sees it come."""
         with self._changing:

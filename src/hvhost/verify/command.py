@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from hvhost.errors import HvHostError
-from hvhost.guests.catalog import DEFAULT_GUEST
+from hvhost.guests.catalog import DEFAULT_GUEST, FULL_GUESTS
 from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped_baseline
 from hvhost.verify.contract import find_rows, requested_rows
 from hvhost.verify.guest import PreparedGuest
@@ -93,6 +93,11 @@ def verify_guest(
 ) -> tuple[int, VerifyReport]:
     """:func:`verify` of a guest made by *prepare*, with the report itself."""
     rows = requested_rows(options.rows)
+    if options.guest in FULL_GUESTS:
+        from hvhost.verify.complete import TIMING, provable
+
+        rows = provable(rows, options.guest, named=bool(options.rows))
+        timing = timing or TIMING
     allowed = _allowed_lacks(options)
     used = set[str]()
 
@@ -133,12 +138,18 @@ def verify(options: VerifyOptions) -> int:
 
     :class:`HvHostError` for bad input and for a computer that cannot start a machine.
     """
-    from hvhost.verify.live import prepare
+    if options.guest in FULL_GUESTS:
+        from hvhost.verify.complete import prepare as prepare_complete
 
+        make: Prepare = prepare_complete
+    else:
+        from hvhost.verify.live import prepare
+
+        make = prepare
     # As Ctrl-C does: out of all blocks in order, so that no machine is left.
     before = signal.signal(signal.SIGTERM, _exit)
     try:
-        return verify_guest(options, prepare)[0]
+        return verify_guest(options, make)[0]
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -24,6 +24,7 @@ from hvhost.machine.model import (
 )
 from hvhost.memory.report import MemoryInfo
 from hvhost.memory.settings import DynamicMemory
+from hvhost.network.addresses import Addresses
 from hvhost.network.report import AdapterInfo
 from hvhost.sockets.protocol import Service
 from hvhost.verify.services import Drives, Services
@@ -123,6 +124,8 @@ class NetworkControl(Protocol):
     def remove(self, name: str) -> list[AdapterInfo]: ...
 
     def set_link(self, name: str, up: bool) -> AdapterInfo: ...
+
+    def set_ip(self, name: str, wanted: Addresses) -> AdapterInfo: ...
 
 
 class Machine(Protocol):

@@ -77,6 +77,7 @@ _UNSCRIPTED = (
     "lro",
     "vrss",
     "vlan",
+    "static-ip",
 )
 SCRIPTED_PROOFS = tuple(p for p in PROOFS if p.row_id not in _UNSCRIPTED)
 HEARTBEAT_CHANNEL = 2

@@ -7,7 +7,15 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from scripted_guest import FAST, RELEASE, SCRIPTED_PROOFS, ScriptedGuest, Silent, full_modules
+from scripted_guest import (
+    FAST,
+    RELEASE,
+    SCRIPTED_PROOFS,
+    ScriptedGuest,
+    ScriptedModules,
+    Silent,
+    full_modules,
+)
 
 from hvhost.errors import HvHostError
 from hvhost.verify.contract import ROWS, Status, find_rows
@@ -256,11 +264,18 @@ def test_a_probe_lost_between_rows_is_noted() -> None:
 
 def test_missing_rows_say_what_the_guest_has() -> None:
     guest = ScriptedGuest()
-    static_ip, mouse = run(guest, "mouse", "static-ip").results[::-1]
-    assert {mouse.status, static_ip.status} == {Status.MISSING}
+    without = ScriptedModules()
+    mouse, video = run(guest, "mouse", "video").results
+    assert {mouse.status, video.status} == {Status.MISSING}
     assert "has its drivers and daemons" in mouse.evidence[1]
-    assert "no hv_set_ifconfig" in static_ip.evidence[0]
+    assert "has no driver" in run(ScriptedGuest(modules=without), "video").results[0].evidence[0]
     assert not guest.machines, "nothing to prove, so nothing to boot"
+
+
+def test_a_distribution_without_the_script_lacks_static_addresses() -> None:
+    result = run_one(ScriptedGuest(), "static-ip")
+    assert result.status is Status.GUEST_LACKS
+    assert "no hv_set_ifconfig" in result.evidence[0]
 
 
 def test_a_driver_the_kernel_lacks_is_named() -> None:

@@ -25,6 +25,7 @@ from hvhost.verify.rows import (
     offloads,
     shutdown,
     smp,
+    static_ip,
     storage,
     time_sync,
     trim,
@@ -40,12 +41,14 @@ from hvhost.verify.session import Session
 class Proof:
     """How a row is proved: *prove* yields evidence and raises ``RowFailed``; seconds it may take.
 
-    ``seconds`` includes the boots the row may need.
+    ``seconds`` includes the boots the row may need. ``complete``: the proof is made for the
+    complete guests (``debian-12-full``), the others for those of an initramfs.
     """
 
     row_id: str
     prove: Callable[[Session], Iterator[str]]
     seconds: float
+    complete: bool = False
 
 
 PROOFS: tuple[Proof, ...] = (
@@ -72,6 +75,7 @@ PROOFS: tuple[Proof, ...] = (
     Proof("lro", offloads.prove_lro, 300.0),
     Proof("vrss", vrss.prove, 300.0),
     Proof("vlan", vlan.prove, 300.0),
+    Proof("static-ip", static_ip.prove, 900.0, complete=True),
     Proof("heartbeat", heartbeat.prove, 420.0),
     Proof("nmi", nmi.prove, 300.0),
     Proof("shutdown", shutdown.prove, 420.0),
