@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from hvhost.errors import HvHostError
 
@@ -136,18 +136,15 @@ def parse_adapter(text: str, *, name: str, forwards: tuple[PortForward, ...] = (
         )
     if target and not _NAME.fullmatch(target):
         raise HvHostError(f"{target!r} cannot be the name of a {word}.")
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
         values.update(_option(key, value))
+    forwards += values.pop("forwards", ())
+    named = {"name": name, "mac": new_mac(), "forwards": forwards, **values}
     if forwards and uplink is not Uplink.NAT:
         raise HvHostError(f"ports are forwarded through nat, not through {uplink}.")
-    return AdapterConfig(
-        **{"name": name, "mac": new_mac(), **values},  # type: ignore[arg-type] # by _option
-        uplink=uplink,
-        target=target,
-        forwards=forwards,
-    )
+    return AdapterConfig(**named, uplink=uplink, target=target)
 
 
 def parse_adapters(nics: Sequence[str], forwards: Sequence[str]) -> tuple[AdapterConfig, ...]:
@@ -163,7 +160,7 @@ def parse_adapters(nics: Sequence[str], forwards: Sequence[str]) -> tuple[Adapte
     return tuple(adapters)
 
 
-def _option(key: str, value: str) -> dict[str, object]:
+def _option(key: str, value: str) -> dict[str, Any]:
     if key == "mac":
         mac = value.lower().replace("-", ":")
         if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
@@ -181,9 +178,11 @@ def _option(key: str, value: str) -> dict[str, object]:
         return {"trunk": parse_vlans(value)}
     if key == "rate":
         return {"rate": _number(key, value, 1_000_000)}
+    if key == "forward":
+        return {"forwards": tuple(parse_forward(part) for part in value.split("+"))}
     if key in ("spoofing", "isolated") and value in ("", "on", "off"):
         return {key: value != "off"}
     raise HvHostError(
-        f"--nic has no option {key!r}; there are mac, name, address, queues, vlan, trunk, rate, "
-        "spoofing and isolated."
+        f"--nic has no option {key!r}; there are mac, name, address, queues, forward, vlan, trunk, "
+        "rate, spoofing and isolated."
     )

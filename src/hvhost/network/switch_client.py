@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from hvhost.errors import HvHostError
-from hvhost.network.config import AdapterConfig, Uplink
+from hvhost.network.config import AdapterConfig, PortForward, Uplink
 from hvhost.network.wires import enlarge
 from hvhost.paths import runtime_dir
 
@@ -86,6 +86,7 @@ class SwitchConfig:
                 uplink=Uplink(uplink["uplink"]),
                 target=uplink["target"],
                 address=uplink["address"],
+                forwards=tuple(PortForward(**each) for each in uplink.get("forwards", ())),
             )
         return SwitchConfig(values["name"], uplink)
 

@@ -54,6 +54,13 @@ def test_the_configuration_survives_its_file() -> None:
     assert load_config(dump_config(config)) == config
 
 
+def test_forwards_of_an_adapter_that_comes_later() -> None:
+    made = parse_adapter("nat,forward=2222:22+udp:53", name="net0", forwards=(PortForward(80, 80),))
+    assert made.forwards == (PortForward(80, 80), PortForward(2222, 22), PortForward(53, 53, True))
+    with pytest.raises(HvHostError, match="through nat"):
+        parse_adapter("host-only,forward=2222:22", name="net0")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

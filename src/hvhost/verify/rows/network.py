@@ -6,14 +6,16 @@ its TCP, its neighbour table and its counters are what the guest's are held agai
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import statistics
 import time
 from collections.abc import Iterator
 
 from hvhost.errors import HvHostError
 from hvhost.network.config import new_mac
-from hvhost.verify.guest import RowFailed
+from hvhost.verify.guest import Probe, RowFailed
 from hvhost.verify.session import Session
 from hvhost.verify.wire import (
     GUEST4,
@@ -141,8 +143,10 @@ def _nat(session: Session) -> Iterator[str]:
         return
     session.step("reaching the guest through nat")
     probe, network, mac = session.running(), session.machine.network, new_mac()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     try:
-        network.add(f"nat,mac={mac}", "verify1")
+        network.add(f"nat,mac={mac},forward={port}:22", "verify1")
     except HvHostError as error:
         yield f"nat: not tried, {error}"
         return
@@ -151,9 +155,39 @@ def _nat(session: Session) -> Iterator[str]:
         run(probe, f"ip link set {interface} up; {_DHCP_SCRIPT}")
         run(probe, f"udhcpc -i {interface} -n -q -t 10 -T 1 -s /tmp/dhcp.sh")
         address = run(probe, f"ip -o -4 addr show {interface}").split()[3]
+        _forwarded(session, probe, port)
     finally:
         network.remove("verify1")
-    yield f"nat: passt leased {address} to the guest"
+    yield (
+        f"nat: passt leased {address} to the guest; port {port} of this computer leads to its port "
+        "22, both ways"
+    )
+
+
+def _forwarded(session: Session, probe: Probe, port: int) -> None:
+    """A connection to a port of this computer is one to the guest's."""
+    run(
+        probe,
+        "rm -f /tmp/in /tmp/done; (echo from the guest | nc -l -p 22 > /tmp/in; touch /tmp/done) "
+        "> /dev/null 2>&1 &",
+    )
+    answer = b""
+    deadline = time.monotonic() + session.timing.event
+    while not answer:  # passt takes the connection before the guest listens
+        if time.monotonic() > deadline:
+            raise RowFailed(f"nobody in the guest answers at port {port} of this computer")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as sock:
+            sock.settimeout(5)
+            sock.sendall(b"from the host\n")
+            sock.shutdown(socket.SHUT_WR)
+            while data := sock.recv(100):
+                answer += data
+    got = run(
+        probe,
+        "for i in $(seq 100); do [ -e /tmp/done ] && break; usleep 50000; done; cat /tmp/in",
+    )
+    if (answer, got) != (b"from the guest\n", "from the host"):
+        raise RowFailed(f"through the forwarded port came {answer!r}, and {got!r} to the guest")
 
 
 def prove(session: Session) -> Iterator[str]:
