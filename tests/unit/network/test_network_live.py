@@ -196,11 +196,13 @@ def test_kernels_that_may_not_reach_each_other_do_not(lan: Lan, options: tuple[s
     assert one.reaches(like_one.address)
 
 
-BRIDGE = (
-    "ip link set lo up && ip link add br0 type bridge && ip address add 10.78.0.1/24 dev br0 && "
-    "ip tuntap add tap0 mode tap vnet_hdr && ip link set tap0 master br0 up && "
-    "ip link set br0 up && echo ready && read wait"
-)
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "network.md"
+
+
+def of_page(language: str) -> list[str]:
+    """The lines of a block about bridges in the page."""
+    part = PAGE.read_text().partition("## Bridge to the LAN\n")[2].partition("\n## ")[0]
+    return part.partition(f"```{language}\n")[2].partition("\n```")[0].splitlines()
 
 
 def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
@@ -210,8 +212,18 @@ def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not on this computer; apt-get install util-linux")
+    steps = (
+        "ip link set lo up",
+        "ip link add br0 type bridge",
+        "ip address add 10.78.0.1/24 dev br0",
+        "ip link set br0 up",
+        *of_page("text"),
+        "echo ready",
+        "read wait",
+    )
     office = subprocess.Popen(
-        ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", BRIDGE],
+        ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", " && ".join(steps)],
+        env={**os.environ, "USER": "root"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert office.stdout is not None
@@ -220,7 +232,7 @@ def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
     gateway = Witness(office.pid)
     lan = Lan("office")
     try:
-        gateway.command(*hvhost("net", "create", "office", "--uplink", "tap:tap0"))
+        gateway.command(*hvhost(*of_page("sh")[0].split()[1:]))
         guest = lan.member("10.78.0.2")
         deadline = time.monotonic() + 30  # a bridge listens before it forwards
         while not guest.reaches("10.78.0.1") and time.monotonic() < deadline:

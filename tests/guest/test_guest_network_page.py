@@ -1,0 +1,115 @@
+"""What docs/network.md has people type does what it says, with real guests.
+
+Two machines at once take their time on emulated processors: ``make test-matrix`` runs this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest.helpers import command, hvhost, wait_for
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "network.md"
+pytestmark = [
+    pytest.mark.skipif(
+        "HVHOST_TEST_GUESTS" not in os.environ,
+        reason="several machines at once; `make test-matrix` runs it",
+    ),
+    pytest.mark.timeout(500),
+]
+BOOT_SECONDS = 150.0
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The words of each hvhost command in the first shell block below *heading*."""
+    part = PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    block = re.search(r"^```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
+    assert block is not None, f"the page has no commands below {heading}"
+    found = [shlex.split(line) for line in block[1].splitlines()]
+    assert all(words[0] == "hvhost" for words in found)
+    return [words[1:] for words in found]
+
+
+def do(words: list[str]) -> str:
+    """Run a command of the page; a machine that is started is waited for."""
+    result = hvhost(*words, timeout=200)
+    assert result.returncode == 0, f"hvhost {' '.join(words)}: {result.stdout}{result.stderr}"
+    if words[0] == "run":
+        name = words[words.index("--name") + 1]
+        ready = ["exec", name, "--", "test", "-e", "/run/hvhost-ready"]
+        wait_for(f"the boot of {name}", lambda: not hvhost(*ready).returncode, BOOT_SECONDS)
+    return result.stdout
+
+
+@contextlib.contextmanager
+def ended(*machines: str, switch: str = "") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for name in machines:
+            hvhost("stop", "--force", name)
+        if switch:
+            hvhost("net", "delete", switch)
+
+
+def test_ssh_into_a_guest() -> None:
+    """But for sshd, which an initramfs has not: somebody else listens at port 22."""
+    with ended("demo"):
+        (start,) = commands("Ssh into a guest")
+        do(start)
+        host_port = int(start[start.index("-p") + 1].partition(":")[0])
+        lease = "[ $1 != bound ] || ip address add $ip/24 dev $interface"
+        script = f"echo '{lease}' > /tmp/d; sed -i '1i #!/bin/sh' /tmp/d; chmod 755 /tmp/d"
+        do(["exec", "demo", "--", "sh", "-c", f"ip link set eth0 up; {script}"])
+        do(["exec", "demo", "--", "udhcpc", "-i", "eth0", "-n", "-q", "-s", "/tmp/d"])
+        listen = "(echo SSH-2.0-somebody | nc -l -p 22) > /dev/null 2>&1 &"
+        do(["exec", "demo", "--", "sh", "-c", listen])
+
+        def banner() -> bytes:
+            where = ("127.0.0.1", host_port)
+            with contextlib.suppress(OSError), socket.create_connection(where, 5) as stream:
+                stream.settimeout(5)
+                return stream.recv(100)
+            return b""
+
+        said = b""
+        deadline = time.monotonic() + 30
+        while not said and time.monotonic() < deadline:
+            said = banner()
+        assert said == b"SSH-2.0-somebody\n"
+
+
+def test_two_machines_on_one_private_vlan_with_jumbo_frames_and_a_capture(tmp_path: Path) -> None:
+    with ended("one", "two", switch="lan"):
+        outputs = [do(words) for words in commands("Two machines on one private VLAN")]
+        assert "3 packets received" in outputs[-2], "the machines reach each other"
+        assert "one/net0 vlan 10" in outputs[-1] and "two/net0 vlan 10" in outputs[-1]
+
+        capture = commands("Capture")[0]
+        assert capture[:2] == ["net", "capture"]
+        catching = subprocess.Popen(command(*capture), cwd=tmp_path)
+        file = tmp_path / capture[-1]
+        wait_for("the capture", lambda: file.exists() and file.stat().st_size)
+        time.sleep(1.0)
+        outputs = [do(words) for words in commands("Jumbo frames")]
+        assert "3 packets received" in outputs[-1]
+        time.sleep(1.0)
+        catching.send_signal(signal.SIGINT)
+        assert catching.wait(20) == 0
+        # Echoes and replies as one frame each: 14 bytes of Ethernet, 20 of IP, 8 of ICMP, 8,972.
+        data, position, sizes = file.read_bytes(), 24, []
+        while position < len(data):
+            sizes.append(int.from_bytes(data[position + 12 : position + 16], "little"))
+            position += 16 + int.from_bytes(data[position + 8 : position + 12], "little")
+        assert sizes.count(9014) == 6
