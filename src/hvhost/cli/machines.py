@@ -114,6 +114,36 @@ def restart(
     control.restart(name, force=force, timeout=timeout)
 
 
+def pause(name: Name) -> None:
+    """Have a machine stand still until it is resumed.
+
+    No virtual processor runs and the guest's clock stops with them; its memory, open connections
+    and copies under way stay as they are.
+
+    \b
+    Examples:
+      hvhost pause demo
+      hvhost info demo --json | jq .heartbeat
+    """
+    from hvhost.manager.client import MachineClient
+
+    MachineClient(name).pause()
+
+
+def resume(name: Name) -> None:
+    """Let a paused machine go on.
+
+    The guest finds no hole in its own time, and is told at once what time it is now.
+
+    \b
+    Example:
+      hvhost resume demo
+    """
+    from hvhost.manager.client import MachineClient
+
+    MachineClient(name).resume()
+
+
 def nmi(name: Name) -> None:
     """Send a hung guest a non-maskable interrupt.
 

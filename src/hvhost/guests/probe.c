@@ -5,6 +5,7 @@
  *   hvhost-probe sockets   serve requests on Hyper-V sockets, each connection by itself
  *   hvhost-probe listen PORT    send back what comes over Hyper-V sockets, for tests
  *   hvhost-probe connect PORT   connect standard input and output to the host, for tests
+ *   hvhost-probe wait FILE      return once the file is there
  *   hvhost-probe hotplug   load drivers for devices that are there or come later, and start the
  *                          distribution's Hyper-V daemons when their device nodes appear
  *
@@ -23,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -39,6 +41,8 @@ enum {
 	HEADER = 5,         /* type, request id */
 	SOCKET_PORT = 26742,  /* "hv"; PROBE_PORT in probe.py */
 };
+
+#define SOCKETS_FILE "/run/hvhost-sockets"  /* SOCKETS_FILE in probe.py */
 
 enum { PING = 'P', EXEC = 'X', READ = 'R', WRITE = 'W' };
 enum { HELLO = 'H', PONG = 'p', OUTPUT = 'o', ERRORS = 'e', DONE = 'd' };
@@ -495,10 +499,20 @@ static int listen_socket(unsigned port)
 	return -1;
 }
 
+/* Tell who asks over the serial line whether to come over sockets instead; whole at once. */
+static void tell_sockets(const char *text)
+{
+	FILE *file = fopen(SOCKETS_FILE ".new", "we");
+
+	if (file && fputs(text, file) >= 0 && !fclose(file))
+		rename(SOCKETS_FILE ".new", SOCKETS_FILE);
+}
+
 static void serve_sockets(void)
 {
 	int fd = listen_socket(SOCKET_PORT);
 
+	tell_sockets(fd < 0 ? "none\n" : "listening\n");
 	signal(SIGCHLD, SIG_IGN);
 	while (fd >= 0) {
 		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
@@ -700,15 +714,36 @@ static void hotplug(void)
 	}
 }
 
+/* Return once the file is there. Looks again each second too: what is mounted over the directory
+   meanwhile is not announced. */
+static void wait_for(const char *path)
+{
+	struct pollfd watch = { .fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK), .events = POLLIN };
+	char directory[4096], events[4096];
+	const char *slash = strrchr(path, '/');
+
+	snprintf(directory, sizeof directory, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
+	inotify_add_watch(watch.fd, *directory ? directory : "/", IN_CREATE | IN_MOVED_TO);
+	while (access(path, F_OK))
+		if (poll(&watch, 1, 1000) > 0)
+			while (read(watch.fd, events, sizeof events) > 0)
+				;
+}
+
 int main(int argc, char **argv)
 {
+	if (argc == 3 && !strcmp(argv[1], "wait")) {
+		wait_for(argv[2]);
+		return 0;
+	}
 	if (argc == 3 && !strcmp(argv[1], "listen"))
 		echo_sockets(strtoul(argv[2], NULL, 10));
 	if (argc == 3 && !strcmp(argv[1], "connect"))
 		return connect_socket(strtoul(argv[2], NULL, 10));
 	if (argc != 2) {
 		fprintf(stderr,
-			"usage: hvhost-probe TTY | - | sockets | hotplug | listen PORT | connect PORT\n");
+			"usage: hvhost-probe TTY | - | sockets | hotplug | listen PORT | connect PORT | "
+			"wait FILE\n");
 		return 2;
 	}
 	if (!strcmp(argv[1], "hotplug"))

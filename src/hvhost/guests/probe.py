@@ -1,4 +1,4 @@
-"""The host's end of the probe: commands and files in a running guest, over its serial port."""
+"""The host's end of the probe: commands and files in a running guest."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ OUTPUT_LIMIT = 1 << 20  # bytes per stream
 SCRIPT_PATH = "/tmp/.hvhost-script"
 # Written once our initramfs has asked for the driver of every device (see initramfs.py).
 READY_FILE = "/run/hvhost-ready"
+# Written once the probe listens on Hyper-V sockets, or cannot (see probe.c).
+SOCKETS_FILE = "/run/hvhost-sockets"
+_LISTENING = b"listening\n"
+_SELF = "/proc/self/exe"  # the probe itself, wherever it lies in the guest
 
 
 class ProbeError(HvHostError):
@@ -42,7 +46,7 @@ class ProbeTimeout(HvHostError):  # noqa: N818 # named after what happened
 
 
 class ProbeGone(HvHostError):  # noqa: N818 # named after what happened
-    """The guest's serial port was closed: the machine ended."""
+    """The connection was closed: the machine ended or, over sockets, the guest did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class ProbeClient:
                 view = view[self._socket.send(view) :]
             except TimeoutError:
                 raise ProbeTimeout(
-                    "The guest does not read its serial port; look at its console."
+                    "The guest's probe does not read what it is sent; look at the guest's console."
                 ) from None
             except OSError as error:
                 raise ProbeGone(_GONE) from error
@@ -137,14 +141,25 @@ class ProbeClient:
         deadline = time.monotonic() + timeout
         self._wait_probe(timeout)
         if drivers:
-            wait = f"until [ -e {READY_FILE} ]; do sleep 0.05; done"
             try:
-                self.run(wait, max(deadline - time.monotonic(), 1.0))
+                self.wait_file(READY_FILE, max(deadline - time.monotonic(), 1.0))
             except ProbeTimeout as error:
                 raise ProbeTimeout(
                     f"The guest did not finish loading its drivers within {timeout:g} s; look at "
                     "its console and its dmesg."
                 ) from error
+
+    def wait_file(self, path: str, timeout: float) -> None:
+        """Wait until a file is there, asleep meanwhile; ProbeTimeout if it does not come."""
+        self.run([_SELF, "wait", path], timeout)
+
+    def has_sockets(self, timeout: float) -> bool:
+        """Whether the probe can be reached over Hyper-V sockets at :data:`PROBE_PORT`.
+
+        ProbeTimeout if the guest has not found that out within ``timeout`` seconds.
+        """
+        self.wait_file(SOCKETS_FILE, timeout)
+        return self.read_file(SOCKETS_FILE) == _LISTENING
 
     def _wait_probe(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -306,7 +321,7 @@ class ProbeClient:
             raise ProbeError(f"The guest cannot write {path}: {_strerror(done.value)}.")
 
 
-_GONE = "The guest's serial port was closed because the machine ended; start it again."
+_GONE = "The connection to the guest's probe was closed: the guest or its machine ended."
 
 
 def _strerror(number: int) -> str:

@@ -226,6 +226,20 @@ ENDPOINTS = (
     ),
     Endpoint(
         "POST",
+        "/v1/machine/pause",
+        "pause",
+        "Stop every virtual processor and the guest's clock until it is resumed",
+        lambda machine, _: machine.pause(),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/machine/resume",
+        "resume",
+        "Let a paused machine go on; its guest is told the time",
+        lambda machine, _: machine.resume(),
+    ),
+    Endpoint(
+        "POST",
         "/v1/machine/nmi",
         "nmi",
         "Raise a non-maskable interrupt on virtual processor 0",

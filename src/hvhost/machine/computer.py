@@ -38,6 +38,7 @@ from hvhost.partition.hang import hang
 from hvhost.partition.hypercall import Hypercalls
 from hvhost.partition.memory import GuestMemory, MemoryRegion
 from hvhost.partition.processor import Handlers, Processor
+from hvhost.partition.standstill import Standstill
 from hvhost.partition.synic import VMBUS_MESSAGE_SINT, Synic
 from hvhost.vmbus.channel import Channel, ChannelDevice
 from hvhost.vmbus.server import VmbusServer
@@ -194,6 +195,8 @@ class Computer:
             stopped=self._processor_stopped,
         )
         self.processors = [Processor(vcpu, handlers) for vcpu in vcpus]
+        #: Pauses the computer; without :attr:`lock`, which a processor may be waiting for.
+        self.standstill = Standstill(self.processors, self._vm)
         tables = build_acpi_tables(
             address=ACPI_ADDRESS,
             processors=config.cpus,

@@ -89,6 +89,9 @@ class Machine:
         self._last_stop: str | None = None
         self.error: str | None = None
         self._computer: Computer | None = None
+        self._paused: Computer | None = None
+        self._paused_at = 0.0
+        self._pausing = threading.Lock()
         self._transport_name = ""
         self._heartbeat = Heartbeat()
         self._shutdown = Shutdown()
@@ -169,6 +172,8 @@ class Machine:
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         now = time.monotonic()
         with computer.lock:
+            if self._paused is computer:
+                return  # no time passes
             self._heartbeat.tick(now)
             self._timesync.tick(now)
             self._kvp.tick(now)
@@ -179,7 +184,7 @@ class Machine:
         computer.tick()
 
     def _power_down(self) -> None:
-        computer, self._computer = self._computer, None
+        computer, self._computer, self._paused = self._computer, None, None
         if self._sockets is not None:
             self._sockets.detach()
         if computer is not None:
@@ -258,6 +263,14 @@ class Machine:
             raise HvHostError(f"machine {self._config.name!r} is not running; start it again.")
         return computer
 
+    def _active(self) -> Computer:
+        """The computer, for what needs its guest to run."""
+        computer = self._running()
+        if self._paused is computer:
+            name = self._config.name
+            raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
+        return computer
+
     def info(self) -> MachineInfo:
         config, computer = self._config, self._computer
         info = MachineInfo(
@@ -277,6 +290,8 @@ class Machine:
         )
         if computer is None:
             return info
+        if self._paused is computer:
+            info = replace(info, state=MachineState.PAUSED)
         with computer.lock:
             round_trip = self._heartbeat.round_trip
             info = replace(
@@ -315,7 +330,7 @@ class Machine:
             return [event for event in self._events if event.sequence > after]
 
     def shut_down(self, action: ShutdownAction) -> None:
-        computer = self._running()
+        computer = self._active()
         with computer.lock:
             self._shutdown.request(action)
 
@@ -327,6 +342,39 @@ class Machine:
     def reset(self) -> None:
         self._running()
         self._soon(self._boots, lambda: self._restart("asked by the user"))
+
+    def pause(self) -> None:
+        with self._pausing:
+            computer = self._active()
+            computer.standstill.begin()
+            computer.tick()  # the guest's last words come out
+            with computer.lock:
+                self._paused, self._paused_at = computer, time.monotonic()
+                self._heartbeat.set_paused(True, self._paused_at)
+                if self._sockets is not None:
+                    self._sockets.pause()
+        self.record("paused")
+
+    def resume(self) -> None:
+        with self._pausing:
+            computer = self._running()
+            if self._paused is not computer:
+                raise HvHostError(f"machine {self._config.name!r} is not paused; it runs.")
+            seconds = time.monotonic() - self._paused_at
+            # Before the guest runs: a shutdown it asks for must not find the machine paused.
+            self.record("resumed", f"after {seconds:.1f} s")
+            with computer.lock:
+                self._paused = None
+                self._heartbeat.set_paused(False, time.monotonic())
+                if self._sockets is not None:
+                    self._sockets.resume()
+
+            def tell_time() -> None:
+                with computer.lock:
+                    if self._timesync.ready:
+                        self._timesync.sync()
+
+            computer.standstill.end(tell_time)
 
     def nmi(self) -> None:
         self._running().nmi()
@@ -340,7 +388,7 @@ class Machine:
         return self._running().where()
 
     def heartbeat_round_trips(self, count: int) -> list[float]:
-        computer = self._running()
+        computer = self._active()
         done = threading.Event()
         result: list[float] = []
 
@@ -360,7 +408,7 @@ class Machine:
         return read_clocks(self._running().reference_nanoseconds)
 
     def time_sync(self) -> float:
-        computer = self._running()
+        computer = self._active()
         answered = threading.Event()
         result: list[bool] = []
 
@@ -384,7 +432,7 @@ class Machine:
         return watch_clock(self._running().memory, address, count, interval)
 
     def _exchange(self) -> KvpExchange:
-        return KvpExchange(self._kvp, self._running().lock)
+        return KvpExchange(self._kvp, self._active().lock)
 
     def kvp_list(self, pool: KvpPool | None) -> list[KvpRecord]:
         return self._exchange().items(pool)
@@ -408,7 +456,7 @@ class Machine:
         self, source: str, destination: str, *, create_path: bool, overwrite: bool
     ) -> CopyProgress:
         return self._copier.start(
-            self._running().lock,
+            self._active().lock,
             source,
             destination,
             create_path=create_path,

@@ -37,6 +37,7 @@ class HeartbeatStatus(StrEnum):
     NO_DRIVER = "no-driver"
     OK = "ok"
     NO_CONTACT = "no-contact"
+    PAUSED = "paused"
     CRASHED = "crashed"
 
 
@@ -225,8 +226,9 @@ class MachineEvent:
     """Something that happened; ``sequence`` grows by one, so that a client can ask for the rest.
 
     Kinds: ``started``, ``reset``, ``heartbeat`` (detail: the new status), ``crash`` (detail: the
-    guest's text), ``bus`` (detail: the negotiated version), ``fault`` (detail: what the guest did
-    wrong), ``sleep`` (detail: ``S5``), ``stopped`` (detail: why).
+    guest's text), ``paused``, ``resumed`` (detail: after how long), ``bus`` (detail: the
+    negotiated version), ``fault`` (detail: what the guest did wrong), ``sleep`` (detail: ``S5``),
+    ``stopped`` (detail: why).
     """
 
     sequence: int
@@ -264,6 +266,14 @@ class LiveMachine(Protocol):
 
     def reset(self) -> None:
         """Hard reset: the guest boots again from its kernel."""
+        ...
+
+    def pause(self) -> None:
+        """Stop every VP and the partition's clock; devices keep their state."""
+        ...
+
+    def resume(self) -> None:
+        """Let a paused machine go on; its guest is told the time."""
         ...
 
     def nmi(self) -> None:

@@ -104,6 +104,14 @@ class MachineClient:
         """Hard reset."""
         self._post("reset")
 
+    def pause(self) -> None:
+        """Stop every virtual processor and the guest's clock."""
+        self._post("pause")
+
+    def resume(self) -> None:
+        """Let a paused machine go on; its guest is told the time."""
+        self._post("resume")
+
     def nmi(self) -> None:
         """Raise a non-maskable interrupt on virtual processor 0."""
         self._post("nmi")

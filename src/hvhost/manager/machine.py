@@ -222,6 +222,14 @@ class Machine:
         """Hard reset: the guest boots again from its kernel."""
         await self._do("reset")
 
+    async def pause(self) -> None:
+        """Stop every virtual processor and the guest's clock until :meth:`resume`."""
+        await self._do("pause")
+
+    async def resume(self) -> None:
+        """Let a paused machine go on; its guest is told the time."""
+        await self._do("resume")
+
     async def nmi(self) -> None:
         """Raise a non-maskable interrupt on virtual processor 0."""
         await self._do("nmi")

@@ -76,8 +76,10 @@ class Processor:
         self._quads = vcpu.run_state[:4096].cast("Q")
         self._requests: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._requests_lock = threading.Lock()
+        self._news = threading.Condition(self._requests_lock)
         self._accepting = False
         self._stopping = False
+        self._pausing = False
         self._thread = threading.Thread(target=self._main, name=f"vp-{vcpu.index}", daemon=True)
 
     def start(self) -> None:
@@ -99,6 +101,7 @@ class Processor:
             if not self._accepting:
                 raise self._stopped()
             self._requests.append((function, future))
+            self._news.notify()
         self.vcpu.kick()
         try:
             return future.result(_CALL_SECONDS)  # type: ignore[return-value] # function's result
@@ -111,6 +114,26 @@ class Processor:
                 "the computer may be overloaded, try again."
             ) from None
 
+    def pause(self) -> None:
+        """Keep the guest from running until :meth:`resume`; when this returns, it does not run.
+
+        Calls are still served. Any thread, without the machine's lock; :class:`HvHostError` as for
+        :meth:`call`, and then the processor is not paused.
+        """
+        self._pausing = True
+        try:
+            # Served by a thread that is out of the guest and has seen the flag before it goes back.
+            self.call(lambda: None)
+        except BaseException:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Run the guest again; any thread."""
+        with self._news:
+            self._pausing = False
+            self._news.notify()
+
     def _stopped(self) -> HvHostError:
         return HvHostError(
             f"virtual processor {self.vcpu.index} does not run (any more); start the machine again."
@@ -118,7 +141,9 @@ class Processor:
 
     def stop(self) -> None:
         """End the thread; the guest is not run again. Any thread, without the machine's lock."""
-        self._stopping = True
+        with self._news:
+            self._stopping = True
+            self._news.notify()
         if self._thread.ident is None or self._thread is threading.current_thread():
             return
         while self._thread.is_alive():
@@ -162,8 +187,10 @@ class Processor:
             Exit.X86_RDMSR: self._rdmsr,
         }
         while not self._stopping:
-            if self._requests:
-                self._serve_requests()
+            if self._requests or self._pausing:
+                self._stay_out()
+                if self._stopping:
+                    return
             error = run()
             if error:
                 exits["interrupted"] += 1
@@ -179,6 +206,14 @@ class Processor:
                 handler()
             elif not self._other(reason):
                 return
+
+    def _stay_out(self) -> None:
+        """Serve requests; while the processor is paused, do nothing else."""
+        self._serve_requests()
+        while self._pausing and not self._stopping:
+            with self._news:
+                self._news.wait_for(lambda: self._requests or self._stopping or not self._pausing)
+            self._serve_requests()
 
     def _serve_requests(self) -> None:
         while self._requests:

@@ -37,12 +37,13 @@ UNANSWERED_LIMIT: Final = 8
 @dataclass(slots=True)
 class HeartbeatState:
     """``silence`` is how many seconds a heartbeat has been unanswered; ``crashed`` stays until the
-    machine takes it back or a new driver opens the channel."""
+    machine takes it back or a new driver opens the channel; ``paused`` while the machine is."""
 
     conversation: ConversationState = field(default_factory=ConversationState)
     sequence: int = 0
     silence: float = 0.0
     crashed: bool = False
+    paused: bool = False
 
 
 @dataclass(slots=True)
@@ -96,6 +97,8 @@ class Heartbeat:
         state = self.state
         if state.crashed:
             return HeartbeatStatus.CRASHED
+        if state.paused:
+            return HeartbeatStatus.PAUSED
         if not self._conversation.ready:
             return HeartbeatStatus.NO_DRIVER
         if self._silence(now) >= MISSED * self.interval:
@@ -118,6 +121,13 @@ class Heartbeat:
     def set_crashed(self, crashed: bool) -> None:
         """The machine knows that the guest panicked, or that it was reset since."""
         self.state.crashed = crashed
+        self._tell(self._status_now())
+
+    def set_paused(self, paused: bool, now: float) -> None:
+        """The machine stands still, or goes on: *now*, from when on silence counts again."""
+        if paused:
+            self.state.silence = self._silence(now)
+        self.state.paused, self._last_tick = paused, now
         self._tell(self._status_now())
 
     def measure(self, count: int, done: Callable[[list[float]], None]) -> None:

@@ -91,6 +91,8 @@ class SocketBridge:
         self.connections: set[Connection] = set()
         #: False refuses new connections both ways.
         self.enabled = True
+        #: The guest stands still: nobody in it can take a connection.
+        self.paused = False
         #: When the guest accepted a connection last.
         self.accepted_at = 0.0
         self._directory = directory
@@ -117,6 +119,7 @@ class SocketBridge:
 
     def attach(self, bus: VmbusServer, lock: threading.RLock) -> None:
         """A computer was built."""
+        self.paused = False
         self._attachment = Attachment(bus, lock)
         bus.on_connect = self.guest_connects
 
@@ -127,6 +130,16 @@ class SocketBridge:
             with attachment.lock:
                 for connection in list(self.connections):
                     connection.end()
+
+    def pause(self) -> None:
+        """The guest stands still: connections stay, new ones are refused; with the lock held."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """The guest goes on, and has all its time again to take what it was offered."""
+        self.paused, self.accepted_at = False, time.monotonic()
+        for connection in self.connections:
+            connection.offered_again()
 
     def guest_connects(self, endpoint: uuid.UUID, service: uuid.UUID) -> bool:
         """The guest's *endpoint* asks for *service* of the host; whether somebody listens."""
@@ -153,6 +166,8 @@ class SocketBridge:
         if attachment is None:
             raise HvHostError("the machine is being reset; try again.")
         with attachment.lock:
+            if self.paused:
+                raise HvHostError("the machine is paused; resume it first.")
             if not self.enabled:
                 raise HvHostError("sockets are switched off for this machine.")
             if self._full():
@@ -303,11 +318,19 @@ class Connection:
         if channel is not None and channel.state not in _GONE:
             self._bus.remove_device(channel)
 
+    def offered_again(self) -> None:
+        """Time in which the guest stood still does not count."""
+        if not self._accepted:
+            self._offered_at = time.monotonic()
+
     def _late(self) -> None:
         with self._lock:
             if self._accepted or self._over:
                 return
             bridge, now = self._bridge, time.monotonic()
+            if bridge.paused:
+                bridge.later(bridge.accept_seconds, self._late)
+                return
             left = max(self._offered_at, bridge.accepted_at) + bridge.accept_seconds - now
             left = min(left, self._offered_at + ACCEPT_LIMIT - now)
             if left > 0:
@@ -451,7 +474,10 @@ class Connection:
 
     def _give_up(self) -> None:
         with self._lock:
-            self.end()
+            if self._bridge.paused:
+                self._bridge.later(self._bridge.linger_seconds, self._give_up)
+            else:
+                self.end()
 
     def _process(self) -> None:
         with self._lock:

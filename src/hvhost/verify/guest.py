@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -72,8 +73,20 @@ class Shape:
 ANY_SHAPE = Shape()
 
 
+class Carrier(StrEnum):
+    """What carries the conversation with a probe."""
+
+    SOCKET = "Hyper-V socket"
+    SERIAL_LINE = "serial line"
+
+
 class Probe(Protocol):
     """The program inside the guest. All methods raise :class:`HvHostError` when it is gone."""
+
+    @property
+    def carrier(self) -> Carrier:
+        """How it is reached."""
+        ...
 
     def read(self, path: str) -> str:
         """A file of the guest as text; :class:`HvHostError` with its error if unreadable."""
@@ -145,6 +158,12 @@ class Machine(Protocol):
     def reset(self) -> None: ...
 
     def nmi(self) -> None: ...
+
+    def pause(self) -> None:
+        """Have every VP and the guest's clock stand still until :meth:`resume`."""
+        ...
+
+    def resume(self) -> None: ...
 
     def hang(self) -> list[ProcessorInfo]:
         """Leave every VP on a jump to itself with interrupts off; where they are then."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import shlex
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -40,7 +39,8 @@ from hvhost.manager.storage import DriveClient
 from hvhost.paths import runtime_dir
 from hvhost.sockets.protocol import Service, listen_name, service_id
 from hvhost.units import KIB
-from hvhost.verify.guest import ANY_SHAPE, CommandResult, Machine, Modules, Probe, Shape
+from hvhost.verify.guest import ANY_SHAPE, Machine, Modules, Probe, Shape
+from hvhost.verify.live_probe import best_probe
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.services import Services
 
@@ -58,52 +58,6 @@ _TIMES = (13, 14)  # utime and stime
 _GUEST_TIME = 42
 _RIG_MEMORY, _BLOCK = "/memfd:hvhost-rig", 512
 _UCRED = struct.Struct("=iII")
-
-
-class LiveProbe:
-    """:class:`hvhost.verify.guest.Probe` over the probe's client."""
-
-    def __init__(self, client: ProbeClient) -> None:
-        self._client = client
-
-    def read(self, path: str) -> str:
-        return self._client.read_file(path).decode("utf-8", "replace")
-
-    def read_bytes(self, path: str) -> bytes:
-        return self._client.read_file(path)
-
-    def read_all(self, *patterns: str) -> dict[str, str]:
-        # One request for all of them; what grep cannot read it leaves out. Patterns are ours.
-        result = self._client.run(f"cd /; grep -s -H '' {' '.join(patterns)}")
-        files: dict[str, list[str]] = {}
-        for line in result.stdout.decode("utf-8", "replace").splitlines():
-            path, _, text = line.partition(":")
-            files.setdefault(path, []).append(text)
-        return {path: "\n".join(lines) for path, lines in files.items()}
-
-    def write(self, path: str, text: str) -> None:
-        self._client.write_text(path, text)
-
-    def run(self, command: Sequence[str], timeout: float) -> CommandResult:
-        result = self._client.run([*command], timeout)
-        return CommandResult(
-            result.status, (result.stdout + result.stderr).decode("utf-8", "replace")
-        )
-
-    def fire(self, path: str, text: str) -> None:
-        # Late enough for the answer to this command to get out first.
-        script = f"sleep 0.3; echo {shlex.quote(text)} > {shlex.quote(path)}"
-        self._client.run(f"setsid sh -c {shlex.quote(script)} </dev/null >/dev/null 2>&1 &")
-
-    def answers(self, timeout: float) -> bool:
-        try:
-            self._client.ping(timeout)
-        except HvHostError:
-            return False
-        return True
-
-    def close(self) -> None:
-        self._client.close()
 
 
 class ConsoleLog:
@@ -305,6 +259,12 @@ class LiveMachine:
     def nmi(self) -> None:
         self._ask(self._client.nmi)
 
+    def pause(self) -> None:
+        self._ask(self._client.pause)
+
+    def resume(self) -> None:
+        self._ask(self._client.resume)
+
     def hang(self) -> list[ProcessorInfo]:
         return self._ask(self._client.hang)
 
@@ -394,8 +354,8 @@ class LiveMachine:
         except ProbeTimeout as error:
             # A row that needs a driver which is not there yet will say so.
             log.warning("%s", error)
-        client, self._pending = self._pending, None
-        return LiveProbe(client)
+        serial, self._pending = self._pending, None
+        return best_probe(serial, self._directory.path)
 
     def keep_logs(self, directory: Path) -> None:
         path = directory / "worker.log"

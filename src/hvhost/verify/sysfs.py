@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvhost.errors import HvHostError
+from hvhost.sockets.protocol import SRV_ID_TEMPLATE
 from hvhost.verify.contract import INTERFACE_NAMES
 from hvhost.verify.guest import Probe
 
+_SOCKET_TAIL = str(SRV_ID_TEMPLATE)[8:]
 DEVICES = "/sys/bus/vmbus/devices"
 
 
@@ -40,7 +42,10 @@ class ChannelCounters:
 
 def interface_name(interface_type: str) -> str:
     """A readable name for an interface type, or the GUID itself."""
-    return INTERFACE_NAMES.get(interface_type, interface_type)
+    known = INTERFACE_NAMES.get(interface_type)
+    if known is None and interface_type.endswith(_SOCKET_TAIL):
+        return f"socket, port {int(interface_type[:8], 16)}"
+    return known or interface_type
 
 
 def _guid(text: str) -> str:

@@ -33,6 +33,8 @@ COMMANDS = [
     ["stop"],
     ["restart"],
     ["nmi"],
+    ["pause"],
+    ["resume"],
     ["time"],
     ["kvp"],
     ["doctor"],
@@ -170,6 +172,10 @@ def test_run_detached_and_the_rest_of_its_life(
     assert json.loads(hvhost("info", "m1", "--json").out)["channels"][0]["name"] == "heartbeat"
 
     assert hvhost("nmi", "m1").status == 0
+    assert hvhost("pause", "m1").status == 0
+    assert "paused" in hvhost("ps").out
+    assert "'m1' is paused" in hvhost.sentence("pause", "m1")
+    assert hvhost("resume", "m1").status == 0
     assert "took the time after 0.5 ms" in hvhost("time", "m1", "sync").out
     assert hvhost("restart", "m1").status == 0
     assert hvhost("restart", "--force", "m1").status == 0
@@ -225,7 +231,9 @@ def test_a_crash_is_shown(
     worker.stop()
 
 
-@pytest.mark.parametrize("command", ["info", "console", "stop", "restart", "nmi"])
+@pytest.mark.parametrize(
+    "command", ["info", "console", "stop", "restart", "nmi", "pause", "resume"]
+)
 def test_no_such_machine(hvhost: Hvhost, runtime: Path, command: str) -> None:
     sentence = hvhost.sentence(command, "nobody")
     assert sentence == "there is no running machine 'nobody'; `hvhost ps` lists those there are."
@@ -407,4 +415,4 @@ def test_completion_offers_the_commands(hvhost: Hvhost, monkeypatch: pytest.Monk
     monkeypatch.setenv("_HVHOST_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "hvhost re")
     monkeypatch.setenv("COMP_CWORD", "1")
-    assert hvhost().out.split() == ["restart"]
+    assert hvhost().out.split() == ["restart", "resume"]

@@ -454,3 +454,23 @@ def test_no_compiler_is_said_plainly(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("CC", "/bin/false")
     with pytest.raises(HvHostError, match="could not build"):
         probe.build_probe()
+
+
+def test_a_file_is_waited_for(client: ProbeClient, tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    with pytest.raises(ProbeTimeout, match=r"longer than 0\.2 s"):
+        client.wait_file(str(path), 0.2)
+    timer = threading.Timer(0.2, path.touch)
+    timer.start()
+    client.wait_file(str(path), 10)
+    timer.join()
+    client.wait_file(str(path), 10)  # it is there
+
+
+@pytest.mark.parametrize(("said", "there"), [("listening\n", True), ("none\n", False)])
+def test_the_probe_says_whether_it_has_sockets(
+    client: ProbeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, there: bool
+) -> None:
+    monkeypatch.setattr(probe, "SOCKETS_FILE", str(tmp_path / "sockets"))
+    (tmp_path / "sockets").write_text(said)
+    assert client.has_sockets(10) is there

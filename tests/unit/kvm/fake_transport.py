@@ -280,6 +280,7 @@ class FakeTransport:
         """Guest page tables: linear to physical page addresses."""
         self.gone: str | None = None
         self.closed = 0
+        self.clock = 123456789
         self.code_loads = 0
         self.discarded: list[tuple[int, int]] = []
         self._scripts = scripts
@@ -434,7 +435,11 @@ class FakeTransport:
             _, count, first = struct.unpack_from("<III", argument, 8)
             self.filtered = first, count
         elif request == k.KVM_GET_CLOCK:
-            struct.pack_into("<Q", argument, 0, 123456789)
+            struct.pack_into("<Q", argument, 0, self.clock)
+        elif request == k.KVM_SET_CLOCK:
+            assert not any(processor.running for processor in self._processors.values())
+            self.clock, *rest = struct.unpack("<6Q", argument)
+            assert not any(rest)
         else:
             known = (
                 k.KVM_SET_IDENTITY_MAP_ADDR,

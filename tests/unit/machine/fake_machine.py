@@ -140,6 +140,16 @@ class FakeMachine:
         self.boots += 1
         self.post("reset")
 
+    def pause(self) -> None:
+        if self.state is MachineState.PAUSED:
+            raise HvHostError(f"machine {self._config.name!r} is paused.")
+        self.calls.append("pause")
+        self.state, self.heartbeat = MachineState.PAUSED, HeartbeatStatus.PAUSED
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+        self.state, self.heartbeat = MachineState.RUNNING, HeartbeatStatus.OK
+
     def nmi(self) -> None:
         self.calls.append("nmi")
 

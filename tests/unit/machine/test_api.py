@@ -81,6 +81,8 @@ def test_only_the_owner_may_connect(api: Api) -> None:
         ("stop", None, "force_stop"),
         ("reset", None, "reset"),
         ("nmi", b"{}", "nmi"),
+        ("pause", None, "pause"),
+        ("resume", None, "resume"),
     ],
 )
 def test_actions_reach_the_machine(api: Api, path: str, body: bytes | None, call: str) -> None:

@@ -817,3 +817,88 @@ def test_a_computer_that_does_not_close_does_not_keep_the_worker(
     one.ended()
     assert one.machine.info().state is MachineState.STOPPED
     one.loop.close()
+
+
+def runs_on(kvm: FakeTransport) -> Script:
+    while True:
+        yield Out(0x80, 1, b"x")
+
+
+def ports_written(one: Life) -> int:
+    return one.machine.info().exits.get("out 0x80", 0)
+
+
+def test_a_paused_machine_stands_still_and_goes_on_where_it_was() -> None:
+    with life((runs_on, runs_on), cpus=2) as one:
+        machine, (transport,) = one.machine, one.transports
+        machine.pause()
+        info = machine.info()
+        assert (info.state, info.heartbeat) == (MachineState.PAUSED, "paused")
+        written = ports_written(one)
+        time.sleep(0.02)
+        assert ports_written(one) == written
+        transport.clock += 10**9  # KVM's goes on
+        for call in (
+            machine.pause,
+            machine.time_sync,
+            lambda: machine.shut_down(ShutdownAction.REBOOT),
+            lambda: machine.heartbeat_round_trips(1),
+            lambda: machine.kvp_list(None),
+            lambda: machine.copy_start("/f", "/f", create_path=False, overwrite=False),
+        ):
+            with pytest.raises(HvHostError, match="'test' is paused; `hvhost resume test`"):
+                call()
+        machine.nmi()
+        assert len(machine.processors()) == 2
+        machine.resume()
+        assert transport.clock == 123456789
+        assert machine.info().state is MachineState.RUNNING
+        one.wait_for(lambda: ports_written(one) > written)
+        with pytest.raises(HvHostError, match="is not paused; it runs"):
+            machine.resume()
+        kinds = [kind for kind, _ in one.kinds()]
+        assert kinds == ["started", "heartbeat", "paused", "resumed", "heartbeat"]
+
+
+def test_no_time_passes_for_the_services_of_a_paused_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with life((runs_on,)) as one:
+        machine, computer = one.machine, one.machine._computer
+        assert computer is not None
+        ticks: list[float] = []
+        monkeypatch.setattr(machine._kvp, "tick", ticks.append)
+        machine.pause()
+        machine._tick(computer)
+        assert not ticks
+        machine.resume()
+        machine._tick(computer)
+        assert ticks
+
+
+def test_a_resumed_guest_is_told_the_time_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with life((runs_on,)) as one:
+        machine, transport = one.machine, one.transports[0]
+        told: list[tuple[bool, int]] = []
+        running = transport._processors[0]
+        monkeypatch.setattr(type(machine._timesync), "ready", True)
+        monkeypatch.setattr(
+            machine._timesync, "sync", lambda: told.append((running.running, transport.clock))
+        )
+        machine.pause()
+        assert not told
+        transport.clock += 10**9
+        machine.resume()
+        assert told == [(False, 123456789)]
+
+
+def test_a_paused_machine_is_reset_and_stopped() -> None:
+    with life((runs_on,), (runs_on,)) as one:
+        one.machine.pause()
+        one.machine.reset()
+        one.wait_for(lambda: one.machine.info().boots == 2)
+        assert one.machine.info().state is MachineState.RUNNING
+        one.machine.pause()
+        one.machine.force_stop()
+        one.ended()
+        assert one.machine.info().state is MachineState.STOPPED

@@ -67,6 +67,9 @@ def test_all_else_a_client_can_ask(runtime: Path, config: MachineConfig) -> None
     worker = launch(config, detach=True)
     client = MachineClient("m1")
     client.nmi()
+    client.pause()
+    assert client.info().heartbeat is HeartbeatStatus.PAUSED
+    client.resume()
     assert client.hang() == client.processors()
     assert client.info().heartbeat is HeartbeatStatus.NO_CONTACT
     assert [event.kind for event in client.events(timeout=5)] == ["started", "heartbeat"]

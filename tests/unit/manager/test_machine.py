@@ -66,6 +66,9 @@ def test_every_control(runtime: Path, config: MachineConfig) -> None:
         await machine.shut_down(reboot=True)
         assert (await machine.info()).boots == 3
         await machine.nmi()
+        await machine.pause()
+        assert (await machine.info()).heartbeat is HeartbeatStatus.PAUSED
+        await machine.resume()
         assert await machine.measure_heartbeats(2) == [0.001] * 2
         await machine.force_stop()
         assert MachineDirectory.of("m1").state() is NameState.FREE

@@ -446,3 +446,54 @@ def test_stop_waits_for_the_thread_although_nobody_can_be_kicked() -> None:
     processor.stop()
     assert not processor._thread.is_alive()
     assert machine.stops == ["the rig is gone."]
+
+
+def counting(transport: FakeTransport) -> Script:
+    while True:
+        yield Out(0x80, 1, b"x")
+
+
+def counts(machine: Machine) -> int:
+    return sum(event[0] == "out" for event in machine.events)
+
+
+def test_a_paused_processor_runs_nothing_and_still_serves_calls() -> None:
+    _, processor, machine = build(counting)
+    processor.start()
+    try:
+        for _ in range(20):
+            processor.pause()
+            before = counts(machine)
+            assert processor.call(lambda: 5) == 5
+            time.sleep(0.005)
+            assert counts(machine) == before
+            processor.resume()
+            deadline = time.monotonic() + 10
+            while counts(machine) == before:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+    finally:
+        processor.stop()
+    assert not processor._thread.is_alive()
+
+
+def test_a_halted_processor_is_paused_and_stopped() -> None:
+    transport, processor, _ = build(halted)
+    processor.start()
+    processor.pause()
+    assert not transport._processors[0].running
+    processor.stop()
+    assert not processor._thread.is_alive()
+
+
+def test_a_processor_that_ended_cannot_be_paused() -> None:
+    def ends(transport: FakeTransport) -> Script:
+        yield Other(Exit.SHUTDOWN)
+
+    _, processor, machine = build(ends)
+    processor.start()
+    assert machine.ended.wait(10)
+    processor._thread.join(10)
+    with pytest.raises(HvHostError, match="does not run"):
+        processor.pause()
+    assert not processor._pausing

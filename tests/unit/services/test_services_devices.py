@@ -96,6 +96,19 @@ def test_time_nobody_ticked_is_not_held_against_the_guest() -> None:
     assert pulse.told == [OK]
 
 
+def test_a_paused_machine_is_told_apart_and_not_held_against_the_guest() -> None:
+    pulse = Pulse().boot()
+    assert [pulse.wait() for _ in range(3)] == [OK, OK, OK]  # none of these is answered
+    pulse.device.set_paused(True, pulse.now)
+    assert pulse.device.status(pulse.now + 3600) is HeartbeatStatus.PAUSED
+    pulse.now += 3600
+    pulse.device.set_paused(False, pulse.now)
+    assert pulse.device.status(pulse.now) is OK
+    assert pulse.wait() is NO_CONTACT, "the silence before the pause still counts"
+    pulse.service.run()
+    assert pulse.told == [OK, HeartbeatStatus.PAUSED, OK, NO_CONTACT, OK]
+
+
 def test_a_clock_that_goes_back_harms_nothing() -> None:
     pulse = Pulse().boot()
     pulse.wait()

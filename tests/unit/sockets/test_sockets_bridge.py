@@ -155,6 +155,29 @@ def test_nobody_listens_in_the_guest(host: SocketHost) -> None:
     assert over(host)
 
 
+def test_a_paused_guest_is_not_connected_to_and_its_time_is_not_counted(
+    host: SocketHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = host.dial(b"CONNECT 1\n")
+    (offer,) = host.new_offers()
+    host.bridge.pause()
+    assert "paused; resume it first" in refusal(host, b"CONNECT 2\n")
+    monkeypatch.setattr(bridge_module, "ACCEPT_LIMIT", 0.2)
+    host.run(0.3)  # longer than an offer waits
+    host.bridge.resume()
+    guest = host.open(offer)
+    assert program.recv(100).startswith(b"OK ")
+    guest.send(b"hello")
+    assert program.recv(100) == b"hello"
+    program.close()
+
+
+def test_a_resumed_guest_that_takes_nothing_is_given_up(host: SocketHost) -> None:
+    host.bridge.pause()
+    host.bridge.resume()
+    assert "nobody in the guest accepted" in refusal(host, b"CONNECT 1\n", 0.1)
+
+
 def test_an_acceptance_that_comes_too_late(host: SocketHost) -> None:
     program = host.dial(b"CONNECT 1\n")
     (offer,) = host.new_offers()

@@ -37,6 +37,7 @@ from hvhost.verify.contract import (
 )
 from hvhost.verify.guest import (
     ANY_SHAPE,
+    Carrier,
     CommandResult,
     Machine,
     MemoryControl,
@@ -297,6 +298,7 @@ class ScriptedMachine:
             "/proc/sys/kernel/osrelease": RELEASE + "\n",
             "/proc/sys/kernel/random/boot_id": self._boot_id + "\n",
             "/proc/sys/kernel/unknown_nmi_panic": "0\n",
+            "/proc/uptime": f"{self.services.uptime():.2f} 1.00\n",
             "/sys/devices/system/cpu/online": online + "\n",
             "/proc/cpuinfo": mapping + "\n",
             "/proc/interrupts": (
@@ -396,6 +398,15 @@ class ScriptedMachine:
         if "reset-ignored" not in self.faults:
             self._boot()
 
+    def pause(self) -> None:
+        if "says-running" not in self.faults:
+            self.state, self.heartbeat = MachineState.PAUSED, HeartbeatStatus.PAUSED
+        self.services.pause()
+
+    def resume(self) -> None:
+        self.state, self.heartbeat = MachineState.RUNNING, HeartbeatStatus.OK
+        self.services.resume()
+
     def nmi(self) -> None:
         self._alive()
         if "nmi-lost" in self.faults or not (self.hung and self.nmi_panics):
@@ -476,6 +487,8 @@ class ScriptedProbe:
     def __init__(self, machine: ScriptedMachine) -> None:
         self.machine = machine
         self.boot = machine.boot_count
+        serial = "serial" in machine.faults
+        self.carrier = Carrier.SERIAL_LINE if serial else Carrier.SOCKET
 
     def _there(self) -> ScriptedMachine:
         if not self.answers(0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections.abc import Sequence
 
 from hvhost.errors import HvHostError
@@ -33,6 +34,8 @@ class ScriptedServices:
         self.clocksource = "tsc" if "invariant" in faults else PAGE
         self.loaded = False
         self.samples = 0
+        self.paused_at: float | None = None
+        self.stood = 0.0  # seconds in which the guest did not run
         self.pools: dict[int, dict[str, str]] = {}
         self.given: dict[str, str] = {}  # of pool 0
         self.new_daemon()
@@ -50,6 +53,20 @@ class ScriptedServices:
             del self.pools[3]["PhysicalHostName"]
         if "not-given-again" not in self.faults:
             self.pools[0] |= self.given
+
+    def uptime(self) -> float:
+        return time.monotonic() - self.stood
+
+    def pause(self) -> None:
+        self.paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        assert self.paused_at is not None
+        stood, self.paused_at = time.monotonic() - self.paused_at, None
+        if "clock-runs-on" not in self.faults:
+            self.stood += stood
+        if "no-sync-on-resume" in self.faults:
+            self.offset -= 6.0
 
     def interrupt(self) -> int:
         """A time sample, at every look at the counters."""
@@ -145,6 +162,9 @@ class ScriptedServices:
         return 0.001
 
     def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
+        if self.paused_at is not None and "paused-runs" not in self.faults:
+            time.sleep(0.05)
+            raise HvHostError("The guest's clock does not change; see its program.")
         ahead = round(self.offset * 1e9)
         if self.clock != "realtime":
             ahead = 3000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -17,19 +18,22 @@ from pathlib import Path
 import pytest
 
 from hvhost.errors import HvHostError
+from hvhost.guests import probe as probe_module
 from hvhost.guests.build import GuestImages
 from hvhost.guests.probe import ProbeClient, build_probe
 from hvhost.machine.model import MachineConfig, MachineEvent, ShutdownAction
 from hvhost.manager.launcher import launch
-from hvhost.verify import live
-from hvhost.verify.live import EventLog, LiveGuest, LiveMachine, LiveProbe
+from hvhost.verify import live, live_probe
+from hvhost.verify.guest import Carrier
+from hvhost.verify.live import EventLog, LiveGuest, LiveMachine
+from hvhost.verify.live_probe import LiveProbe, best_probe
 from hvhost.verify.options import VerifyOptions
 
 FAKE_WORKER = Path(__file__).parents[1] / "manager" / "fake_worker.py"
 
 
-@pytest.fixture
-def probe() -> Iterator[LiveProbe]:
+@contextlib.contextmanager
+def real_probe() -> Iterator[ProbeClient]:
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
         [str(build_probe()), "-"], stdin=theirs.fileno(), stdout=theirs.fileno()
@@ -37,10 +41,82 @@ def probe() -> Iterator[LiveProbe]:
     theirs.close()
     connection = ProbeClient(ours)
     connection.wait_ready(10, drivers=False)
-    client = LiveProbe(connection)
-    yield client
-    client.close()
+    yield connection
+    connection.close()
     process.wait(10)
+
+
+@pytest.fixture
+def probe() -> Iterator[LiveProbe]:
+    with real_probe() as connection:
+        yield LiveProbe(connection, Carrier.SERIAL_LINE)
+
+
+class SocketGuest:
+    """Another probe behind a machine's socket, as a guest's; or nobody."""
+
+    def __init__(self, directory: Path, answer: bytes) -> None:
+        self.asked: list[bytes] = []
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(directory / "vsock.sock"))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        stream, _ = self._listener.accept()
+        with stream:
+            self.asked.append(stream.recv(64))
+            stream.sendall(self._answer)
+            if self._answer.startswith(b"OK"):
+                subprocess.run(
+                    [str(build_probe()), "-"],
+                    stdin=stream.fileno(),
+                    stdout=stream.fileno(),
+                    check=True,
+                )
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "carrier", "asked"),
+    [
+        ("listening\n", b"OK 1\n", Carrier.SOCKET, [b"CONNECT 26742\n"]),
+        ("listening\n", b"REFUSED nobody took it.\n", Carrier.SERIAL_LINE, [b"CONNECT 26742\n"]),
+        ("none\n", b"OK 1\n", Carrier.SERIAL_LINE, []),
+    ],
+)
+def test_the_probe_is_asked_over_sockets_where_the_guest_has_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    answer: bytes,
+    carrier: Carrier,
+    asked: list[bytes],
+) -> None:
+    monkeypatch.setattr(probe_module, "SOCKETS_FILE", str(tmp_path / "sockets"))
+    guest = SocketGuest(tmp_path, answer)
+    with real_probe() as serial:
+
+        def find_out() -> None:
+            time.sleep(0.2)
+            (tmp_path / "new").write_text(said)
+            (tmp_path / "new").rename(tmp_path / "sockets")
+
+        threading.Thread(target=find_out, daemon=True).start()
+        probe = best_probe(serial, tmp_path)
+        assert probe.carrier is carrier
+        assert guest.asked == asked
+        assert probe.run(["echo", "hello"], 5).output == "hello\n"
+        probe.close()
+
+
+def test_a_guest_that_never_says_whether_it_has_sockets_keeps_the_serial_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_module, "SOCKETS_FILE", str(tmp_path / "sockets"))
+    monkeypatch.setattr(live_probe, "_FOUND_OUT_SECONDS", 0.2)
+    with real_probe() as serial:
+        assert best_probe(serial, tmp_path).carrier is Carrier.SERIAL_LINE
 
 
 def test_files(probe: LiveProbe, tmp_path: Path) -> None:
@@ -73,7 +149,8 @@ def test_commands(probe: LiveProbe, tmp_path: Path) -> None:
 
 def test_answers(probe: LiveProbe) -> None:
     assert probe.answers(5)
-    assert not LiveProbe(ProbeClient(socket.socketpair()[0])).answers(0.05)
+    silent = LiveProbe(ProbeClient(socket.socketpair()[0]), Carrier.SERIAL_LINE)
+    assert not silent.answers(0.05)
 
 
 @pytest.fixture

@@ -56,6 +56,10 @@ def test_a_right_guest_works(row_id: str) -> None:
         ("time-sync", "samples-force", "a sample set the guest's clock"),
         ("time-sync", "unbind-refused", "could not unbind"),
         ("time-sync", "no-sync-on-open", "came anew and its clock was not set"),
+        ("time-sync", "says-running", "a paused machine is running, its heartbeat ok"),
+        ("time-sync", "paused-runs", "paused, but the guest's clock goes on"),
+        ("time-sync", "no-sync-on-resume", "s the guest's clock is -6.0 s wrong"),
+        ("time-sync", "clock-runs-on", "for the guest only 0.0 s are missing"),
         ("time-sync", "timesync-unbound", "no driver of the guest bound"),
         ("accurate-time", "no-page", "the guest has no hyperv_clocksource_tsc_page"),
         ("accurate-time", "invariant clocksource-stays", "keeps time by tsc, asked for"),
@@ -137,3 +141,9 @@ def test_a_pools_file_is_records_and_anything_between() -> None:
     record = b"k\xc3\xa4y\0\xff\xfe".ljust(512, b"\xee") + b"v\0".ljust(2048, b"\xff")
     assert kvp.parse_pool(record * 2 + record[:100]) == {"käy": "v"}
     assert kvp.parse_pool(record[:-1]) == {}
+
+
+def test_sockets_are_not_proven_over_the_serial_line() -> None:
+    result, _ = run_one(ScriptedGuest("serial"), "hvsocket")
+    assert result.status is Status.FAILS
+    assert "reached over its serial line" in result.evidence[0]

@@ -1,4 +1,4 @@
-"""``time-sync``: the host sets the guest's clock when asked and when a driver comes, not else.
+"""``time-sync``: the host sets the guest's clock when asked, after a pause and for a new driver.
 
 The guest's clock is put wrong by the guest itself, and read by the host in the guest's memory.
 """
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from hvhost.errors import HvHostError
+from hvhost.machine.model import HeartbeatStatus, MachineState
 from hvhost.verify.clocks import Watch, guest_clock, offset
 from hvhost.verify.contract import HV_TS_GUID
 from hvhost.verify.guest import Probe, RowFailed
@@ -22,6 +23,9 @@ LIMIT = 10.0
 SAMPLES = 2
 SAMPLE_SECONDS = 25.0
 """Seconds in which so many samples must have come."""
+CLOCK_SOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+STOOD = 0.8
+"""Of a pause, how much the guest's own clock must have stood still."""
 DRIVER = "/sys/bus/vmbus/drivers/hv_utils"
 
 
@@ -101,6 +105,52 @@ def _samples_leave_it(session: Session, probe: Probe, watch: Watch, channel: int
     return f"{came} samples came and left a clock alone that was {off:+.0f} s wrong"
 
 
+def _uptime(probe: Probe) -> float:
+    return float(probe.read("/proc/uptime").split()[0])
+
+
+def _frozen(session: Session, watch: Watch) -> None:
+    """:class:`RowFailed` unless the machine says it is paused and the guest's clock is."""
+    info = session.machine.info()
+    if info.state is not MachineState.PAUSED or info.heartbeat is not HeartbeatStatus.PAUSED:
+        raise RowFailed(f"a paused machine is {info.state}, its heartbeat {info.heartbeat}")
+    try:
+        watch(1, 0.0)
+    except HvHostError as error:
+        if "does not change" not in str(error):
+            raise
+    else:
+        raise RowFailed("the machine is paused, but the guest's clock goes on")
+
+
+def _paused(session: Session, probe: Probe, watch: Watch) -> str:
+    session.step("pausing the machine")
+    source = probe.read(CLOCK_SOURCE).strip()
+    began, uptime = time.monotonic(), _uptime(probe)
+    session.machine.pause()
+    stopped = time.monotonic()
+    try:
+        _frozen(session, watch)
+    finally:
+        session.machine.resume()
+    paused = time.monotonic() - stopped
+    seconds, off = _await_right(session, watch)
+    if seconds > LIMIT:
+        raise RowFailed(f"after a pause of {paused:.1f} s the guest's clock is {off:+.1f} s wrong")
+    stood = time.monotonic() - began - (_uptime(probe) - uptime)
+    # Another clock source, such as the TSC itself, is not Hyper-V's to stop.
+    if source.startswith("hyperv_") and stood < paused * STOOD:
+        raise RowFailed(
+            f"the machine was paused for {paused:.1f} s, but for the guest only {stood:.1f} s are "
+            f"missing by its {source}"
+        )
+    return (
+        f"paused for {paused:.1f} s, in which nothing ran (heartbeat: paused): {stood:.1f} s are "
+        f"missing in the guest's uptime, its clock was right {seconds:.2f} s after the resume "
+        f"({off * 1e3:+.2f} ms)"
+    )
+
+
 def _set_on_open(session: Session, probe: Probe, watch: Watch, device: GuestDevice) -> str:
     session.step("letting the guest's driver open its channel anew")
     for verb in ("unbind", "bind"):
@@ -118,7 +168,7 @@ def _set_on_open(session: Session, probe: Probe, watch: Watch, device: GuestDevi
 
 
 def prove(session: Session) -> Iterator[str]:
-    """One requested sync puts the clock right, both ways; samples do not; a new driver does."""
+    """One requested sync puts the clock right, so do a resume and a new driver; samples do not."""
     probe = session.running()
     session.step("waiting for the guest's time driver")
     device = timesync_device(probe)
@@ -129,4 +179,5 @@ def prove(session: Session) -> Iterator[str]:
         yield _requested(session, probe, watch, -WRONG)
         yield _samples_leave_it(session, probe, watch, min(device.channels))
         yield _set_on_open(session, probe, watch, device)
-    yield f"{ahead}; samples leave it alone; a new driver gets the time"
+        yield _paused(session, probe, watch)
+    yield f"{ahead}; samples leave it alone; a new driver and a resumed guest get the time"
