@@ -17,6 +17,7 @@ from bench.inside import seconds_to_line
 from bench.measurement import Measurement
 from bench.memory import policy, resize
 from bench.network import network
+from bench.services import services
 from bench.storage import storage
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
@@ -253,6 +254,7 @@ CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "bus": bus,
     "storage": storage,
     "network": network,
+    "services": services,
     "rig-boot": rig_boot,
     "memory": memory,
     "heartbeat": heartbeat,
