@@ -18,6 +18,7 @@ from bench.measurement import Measurement
 from bench.memory import policy, resize
 from bench.network import network
 from bench.services import services
+from bench.services_rig import measure as measure_services
 from bench.storage import storage
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
@@ -249,12 +250,20 @@ def memory(rounds: int) -> list[Measurement]:
         return [*resize(client), *policy()]
 
 
+def services_rig(rounds: int) -> list[Measurement]:
+    """File copy, key-value pairs and sockets of a real guest on the rig."""
+    del rounds
+    with running(cpus=2) as client:
+        return measure_services(client)
+
+
 CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "start-up": start_up,
     "bus": bus,
     "storage": storage,
     "network": network,
     "services": services,
+    "services-rig": services_rig,
     "rig-boot": rig_boot,
     "memory": memory,
     "heartbeat": heartbeat,

@@ -58,7 +58,7 @@ PROOFS: tuple[Proof, ...] = (
     Proof("time-sync", time_sync.prove, 240.0),
     Proof("accurate-time", accurate_time.prove, 300.0),
     Proof("file-copy", filecopy.prove, 300.0),
-    Proof("hvsocket", hvsocket.prove, 300.0),
+    Proof("hvsocket", hvsocket.prove, 420.0),
     Proof("mmio-gap", mmio_gap.prove, 240.0),
     Proof("memory-resize", memory.prove_memory_resize, 420.0),
     Proof("hot-add", memory.prove_hot_add, 420.0),

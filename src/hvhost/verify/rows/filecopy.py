@@ -51,11 +51,37 @@ def _wait_ready(session: Session) -> None:
         time.sleep(session.timing.poll)
 
 
-def _running_daemon(probe: Probe) -> str:
-    for name in (KERNEL_DAEMON, UIO_DAEMON):
-        if _run(probe, f"pidof {name}"):
-            return name
-    raise RowFailed("no file copy daemon runs in the guest", [_run(probe, "ps")])
+def _running_daemon(session: Session, probe: Probe) -> str:
+    deadline = time.monotonic() + session.timing.event
+    while True:
+        for name in (KERNEL_DAEMON, UIO_DAEMON):
+            if _run(probe, f"pidof {name}"):
+                return name
+        if time.monotonic() >= deadline:
+            raise RowFailed("no file copy daemon runs in the guest", [_run(probe, "ps")])
+        time.sleep(session.timing.poll)
+
+
+def _await_daemon(session: Session, probe: Probe, source: Path) -> None:
+    """Wait until a daemon that was started takes a file; it registers in its own time.
+
+    The kernel's driver has its channel open without one, and answers with an error meanwhile.
+    """
+    deadline = time.monotonic() + session.timing.event
+    _wait_ready(session)
+    while True:
+        try:
+            session.machine.copy(source, f"{PLACE}/taken", create_path=True, overwrite=True)
+        except HvHostError as error:
+            if time.monotonic() >= deadline:
+                raise RowFailed(
+                    "the guest's file copy daemon does not take files", [str(error)]
+                ) from error
+            time.sleep(session.timing.poll)
+        else:
+            break
+    if _run(probe, f"cat {PLACE}/taken").encode() != source.read_bytes():
+        raise RowFailed("the guest's file copy daemon took a file, but it is not there")
 
 
 def _whole(session: Session, probe: Probe, source: Path, digest: str) -> Iterator[str]:
@@ -145,7 +171,6 @@ def _killed(session: Session, probe: Probe, large: Path, daemon: str) -> Iterato
     if "incomplete" not in message:
         raise RowFailed(f"the daemon was killed half-way; the message is {message!r}")
     _run(probe, f"rm -f {PLACE}/killed; {daemon}")
-    _wait_ready(session)
     yield f"daemon killed half-way: {message}"
 
 
@@ -153,7 +178,7 @@ def prove(session: Session) -> Iterator[str]:
     """A whole file, and every way in which it can fail."""
     probe = session.running()
     _wait_ready(session)
-    daemon = _running_daemon(probe)
+    daemon = _running_daemon(session, probe)
     with tempfile.TemporaryDirectory(prefix="hvhost-verify-") as name:
         source, other, large = (Path(name) / each for each in ("source", "other", "large"))
         source.write_bytes(os.urandom(SIZE))
@@ -161,14 +186,13 @@ def prove(session: Session) -> Iterator[str]:
         with large.open("wb") as file:
             file.truncate(LARGE_SIZE)
         digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        _await_daemon(session, probe, other)
         yield from _whole(session, probe, source, digest)
         yield from _existing(session, probe, other, digest)
         yield from _full(session, probe, source, daemon)
         yield from _cancelled(session, probe, large, daemon)
         yield from _killed(session, probe, large, daemon)
-        session.machine.copy(other, f"{PLACE}/after", create_path=True)
-        if _run(probe, f"cat {PLACE}/after").encode() != other.read_bytes():
-            raise RowFailed("a daemon that was started again does not take files")
+        _await_daemon(session, probe, other)
         _run(probe, f"rm -rf {PLACE}")
     yield (
         f"copied whole with {daemon}; existing file, missing directory, full disk, cancelled and "

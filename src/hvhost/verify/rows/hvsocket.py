@@ -14,9 +14,10 @@ import statistics
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hvhost.errors import HvHostError
+from hvhost.machine.model import ShutdownAction
 from hvhost.sockets.protocol import describe, service_id
 from hvhost.verify.guest import Carrier, Probe, RowFailed
 from hvhost.verify.session import Session
@@ -26,7 +27,7 @@ HOST_PORT = 5000
 NOBODY_PORT = 4444
 OWN_SERVICE = uuid.UUID("6f0c7a0e-58f1-4c66-9f1a-68766f737431")
 TRANSFER = 4 << 20
-CONNECTIONS = 200
+CONNECTIONS = 300
 ROUND_TRIPS = 100
 _CONNECT_SECONDS = 40.0
 _DATA_SECONDS = 60.0
@@ -208,22 +209,33 @@ def _by_guid(session: Session) -> Iterator[str]:
     )
 
 
-def _reset(session: Session) -> Iterator[str]:
-    session.step("resetting the guest with a connection open")
+def _next_boot(session: Session, what: str, begin: Callable[[], None]) -> Probe:
+    """Boot anew with a connection open: it ends, and the new guest takes another."""
+    session.step(f"a {what} with a connection open")
     with _connect(session) as stream:
+        stream.sendall(b"here")
+        if stream.recv(4, socket.MSG_WAITALL) != b"here":
+            raise RowFailed(f"before a {what}, the guest's sockets do not work")
         mark, events = len(session.machine.console()), session.event_mark()
-        session.machine.reset()
+        begin()
         if session.await_event("reset", events) is None:
-            raise RowFailed("the machine was asked for a reset and did not do it")
+            raise RowFailed(f"the guest was to do a {what} and did not")
         if _read_all(stream):
-            raise RowFailed("data came from a guest that was reset")
+            raise RowFailed(f"data came from a guest after a {what}")
     probe = session.await_boot(mark)
     _listen(session, probe)
     with _connect(session) as stream:
         stream.sendall(b"again")
         if stream.recv(5, socket.MSG_WAITALL) != b"again":
-            raise RowFailed("after a reset, the guest's sockets do not work")
-    yield "reset: an open connection ended at once, and the next boot takes new ones"
+            raise RowFailed(f"after a {what}, the guest's sockets do not work")
+    return probe
+
+
+def _boots(session: Session) -> Iterator[str]:
+    machine = session.machine
+    _next_boot(session, "reboot", lambda: machine.shut_down(ShutdownAction.REBOOT))
+    _next_boot(session, "reset", machine.reset)
+    yield "reboot by init, and reset: an open connection ended, and the next boot took new ones"
 
 
 def _listen(session: Session, probe: Probe) -> None:
@@ -238,7 +250,7 @@ def _listen(session: Session, probe: Probe) -> None:
 
 
 def prove(session: Session) -> Iterator[str]:
-    """Both directions with half-close, many at once, nobody there, by GUID, across a reset."""
+    """Both directions with half-close, many at once, nobody there, by GUID, across reboots."""
     probe = session.running()
     if probe.carrier is not Carrier.SOCKET:
         raise RowFailed(f"the guest's probe was reached over its {probe.carrier}, not over sockets")
@@ -249,8 +261,8 @@ def prove(session: Session) -> Iterator[str]:
     yield from _many(session, probe)
     yield from _nobody(session, probe)
     yield from _by_guid(session)
-    yield from _reset(session)
+    yield from _boots(session)
     yield (
-        f"both directions with half-close, {CONNECTIONS} connections at once, refusal, and a reset "
-        "with a connection open"
+        f"both directions with half-close, {CONNECTIONS} connections at once, refusal, a reboot "
+        "and a reset with a connection open"
     )
