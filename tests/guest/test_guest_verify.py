@@ -78,6 +78,16 @@ def test_the_whole_table(guest: str, tmp_path: Path) -> None:
     check_works(rows, PROVEN)
 
 
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("guest", [each for each in GUESTS if each == "debian-13"])
+def test_file_copy_with_the_daemon_of_another_release(guest: str, tmp_path: Path) -> None:
+    """Debian 13 ships none; its kernel's side is proven with the one of sid."""
+    words = ("--guest", guest, "--daemons", "sid", "--rows", "file-copy")
+    rows = verified(tmp_path, *words, timeout=400)
+    check_works(rows, ["file-copy"])
+    assert "hv_fcopy_uio_daemon" in rows["file-copy"]["evidence"][0]
+
+
 def test_rows_alone_and_in_a_pipe(images: GuestImages, tmp_path: Path) -> None:
     """``| tail`` shows the verdict, and the status is there for ``set -o pipefail``."""
     rows = "nmi,lsvmbus"

@@ -30,6 +30,10 @@ def verify(
         list[Path] | None,
         typer.Argument(metavar="[FILE…]", show_default=False, help="More packages after --deb."),
     ] = None,
+    daemons: Annotated[
+        str | None,
+        typer.Option(metavar="GUEST", help="Take Hyper-V's daemons from this distribution."),
+    ] = None,
     rows: Annotated[
         str,
         typer.Option(metavar="ID,ID…", help="Only these rows of the contract, and demand them."),
@@ -92,6 +96,7 @@ def verify(
             kernel=kernel,
             modules=modules,
             debs=[*(deb or []), *(more_debs or [])],
+            daemons=daemons,
             rows=_split(rows),
             cpus=cpus,
             memory=parse_size(memory, what="memory"),

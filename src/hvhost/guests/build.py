@@ -6,7 +6,7 @@ import re
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvhost.compiler import build_static
@@ -129,9 +129,18 @@ def _assemble(
     )
 
 
-def _userland(chosen: GuestRecipe, progress: apt.Progress, *, refresh: bool = False) -> list[Path]:
-    """Extracted packages of a guest other than its kernel."""
-    paths = apt.download(chosen.suite, chosen.userland, refresh=refresh, progress=progress)
+def _userland(
+    chosen: GuestRecipe,
+    progress: apt.Progress,
+    *,
+    daemons: GuestRecipe | None = None,
+    refresh: bool = False,
+) -> list[Path]:
+    """Extracted packages of a guest other than its kernel; *daemons* of another one, if given."""
+    names = [name for name in chosen.userland if daemons is None or name != chosen.daemons]
+    paths = list(apt.download(chosen.suite, names, refresh=refresh, progress=progress))
+    if daemons is not None:
+        paths += apt.download(daemons.suite, (daemons.daemons,), refresh=refresh, progress=progress)
     return [deb.extract([path], progress) for path in paths]
 
 
@@ -156,21 +165,34 @@ def _from_packages(
     return _assemble(kernel, ModuleTree(trees[0]), userland, title or f"Linux {release}", progress)
 
 
-def prepare_named(guest: str, *, refresh: bool = False, progress: apt.Progress) -> GuestImages:
+def prepare_named(
+    guest: str,
+    *,
+    daemons: GuestRecipe | None = None,
+    refresh: bool = False,
+    progress: apt.Progress,
+) -> GuestImages:
     """A guest of the catalogue, downloaded if it is not cached."""
     chosen: GuestRecipe = recipe(guest)
     kernel = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
-    userland = _userland(chosen, progress, refresh=refresh)
+    userland = _userland(chosen, progress, daemons=daemons, refresh=refresh)
     return _from_packages(kernel, userland, chosen.title, progress)
 
 
-def prepare_debs(paths: Sequence[Path], *, progress: apt.Progress) -> GuestImages:
+def prepare_debs(
+    paths: Sequence[Path], *, daemons: GuestRecipe | None = None, progress: apt.Progress
+) -> GuestImages:
     """A guest from linux-image packages that a person has, with the default guest's userspace."""
-    return _from_packages(paths, _userland(recipe(DEFAULT_GUEST), progress), None, progress)
+    userland = _userland(recipe(DEFAULT_GUEST), progress, daemons=daemons)
+    return _from_packages(paths, userland, None, progress)
 
 
 def prepare_kernel(
-    kernel: Path, modules: Path | None = None, *, progress: apt.Progress
+    kernel: Path,
+    modules: Path | None = None,
+    *,
+    daemons: GuestRecipe | None = None,
+    progress: apt.Progress,
 ) -> GuestImages:
     """A guest from a kernel file; without ``modules``, those installed here are used."""
     release = kernel_release(kernel)
@@ -179,9 +201,8 @@ def prepare_kernel(
         tree = ModuleTree(find_tree(modules, release))
     elif (installed := Path("/lib/modules") / release).is_dir():
         tree = ModuleTree(installed)
-    return _assemble(
-        kernel, tree, _userland(recipe(DEFAULT_GUEST), progress), f"Linux {release}", progress
-    )
+    userland = _userland(recipe(DEFAULT_GUEST), progress, daemons=daemons)
+    return _assemble(kernel, tree, userland, f"Linux {release}", progress)
 
 
 def prepare_guest(
@@ -190,29 +211,37 @@ def prepare_guest(
     kernel: Path | None = None,
     modules: Path | None = None,
     debs: Sequence[Path] = (),
+    daemons: str | None = None,
     refresh: bool = False,
     progress: apt.Progress = apt.silent,
 ) -> GuestImages:
     """What to boot for ``--guest NAME``, ``--kernel FILE [--modules DIR]`` or ``--deb FILE…``.
 
-    At most one of the three; none means the default guest. Raises HvHostError for anything that
-    cannot become a guest.
+    At most one of the three; none means the default guest. ``daemons`` names a guest whose
+    distribution's Hyper-V daemons are taken in place of its own. Raises HvHostError for anything
+    that cannot become a guest.
     """
     if sum((guest is not None, kernel is not None, bool(debs))) > 1:
         raise HvHostError("Give only one of --guest, --kernel and --deb.")
     if modules is not None and kernel is None:
         raise HvHostError("--modules belongs to --kernel; give the kernel too.")
+    other = None if daemons is None else recipe(daemons)
     try:
         if kernel is not None:
-            return prepare_kernel(kernel, modules, progress=progress)
-        if debs:
-            return prepare_debs(debs, progress=progress)
-        return prepare_named(guest or DEFAULT_GUEST, refresh=refresh, progress=progress)
+            images = prepare_kernel(kernel, modules, daemons=other, progress=progress)
+        elif debs:
+            images = prepare_debs(debs, daemons=other, progress=progress)
+        else:
+            name = guest or DEFAULT_GUEST
+            images = prepare_named(name, daemons=other, refresh=refresh, progress=progress)
     except OSError as error:
         raise HvHostError(
             f"The guest could not be prepared ({error}); look at the space and the permissions of "
             f"{cache_dir()}, or set HVHOST_CACHE_DIR."
         ) from error
+    if other is None:
+        return images
+    return replace(images, title=f"{images.title}, daemons of {other.title.partition(',')[0]}")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -432,6 +432,7 @@ def prepare(options: VerifyOptions, progress: Callable[[str], None]) -> LiveGues
         kernel=options.kernel,
         modules=options.modules,
         debs=options.debs,
+        daemons=options.daemons,
         progress=progress,
     )
     return LiveGuest(images, options, progress)

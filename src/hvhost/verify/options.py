@@ -14,6 +14,7 @@ class VerifyOptions:
 
     The kernel is *guest* (a known distribution), *kernel* with *modules*, or *debs*; none of them
     means the default distribution. Empty *rows* means the whole contract.
+    *daemons* names a distribution whose Hyper-V daemons are taken instead of the guest's own.
     *append* is put at the end of the guest's command line.
     """
 
@@ -21,6 +22,7 @@ class VerifyOptions:
     kernel: Path | None = None
     modules: Path | None = None
     debs: list[Path] = field(default_factory=list)
+    daemons: str | None = None
     rows: list[str] = field(default_factory=list)
     cpus: int = 2
     memory: int = 512 << 20

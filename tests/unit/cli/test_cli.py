@@ -306,11 +306,12 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
     assert hvhost("verify").status == 7
     assert asked.pop() == VerifyOptions()
     words = "--kernel k --modules d --rows smp,nmi --cpus 3 --memory 1G --json j --svg p"
-    more = "--keep-logs l --allow-lacks pae, --baseline b --kvm local --append nopv"
+    more = "--daemons sid --keep-logs l --allow-lacks pae, --baseline b --kvm local --append nopv"
     assert hvhost("verify", *words.split(), *more.split()).status == 7
     assert asked.pop() == VerifyOptions(
         kernel=Path("k"),
         modules=Path("d"),
+        daemons="sid",
         rows=["smp", "nmi"],
         cpus=3,
         memory=1 << 30,

@@ -79,6 +79,16 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     assert {"sbin/hvhost-probe", "usr/sbin/chronyd", "usr/bin/hvhost-clock"} <= items.keys()
 
 
+def test_daemons_of_another_distribution(packages_without_network: list[str]) -> None:
+    images = prepare_guest("debian-13", daemons="sid")
+    assert images.title == "Debian 13, cloud kernel, daemons of Debian sid"
+    asked = [each for each in packages_without_network if "hyperv-daemons" in each]
+    assert asked == ["sid hyperv-daemons"]
+    assert "trixie busybox-static" in packages_without_network
+    with pytest.raises(HvHostError, match="There is no guest windows"):
+        prepare_guest("debian-13", daemons="windows")
+
+
 def test_an_unknown_guest_lists_the_known_ones() -> None:
     with pytest.raises(HvHostError, match="debian-11, debian-11-generic, debian-12"):
         prepare_guest("windows")
