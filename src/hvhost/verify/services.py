@@ -16,6 +16,10 @@ class Services(Protocol):
         """Have the guest set its clock now; seconds until its driver took it."""
         ...
 
+    def set_service(self, name: str, enabled: bool) -> None:
+        """Switch an integration service on or off; the guest's driver binds or unbinds."""
+        ...
+
     def watch_clock(self, address: int, count: int, interval: float) -> list[ClockSample]:
         """Samples of a clock that a program of the guest keeps at this physical address."""
         ...

@@ -316,7 +316,10 @@ class ScriptedMachine:
                 continue
             directory = f"/sys/bus/vmbus/devices/{instance}"
             modalias = vmbus_alias(interface)
+            if interface == HV_TS_GUID and self.services.off:
+                continue
             bound = not self.faults & UNBOUND.get(interface, set())
+            bound &= not (interface == HV_TS_GUID and self.services.unbound)
             files |= {
                 f"{directory}/class_id": f"{{{interface}}}\n",
                 f"{directory}/device_id": f"{{{instance}}}\n",
@@ -359,7 +362,11 @@ class ScriptedMachine:
             + (" module_blacklist=x,hv_vmbus" if "forbidden" in self.faults else "")
             + (" nopv" if "nopv" in self.faults else ""),
             transport="rig" if "rig" in self.faults else "scripted",
-            timesync_ready=self.bus and "no-timesync" not in self.faults,
+            timesync_ready=(
+                self.bus
+                and "no-timesync" not in self.faults
+                and (not self.services.off or "off-ready" in self.faults)
+            ),
             kvp_ready=self.bus and "no-kvp" not in self.faults,
             guest_os_id=0 if self.faults & {"undetected", "silent"} else 0x8100060100000000,
             vmbus_version="5.3" if negotiated and "no-version" not in self.faults else None,

@@ -34,6 +34,7 @@ class ScriptedServices:
         self.clocksource = "tsc" if "invariant" in faults else PAGE
         self.loaded = False
         self.samples = 0
+        self.off = self.unbound = False
         self.paused_at: float | None = None
         self.stood = 0.0  # seconds in which the guest did not run
         self.pools: dict[int, dict[str, str]] = {}
@@ -153,6 +154,11 @@ class ScriptedServices:
         return None
 
     # The host.
+
+    def set_service(self, name: str, enabled: bool) -> None:
+        assert name == "timesync"
+        self.off = not enabled and "service-stays" not in self.faults
+        self.unbound = enabled and "service-unbound" in self.faults
 
     def time_sync(self) -> float:
         if "sync-refused" in self.faults:

@@ -24,6 +24,7 @@ SAMPLES = 2
 SAMPLE_SECONDS = 25.0
 """Seconds in which so many samples must have come."""
 CLOCK_SOURCE = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+SERVICE = "timesync"
 STOOD = 0.8
 """Of a pause, how much the guest's own clock must have stood still."""
 DRIVER = "/sys/bus/vmbus/drivers/hv_utils"
@@ -56,12 +57,14 @@ def _set_wrong(probe: Probe, watch: Watch, seconds: float) -> None:
 def _await_right(session: Session, watch: Watch) -> tuple[float, float]:
     """Seconds until the clock was right, and by how much it is off; infinite if it never was."""
     started = time.monotonic()
-    while (passed := time.monotonic() - started) < LIMIT:
+    while True:
+        passed = time.monotonic() - started
         off = offset(watch(1, 0.0)[0])
         if abs(off) < RIGHT:
             return passed, off
+        if passed >= LIMIT:
+            return float("inf"), off
         time.sleep(session.timing.poll)
-    return float("inf"), off
 
 
 def _requested(session: Session, probe: Probe, watch: Watch, wrong: float) -> str:
@@ -167,6 +170,31 @@ def _set_on_open(session: Session, probe: Probe, watch: Watch, device: GuestDevi
     return f"set when the driver opened its channel anew ({off * 1e3:+.2f} ms)"
 
 
+def _switched(session: Session, probe: Probe) -> str:
+    session.step("switching the service off and on")
+    services, seconds = session.machine.services, session.timing.event
+    services.set_service(SERVICE, False)
+    try:
+        deadline = time.monotonic() + seconds
+        while any(each.interface_type == HV_TS_GUID for each in read_devices(probe)):
+            if time.monotonic() >= deadline:
+                raise RowFailed("the service was switched off, but the guest still has its device")
+            time.sleep(session.timing.poll)
+        if session.machine.info().timesync_ready:
+            raise RowFailed("the service was switched off, but is said to be ready")
+    finally:
+        services.set_service(SERVICE, True)
+    deadline = time.monotonic() + seconds
+    while not any(
+        each.interface_type == HV_TS_GUID and each.driver for each in read_devices(probe)
+    ):
+        if time.monotonic() >= deadline:
+            raise RowFailed("the service was switched on again, but no driver of the guest took it")
+        time.sleep(session.timing.poll)
+    await_ready(session)
+    return "switched off on the host: gone from the guest's bus; on again: its driver took it anew"
+
+
 def prove(session: Session) -> Iterator[str]:
     """One requested sync puts the clock right, so do a resume and a new driver; samples do not."""
     probe = session.running()
@@ -180,4 +208,5 @@ def prove(session: Session) -> Iterator[str]:
         yield _samples_leave_it(session, probe, watch, min(device.channels))
         yield _set_on_open(session, probe, watch, device)
         yield _paused(session, probe, watch)
+        yield _switched(session, probe)
     yield f"{ahead}; samples leave it alone; a new driver and a resumed guest get the time"
