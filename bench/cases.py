@@ -17,6 +17,7 @@ from bench.inside import seconds_to_line
 from bench.measurement import Measurement
 from bench.memory import policy, resize
 from bench.network import network
+from bench.network_peer import network_peer
 from bench.services import services
 from bench.services_rig import measure as measure_services
 from bench.storage import storage
@@ -264,6 +265,7 @@ CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "network": network,
     "services": services,
     "services-rig": services_rig,
+    "network-peer": network_peer,
     "rig-boot": rig_boot,
     "memory": memory,
     "heartbeat": heartbeat,
