@@ -29,11 +29,11 @@ _LZ4_BLOCK_SIZE = 8 * MIB  # fixed by the legacy format
 def open_for_boot(path: Path) -> KernelImage:
     """The kernel at *path* in the form that boots fastest.
 
-    A 64-bit bzImage becomes its vmlinux, from the cache if it was seen before; one that cannot be
+    A bzImage becomes its vmlinux, from the cache if it was seen before; one that cannot be
     extracted is returned as it is and decompresses itself in the guest.
     """
     image = open_kernel(path)
-    if image.setup is None or not image.setup.is_64_bit:
+    if image.setup is None:
         return image
     try:
         return replace(open_kernel(cached_vmlinux(path, image)), name=image.name, setup=image.setup)
@@ -82,7 +82,7 @@ def _is_kernel(path: Path) -> bool:
 
 
 def extract_vmlinux(image: KernelImage) -> bytes:
-    """Decompress the payload of the bzImage *image* and check that it is an ELF64 kernel.
+    """Decompress the payload of the bzImage *image* and check that it is a kernel.
 
     :class:`HvHostError` if there is no payload, its compression is unknown, or it is damaged.
     """

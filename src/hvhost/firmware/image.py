@@ -1,6 +1,6 @@
 """What kind of kernel a file is, and where its parts lie. Parsing only; nothing is trusted.
 
-Sources: Linux ``Documentation/x86/boot.rst`` (the setup header), the System V ABI (ELF64) and the
+Sources: Linux ``Documentation/x86/boot.rst`` (the setup header), the System V ABI (ELF) and the
 Xen PVH notes (``xen/interface/elfnote.h``).
 """
 
@@ -23,9 +23,7 @@ _BOOT_FLAG, _MAGIC = 0xAA55, b"HdrS"
 _MINIMUM_PROTOCOL = 0x206  # 2.06 (Linux 2.6.22) brought cmdline_size
 _INITRD_ADDRESS_MAX = 0x37FFFFFF
 
-_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
-_ELFCLASS64, _ELFDATA2LSB, _EM_X86_64, _EM_386 = 2, 1, 62, 3
+_ELFDATA2LSB, _EM_X86_64, _EM_386 = 1, 62, 3
 _PT_LOAD, _PT_NOTE = 1, 4
 _MAXIMUM_PROGRAM_HEADERS = 128
 _MAXIMUM_NOTES_SIZE = 1 << 20
@@ -37,6 +35,40 @@ class ImageKind(StrEnum):
 
     BZIMAGE = "bzImage"
     ELF64 = "ELF64"
+    ELF32 = "ELF32"
+
+
+@dataclass(frozen=True, slots=True)
+class _ElfClass:
+    """How one class of ELF file is laid out, and for which machine it must be.
+
+    *order* has the places of offset, physical address, size in the file and in memory among the
+    fields of a program header.
+    """
+
+    kind: ImageKind
+    machine: int
+    header: struct.Struct
+    program: struct.Struct
+    order: tuple[int, int, int, int]
+
+
+_ELF_CLASSES = {
+    1: _ElfClass(
+        ImageKind.ELF32,
+        _EM_386,
+        struct.Struct("<16sHHIIIIIHHHHHH"),
+        struct.Struct("<IIIIIIII"),
+        (1, 3, 4, 5),
+    ),
+    2: _ElfClass(
+        ImageKind.ELF64,
+        _EM_X86_64,
+        struct.Struct("<16sHHIQQQIHHHHHH"),
+        struct.Struct("<IIQQQQQQ"),
+        (2, 4, 5, 6),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +124,15 @@ class KernelImage:
     pvh_entry: int | None = None
 
     @property
+    def is_64_bit(self) -> bool:
+        """Whether it starts, by the Linux boot protocol, in long mode."""
+        if self.kind is ImageKind.BZIMAGE:
+            return self.setup is not None and self.setup.is_64_bit
+        return self.kind is ImageKind.ELF64
+
+    @property
     def has_linux_entry(self) -> bool:
-        """Whether the 64-bit Linux boot protocol applies.
+        """Whether the Linux boot protocol applies.
 
         A vmlinux is entered at a physical address; other kernels (FreeBSD) put a virtual one there.
         """
@@ -196,26 +235,30 @@ def _parse_setup(view: memoryview, name: str) -> SetupHeader:
 
 
 def _parse_elf(view: memoryview, name: str) -> KernelImage:
-    if len(view) < _ELF_HEADER.size:
+    if len(view) <= 5:
         raise _refusal(name, "its ELF header is cut short")
-    ident, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = (
-        _ELF_HEADER.unpack_from(view)
+    layout = _ELF_CLASSES.get(view[4])
+    if layout is None or view[5] != _ELFDATA2LSB:
+        raise _refusal(name, "it is not a little-endian ELF file")
+    if len(view) < layout.header.size:
+        raise _refusal(name, "its ELF header is cut short")
+    _, kind, machine, _, entry, phoff, _, _, _, phentsize, phnum, _, _, _ = (
+        layout.header.unpack_from(view)
     )
-    if ident[4] != _ELFCLASS64 or ident[5] != _ELFDATA2LSB or machine != _EM_X86_64:
-        what = "32-bit x86" if machine == _EM_386 else f"machine {machine}"
-        raise _refusal(name, f"it is an ELF file for {what}, not x86-64")
+    if machine != layout.machine:
+        raise _refusal(name, f"it is an {layout.kind} file for machine {machine}, not x86")
     if kind != 2:
         raise _refusal(name, "it is an ELF file but not an executable one with fixed addresses")
-    if not 0 < phnum <= _MAXIMUM_PROGRAM_HEADERS or phentsize != _PROGRAM_HEADER.size:
+    if not 0 < phnum <= _MAXIMUM_PROGRAM_HEADERS or phentsize != layout.program.size:
         raise _refusal(name, f"it has {phnum} program headers of {phentsize} bytes")
     if phoff + phnum * phentsize > len(view):
         raise _refusal(name, "its program headers lie outside the file")
     segments = []
     pvh_entry = None
     for index in range(phnum):
-        p_type, _, offset, _, address, file_size, memory_size, _ = _PROGRAM_HEADER.unpack_from(
-            view, phoff + index * phentsize
-        )
+        fields = layout.program.unpack_from(view, phoff + index * phentsize)
+        p_type = fields[0]
+        offset, address, file_size, memory_size = (fields[place] for place in layout.order)
         if p_type not in (_PT_LOAD, _PT_NOTE):
             continue
         if offset + file_size > len(view):
@@ -231,7 +274,7 @@ def _parse_elf(view: memoryview, name: str) -> KernelImage:
         raise _refusal(name, "it is an ELF file with nothing to load")
     image = KernelImage(
         name,
-        ImageKind.ELF64,
+        layout.kind,
         view,
         segments=tuple(segments),
         entry=entry,

@@ -1,8 +1,9 @@
 """The Linux x86 boot protocol: a kernel in guest memory and the state its entry point wants.
 
 64-bit kernels are entered in long mode with paging on, at offset 0x200 of a bzImage's
-protected-mode code or at a vmlinux's own entry; 32-bit ones (686-pae) in protected mode. Source:
-Linux ``Documentation/x86/boot.rst`` and ``zero-page.rst``.
+protected-mode code or at a vmlinux's own entry; 32-bit ones (686-pae) in protected mode without
+paging, at the start of that code or at their own entry. Source: Linux
+``Documentation/x86/boot.rst`` and ``zero-page.rst``.
 
 A vmlinux is loaded where it was linked. The code that relocates a kernel and randomizes its
 address (KASLR) is in the bzImage's decompressor, so a guest started from a vmlinux, which is what
@@ -44,6 +45,8 @@ _LOADED_HIGH = 1 << 0
 # What a kernel of our time has in the header that its vmlinux lacks.
 _VMLINUX_COMMAND_LINE_SIZE = 2047
 _VMLINUX_INITRD_ADDRESS_MAX = 0x7FFFFFFF
+# A 32-bit kernel maps only so much at once; it would copy an initrd that lies above.
+_LOW_MEMORY_32 = 0x2FFFFFFF
 
 _PRESENT_WRITABLE, _LARGE_PAGE = 0x3, 0x80
 _LARGE_PAGE_SIZE = 2 * MIB
@@ -64,24 +67,25 @@ def load_linux(
     earlier boot is overwritten where the kernel could mistake it. :class:`HvHostError` if something
     does not fit, with the numbers, or if the kernel has no Linux entry point.
     """
-    setup = image.setup
+    setup, long_mode = image.setup, image.is_64_bit
     if not image.has_linux_entry:
         raise HvHostError(
             f"{image.name} does not start by the Linux boot protocol; start it through PVH."
         )
     if image.kind is ImageKind.BZIMAGE and setup is not None:
         kernel = _bzimage_segment(setup)
-        long_mode = setup.is_64_bit
         entry = kernel.address + (ENTRY_64_OFFSET if long_mode else 0)
         reserved_end = kernel.address + max(kernel.memory_size, setup.init_size)
         load_segments(memory, image, (kernel,))
     else:
-        long_mode, entry = True, image.entry
+        entry = image.entry
         # init_size counts from the address the kernel was linked at, which is its load address.
         reserved_end = setup.load_address + setup.init_size if setup is not None else 0
         load_segments(memory, image, image.segments)
     kernel_end = max(reserved_end, *(s.address + s.memory_size for s in image.segments), 0)
     limit = setup.initrd_address_max if setup is not None else _VMLINUX_INITRD_ADDRESS_MAX
+    if not long_mode:
+        limit = min(limit, _LOW_MEMORY_32)
     low_ram = low_ram_end(memory)
     if kernel_end > low_ram:
         raise HvHostError(

@@ -34,15 +34,22 @@ class Elf:
     byte_order: int = 1
     machine: int = 62
     kind: int = 2
-    header_size: int = 56
+    header_size: int | None = None
     header_count: int | None = None
     header_offset: int = 64
 
+    @classmethod
+    def of_32_bits(cls, segments: list[Segment], entry: int = 0x1000000) -> Elf:
+        return cls(segments, entry, file_class=1, machine=3, header_offset=52)
+
     def build(self) -> bytes:
+        narrow = self.file_class == 1
+        layout = "<16sHHIIIIIHHHHHH" if narrow else "<16sHHIQQQIHHHHHH"
         count = len(self.segments) if self.header_count is None else self.header_count
         ident = b"\x7fELF" + bytes([self.file_class, self.byte_order, 1]) + bytes(9)
+        own_size, per_segment = (52, 32) if narrow else (64, 56)
         header = struct.pack(
-            "<16sHHIQQQIHHHHHH",
+            layout,
             ident,
             self.kind,
             self.machine,
@@ -51,29 +58,26 @@ class Elf:
             self.header_offset,
             0,
             0,
-            64,
-            self.header_size,
+            own_size,
+            per_segment if self.header_size is None else self.header_size,
             count,
             0,
             0,
             0,
         )
-        offset = 64 + 56 * len(self.segments)
+        offset = own_size + per_segment * len(self.segments)
         headers, body = b"", b""
         for segment in self.segments:
             size = len(segment.data)
             memory_size = size if segment.memory_size is None else segment.memory_size
-            headers += struct.pack(
-                "<IIQQQQQQ",
-                segment.kind,
-                7,
-                offset + len(body),
-                0xFFFFFFFF80000000 | segment.address,
-                segment.address,
-                size,
-                memory_size,
-                0x1000,
-            )
+            place, lengths = offset + len(body), (size, memory_size)
+            if narrow:
+                linear = 0xC0000000 + segment.address & 0xFFFFFFFF
+                fields = (segment.kind, place, linear, segment.address, *lengths, 7, 0x1000)
+            else:
+                linear = 0xFFFFFFFF80000000 | segment.address
+                fields = (segment.kind, 7, place, linear, segment.address, *lengths, 0x1000)
+            headers += struct.pack("<IIIIIIII" if narrow else "<IIQQQQQQ", *fields)
             body += segment.data
         return header + headers + body
 

@@ -221,11 +221,16 @@ def test_exotic_kernels_boot_as_they_are(kernel: Path, caplog: pytest.LogCapture
     assert "LZO" in caplog.text
 
 
-def test_32_bit_and_plain_kernels_are_not_extracted(
-    kernel: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernel.write_bytes(BzImage(xloadflags=0, payload=b"x" * 100).build())
-    assert open_for_boot(kernel).kind is ImageKind.BZIMAGE
+def test_a_32_bit_kernel_is_extracted_too(kernel: Path) -> None:
+    vmlinux = Elf.of_32_bits([Segment(b"text" * 9)]).build()
+    payload = lzma.compress(vmlinux) + len(vmlinux).to_bytes(4, "little")
+    kernel.write_bytes(BzImage(xloadflags=0, payload=payload).build())
+    image = open_for_boot(kernel)
+    assert (image.kind, image.is_64_bit) == (ImageKind.ELF32, False)
+    assert bytes(image.data) == vmlinux
+
+
+def test_plain_kernels_are_not_extracted(kernel: Path, caplog: pytest.LogCaptureFixture) -> None:
     kernel.write_bytes(VMLINUX)
     assert open_for_boot(kernel).setup is None
     assert not caplog.records

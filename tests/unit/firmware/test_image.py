@@ -105,6 +105,23 @@ def test_vmlinux() -> None:
     assert image.has_linux_entry
 
 
+def test_a_32_bit_vmlinux() -> None:
+    elf = Elf.of_32_bits([Segment(b"text" * 10, memory_size=100), pvh_note(0x1000010)])
+    image = parse_kernel(elf.build(), "vmlinux")
+    assert image.kind is ImageKind.ELF32
+    assert not image.is_64_bit
+    assert (image.entry, image.pvh_entry, image.has_linux_entry) == (0x1000000, 0x1000010, True)
+    (text,) = image.segments
+    assert (text.address, text.memory_size, text.file_size) == (0x1000000, 100, 40)
+    assert bytes(image.data[text.offset : text.offset + 40]) == b"text" * 10
+
+
+def test_word_size_of_a_kernel() -> None:
+    assert parse_kernel(Elf().build(), "vmlinux").is_64_bit
+    assert parse_kernel(BzImage().build(), "vmlinuz").is_64_bit
+    assert not parse_kernel(BzImage(xloadflags=0).build(), "vmlinuz").is_64_bit
+
+
 def test_freebsd_has_a_virtual_entry_and_pvh() -> None:
     elf = Elf([Segment(b"btext", 0x200000), pvh_note(0x200000, width=8)], 0xFFFFFFFF80200000)
     image = parse_kernel(elf.build(), "kernel")
@@ -134,9 +151,10 @@ def test_notes(notes: bytes, entry: int | None) -> None:
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        (Elf(file_class=1, machine=3), "32-bit x86"),
-        (Elf(file_class=1), "not x86-64"),
-        (Elf(byte_order=2), "not x86-64"),
+        (Elf(file_class=1, header_offset=52), "ELF32 file for machine 62"),
+        (Elf(machine=3), "ELF64 file for machine 3"),
+        (Elf(file_class=3), "little-endian"),
+        (Elf(byte_order=2), "little-endian"),
         (Elf(machine=183), "machine 183"),
         (Elf(kind=3), "fixed addresses"),
         (Elf(header_count=0), "0 program headers"),

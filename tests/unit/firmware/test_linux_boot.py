@@ -119,6 +119,21 @@ def test_32_bit_kernel_starts_in_protected_mode() -> None:
     assert memory.read(0x9000, 8) == bytes(8)
 
 
+def test_32_bit_vmlinux_starts_at_its_entry() -> None:
+    memory = guest_memory()
+    state = load(memory, Elf.of_32_bits([Segment(b"start" * 9)], 0x1000002).build())
+    assert (state.mode, state.rip, state.rsi) == (CpuMode.PROTECTED32, 0x1000002, ZERO_PAGE)
+    assert (state.cr0, state.cr3, state.rbx) == (0x11, 0, 0)
+    assert memory.read(0x1000000, 5) == b"start"
+
+
+@pytest.mark.parametrize(("xloadflags", "end"), [(0, 768 * MIB), (1, 800 * MIB)])
+def test_initrd_of_a_32_bit_kernel_lies_where_it_is_mapped(xloadflags: int, end: int) -> None:
+    memory = guest_memory(800 * MIB)
+    load(memory, BzImage(xloadflags=xloadflags).build(), initrd=b"initrd" * 100)
+    assert field(memory, 0x218, "I") == end - 4096
+
+
 def test_registers_of_long_mode() -> None:
     state = load(guest_memory(), BzImage().build())
     assert (state.cr0, state.cr4, state.efer) == (0x80000011, 0x20, 0x500)
