@@ -17,12 +17,16 @@ from hvhost.partition.memory import PAGE_SIZE, GuestMemory
 from hvhost.partition.processor import Processor
 
 MSR_LSTAR = 0xC0000082
+MSR_IA32_SYSENTER_EIP = 0x176
 RFLAGS_IF = 1 << 9
-CR4_LA57 = 1 << 12
+CR4_PAE, CR4_LA57 = 1 << 5, 1 << 12
+EFER_LMA = 1 << 10
 _PRESENT = 1
 _LARGE = 1 << 7
 _NO_EXECUTE = 1 << 63
 _ADDRESS = 0xFFFFFFFFFF000
+_PAE_TABLE = 0xFFFFFFE0
+_PAGE_OFFSET_32 = 1 << 31  # kernels lie above, wherever they split the address space
 _SELF_JUMP = b"\xeb\xfe"
 _SEARCH = 4 << 20
 _ATTEMPTS = 400
@@ -33,11 +37,16 @@ _CHECK_SECONDS = 0.2
 def executable_page(special: SpecialRegisters, memory: GuestMemory, address: int) -> int | None:
     """Where the page of a linear address lies in guest memory, None if no code may run there.
 
-    Walks the guest's page tables ([AMD64] volume 2, 5.3). :class:`GuestMemoryError` if they lie
-    outside memory.
+    Walks the guest's page tables ([AMD64] volume 2, 5.3 and 5.2.3). :class:`GuestMemoryError` if
+    they lie outside memory.
     """
-    table = special.cr3 & _ADDRESS
-    for shift in range(48 if special.cr4 & CR4_LA57 else 39, 11, -9):
+    if special.efer & EFER_LMA:
+        table, top = special.cr3 & _ADDRESS, 48 if special.cr4 & CR4_LA57 else 39
+    elif special.cr4 & CR4_PAE:
+        table, top = special.cr3 & _PAE_TABLE, 30  # four entries, aligned to their size
+    else:
+        return None
+    for shift in range(top, 11, -9):
         index = address >> shift & 511
         entry = int.from_bytes(memory.read(table + 8 * index, 8), "little")
         if not entry & _PRESENT or entry & _NO_EXECUTE:
@@ -51,10 +60,15 @@ def executable_page(special: SpecialRegisters, memory: GuestMemory, address: int
 
 def find_self_jump(vcpu: Vcpu, memory: GuestMemory) -> int | None:
     """Linear address of a self-jump in the kernel text around the system call entry."""
-    entry = vcpu.msrs([MSR_LSTAR])[0]
-    if not entry >> 63:
-        return None
     special = vcpu.special_registers()
+    if special.efer & EFER_LMA:
+        entry = vcpu.msrs([MSR_LSTAR])[0]
+        in_kernel = entry >> 63
+    else:
+        entry = vcpu.msrs([MSR_IA32_SYSENTER_EIP])[0]
+        in_kernel = entry & _PAGE_OFFSET_32
+    if not in_kernel:
+        return None
     page = entry & ~(PAGE_SIZE - 1)
     for direction in (1, -1):
         for distance in range(0, _SEARCH, PAGE_SIZE):

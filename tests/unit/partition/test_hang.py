@@ -13,7 +13,16 @@ from hvhost.errors import HvHostError
 from hvhost.kvm import constants as k
 from hvhost.kvm.vcpu import Vcpu
 from hvhost.partition import hang as module
-from hvhost.partition.hang import CR4_LA57, MSR_LSTAR, RFLAGS_IF, find_self_jump, hang
+from hvhost.partition.hang import (
+    CR4_LA57,
+    CR4_PAE,
+    EFER_LMA,
+    MSR_IA32_SYSENTER_EIP,
+    MSR_LSTAR,
+    RFLAGS_IF,
+    find_self_jump,
+    hang,
+)
 from hvhost.partition.memory import GuestMemory, MemoryRegion
 from hvhost.partition.processor import Handlers, Processor
 
@@ -71,10 +80,10 @@ class Guest:
         self.next_table = TABLES + 0x1000
         self.set_control(TABLES)
 
-    def set_control(self, cr3: int, cr4: int = 0) -> None:
+    def set_control(self, cr3: int, cr4: int = 0, efer: int = EFER_LMA) -> None:
         for vcpu in self.vcpus:
             special = vcpu.special_registers()
-            vcpu.set_special_registers(replace(special, cr3=cr3, cr4=cr4))
+            vcpu.set_special_registers(replace(special, cr3=cr3, cr4=cr4, efer=efer))
 
     def map(
         self,
@@ -139,6 +148,34 @@ def test_large_pages_and_five_levels() -> None:
         guest.map(TEXT & -size, 0, levels=levels, size=size)
         guest.memory.write((TEXT & size - 1) + 0x1234, JUMP)
         assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT + 0x1234
+
+
+def pae_guest(entry: int = 0xC1000800) -> Guest:
+    """A 32-bit kernel at 0xC1000000, whose four top entries stand in a page with other things."""
+    guest = Guest(memory=32 << 20)
+    guest.set_control(TABLES | 0x18, CR4_PAE, 0)  # PWT and PCD are not part of the address
+    for state in guest.transport.vcpus.values():
+        state.msrs[MSR_LSTAR] = 0
+        state.msrs[MSR_IA32_SYSENTER_EIP] = entry
+    return guest
+
+
+@pytest.mark.parametrize("size", [0x1000, 2 << 20])
+def test_a_32_bit_kernel(size: int) -> None:
+    guest = pae_guest()
+    guest.map(0xC1000000, 0x800000, levels=3, size=size)
+    guest.memory.write(0x800000 + 0x234, JUMP)
+    assert find_self_jump(guest.vcpus[0], guest.memory) == 0xC1000234
+
+
+def test_a_32_bit_kernel_that_is_not_known_or_has_no_pae() -> None:
+    for guest in (pae_guest(entry=0x400000), pae_guest()):
+        guest.map(0x400000, 0x800000, JUMP, levels=3)
+        guest.map(0xC1000000, 0x800000, JUMP, levels=3)
+    assert find_self_jump(guest.vcpus[0], guest.memory) == 0xC1000000
+    guest.set_control(TABLES, 0, 0)
+    assert find_self_jump(guest.vcpus[0], guest.memory) is None
+    assert find_self_jump(pae_guest(entry=0x400000).vcpus[0], guest.memory) is None
 
 
 @pytest.mark.parametrize("physical", [0x100000, 1 << 40])
