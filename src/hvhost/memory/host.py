@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hvhost.memory.policy import Claim, reserve, share
-from hvhost.units import KIB
+from hvhost.units import KIB, parse_size
+
+RESERVE_VARIABLE = "HVHOST_MEMORY_RESERVE"
 
 _STALE_SECONDS = 60.0
 
@@ -39,6 +41,15 @@ def read_host_memory(path: Path = Path("/proc/meminfo")) -> HostMemory:
     return HostMemory(values["MemTotal"], values["MemAvailable"])
 
 
+def kept_by_host(total: int) -> int:
+    """What of *total* bytes no machine is given: as the environment says, or a part of it.
+
+    :class:`hvhost.errors.HvHostError` if what it says is no size.
+    """
+    said = os.environ.get(RESERVE_VARIABLE, "")
+    return parse_size(said, what=RESERVE_VARIABLE) if said else reserve(total)
+
+
 class Commons:
     """The host's memory as one machine, *name*, sees it; its notice lies in *directory*."""
 
@@ -51,6 +62,7 @@ class Commons:
         self._directory = directory
         self._path = directory / f"{name}.json"
         self._host = host
+        self._kept = kept_by_host(host().total)
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
@@ -62,13 +74,13 @@ class Commons:
         others = self._others()
         host = self._host()
         held = resident + sum(each for _, each in others)
-        capacity = host.available + held - reserve(host.total)
+        capacity = host.available + held - self._kept
         return share([claim, *(each for each, _ in others)], capacity)[0]
 
     def room(self) -> int:
         """How much more a machine may be given now, in bytes."""
         host = self._host()
-        return max(0, host.available - reserve(host.total))
+        return max(0, host.available - self._kept)
 
     def _others(self) -> list[tuple[Claim, int]]:
         found = []

@@ -75,6 +75,16 @@ def test_negotiation(world: World) -> None:
     assert world.driver.maximum == 7777 and world.changes == 1
 
 
+def test_the_guest_numbers_its_messages_as_it_likes(world: World) -> None:
+    """Linux counts its own, and does not answer with the number of the request."""
+    for number in (0, 7, 7, 0xFFFFFFFD):
+        world.driver.number = number
+        world.device.balloon(16)
+        world.driver.run()
+        assert world.device.idle
+    assert world.device.state.balloon.count == 64 and not world.guest.faults
+
+
 @pytest.mark.parametrize("versions", [(0x30000, 0x20000), (0x30001, 0x10000), (0x40000, 3)])
 def test_an_older_version(versions: tuple[int, ...]) -> None:
     world = World()

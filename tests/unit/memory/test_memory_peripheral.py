@@ -373,6 +373,18 @@ def test_machines_know_of_each_other(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_reserve_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVHOST_MEMORY_RESERVE", "31.5G")
+    assert Commons(tmp_path, "one", Host(32 * GIB)).room() == GIB // 2
+    poor = Commons(tmp_path, "two", Host(GIB))
+    assert poor.room() == 0
+    claim = Claim(GIB, 2 * GIB, 256 * MIB, 8 * GIB, 20, 5000)
+    assert poor.target(claim, GIB) == GIB, "there is nothing to give"
+    monkeypatch.setenv("HVHOST_MEMORY_RESERVE", "much")
+    with pytest.raises(HvHostError, match="HVHOST_MEMORY_RESERVE 'much' is not a size"):
+        Commons(tmp_path, "three", Host())
+
+
 def test_notices_of_the_dead_and_rubbish_do_not_count(tmp_path: Path) -> None:
     host = Host(reserve(64 * GIB) + 2 * GIB)
     one, two = (Commons(tmp_path, name, host) for name in ("one", "two"))
