@@ -50,7 +50,8 @@ class AdapterConfig:
     network, with its prefix length. ``queues`` is the number of channels, 0: as many as processors.
     ``spoofing`` lets the guest send from addresses other than ``mac``, and change it. ``vlan`` is
     the access VLAN of a switch port; with ``trunk`` the port carries those VLANs tagged, and
-    ``vlan`` untagged. ``rate`` limits what a switch port sends, in Mbit/s.
+    ``vlan`` untagged. ``rate`` limits what a switch port sends, in Mbit/s. ``dhcp``: a
+    host-only network gives out addresses and names.
     """
 
     name: str
@@ -64,6 +65,7 @@ class AdapterConfig:
     trunk: tuple[int, ...] = ()
     isolated: bool = False
     rate: int = 0
+    dhcp: bool = True
     forwards: tuple[PortForward, ...] = ()
 
 
@@ -180,9 +182,9 @@ def _option(key: str, value: str) -> dict[str, Any]:
         return {"rate": _number(key, value, 1_000_000)}
     if key == "forward":
         return {"forwards": tuple(parse_forward(part) for part in value.split("+"))}
-    if key in ("spoofing", "isolated") and value in ("", "on", "off"):
+    if key in ("spoofing", "isolated", "dhcp") and value in ("", "on", "off"):
         return {key: value != "off"}
     raise HvHostError(
         f"--nic has no option {key!r}; there are mac, name, address, queues, forward, vlan, trunk, "
-        "rate, spoofing and isolated."
+        "rate, dhcp, spoofing and isolated."
     )

@@ -2,20 +2,27 @@
 
 Started as ``unshare --user --map-root-user --net python -m hvhost.network.namespace SOCKET_FD …``:
 makes the devices, hands their descriptors over the socket, and holds the namespace until the socket
-is closed. The kernel in there is the other end of each tap.
+is closed. The kernel in there is the other end of each tap; addresses and names are given out there
+if that is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import select
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hvhost.errors import HvHostError
 
 _READY_SECONDS = 15.0
+_DATAGRAM = 2048
+_SO_BINDTODEVICE = 25
 
 
 @dataclass
@@ -48,9 +55,10 @@ class Namespace:
             self.process.wait()
 
 
-def open_namespace(taps: list[tuple[str, str]]) -> Namespace:
+def open_namespace(taps: list[tuple[str, str]], *, services: bool = False) -> Namespace:
     """A namespace with *taps*: name and address with prefix length, which may be empty.
 
+    With *services*, DHCP and DNS are answered at each tap's IPv4 address.
     :class:`HvHostError` where the kernel does not let users make namespaces.
     """
     if shutil.which("unshare") is None or shutil.which("ip") is None:
@@ -64,7 +72,9 @@ def open_namespace(taps: list[tuple[str, str]]) -> Namespace:
         process = subprocess.Popen(
             [
                 *("unshare", "--user", "--map-root-user", "--net", sys.executable),
-                *("-m", "hvhost.network.namespace", str(theirs.fileno()), *arguments),
+                *("-m", "hvhost.network.namespace", str(theirs.fileno())),
+                *(("--services",) if services else ()),
+                *arguments,
             ],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
@@ -95,19 +105,65 @@ def _run(*command: str) -> None:
         raise HvHostError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _serve(control: socket.socket, taps: list[str]) -> None:
+def _serve(control: socket.socket, taps: list[str], *, services: bool) -> None:
     from hvhost.network.wires import open_tap
 
     _run("ip", "link", "set", "lo", "up")
-    descriptors = []
+    descriptors, served = [], []
     for each in taps:
         name, _, addresses = each.partition("=")
         descriptors.append(open_tap(name))
         for address in filter(None, addresses.split("+")):
             _run("ip", "address", "add", address, "dev", name, *_NODAD[":" in address])
         _run("ip", "link", "set", name, "up")
+        four = [address for address in addresses.split("+") if address and ":" not in address]
+        served += [(name, address) for address in four[:1]]
+    servers = [_Server(*each) for each in served] if services else []
     socket.send_fds(control, [b"ready"], descriptors)
-    control.recv(1)
+    sources: dict[socket.socket, Callable[[], None]] = {}
+    for server in servers:
+        sources |= {server.dhcp: server.lease, server.dns: server.resolve}
+    while True:
+        readable, _, _ = select.select([control, *sources], [], [])
+        if control in readable:
+            return
+        for source in readable:
+            with contextlib.suppress(OSError):  # such as an address that nobody has any more
+                sources[source]()
+
+
+class _Server:
+    """DHCP and DNS at one tap, for guests whose network leads nowhere else."""
+
+    def __init__(self, interface: str, address: str) -> None:
+        from hvhost.network.leases import Leases
+
+        own = ipaddress.IPv4Interface(address)
+        self._leases = Leases(own)
+        self.dhcp = _udp(interface, "", 67)
+        self.dhcp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self.dns = _udp(interface, str(own.ip), 53)
+
+    def lease(self) -> None:
+        reply = self._leases.answer(self.dhcp.recv(_DATAGRAM))
+        if reply is not None:
+            self.dhcp.sendto(reply.data, (reply.to, 68))
+
+    def resolve(self) -> None:
+        from hvhost.network.leases import resolve
+
+        query, sender = self.dns.recvfrom(_DATAGRAM)
+        answer = resolve(query, self._leases.names)
+        if answer is not None:
+            self.dns.sendto(answer, sender)
+
+
+def _udp(interface: str, address: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, interface.encode())
+    sock.bind((address, port))
+    sock.setblocking(False)
+    return sock
 
 
 _NODAD: dict[bool, tuple[str, ...]] = {False: (), True: ("nodad",)}
@@ -116,7 +172,8 @@ _NODAD: dict[bool, tuple[str, ...]] = {False: (), True: ("nodad",)}
 def main() -> int:
     with socket.socket(fileno=int(sys.argv[1])) as control:
         try:
-            _serve(control, sys.argv[2:])
+            services = sys.argv[2:3] == ["--services"]
+            _serve(control, sys.argv[3:] if services else sys.argv[2:], services=services)
         except HvHostError as error:
             print(error, file=sys.stderr)
             return 1

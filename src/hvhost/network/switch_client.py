@@ -86,6 +86,7 @@ class SwitchConfig:
                 uplink=Uplink(uplink["uplink"]),
                 target=uplink["target"],
                 address=uplink["address"],
+                dhcp=uplink.get("dhcp", True),
                 forwards=tuple(PortForward(**each) for each in uplink.get("forwards", ())),
             )
         return SwitchConfig(values["name"], uplink)

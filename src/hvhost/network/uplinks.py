@@ -50,7 +50,9 @@ def plug_in(
         tap = wire_of(open_tap(config.target))
         return Cable(tap, tap.close)
     if config.uplink is Uplink.HOST_ONLY:
-        namespace = open_namespace([("tap0", config.address or HOST_ONLY_ADDRESS)])
+        namespace = open_namespace(
+            [("tap0", config.address or HOST_ONLY_ADDRESS)], services=config.dhcp
+        )
         inside = wire_of(namespace.descriptors[0])
 
         def close() -> None:

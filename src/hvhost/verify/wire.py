@@ -230,7 +230,9 @@ def cable(
     probe = session.running()
     network = session.machine.network
     session.step("plugging in a network adapter")
-    nic = ",".join(["host-only", f"address={HOST_ADDRESSES}", f"mac={new_mac()}", *options])
+    nic = ",".join(
+        ["host-only", "dhcp=off", f"address={HOST_ADDRESSES}", f"mac={new_mac()}", *options]
+    )
     try:
         info = network.add(nic, "verify0")
     except HvHostError as error:
