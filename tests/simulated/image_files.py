@@ -75,6 +75,12 @@ class MemoryFile:
             buffer[:] = self.content[offset : offset + len(buffer)]
             offset += len(buffer)
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        if offset + length > len(self.content):
+            return False
+        self.readv(offset, buffers)
+        return True
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._do(Write(offset, b"".join(buffers)))
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from hvhost.partition.memory import PAGE_SIZE
-from hvhost.storage.device import StorageController, SubChannel, Surface
+from hvhost.storage.device import StorageController, SubChannel
 from hvhost.storage.protocol import HV_SCSI_GUID, WorldWideNames
+from hvhost.storage.session import Surface
 from hvhost.storage.unit import LogicalUnit
 from hvhost.storage.worker import UnitWorker
 from hvhost.vmbus.channel import Channel, Offer
@@ -36,6 +37,8 @@ class MemoryDisk:
         self.read_only = read_only
         self.logical_sector_size, self.physical_sector_size = sector, 4096
         self.identifier = UUID(int=0x1234567890)
+        #: Whether reads need no waiting, and how many did not.
+        self.instant, self.at_once = True, 0
 
     @property
     def size(self) -> int:
@@ -50,6 +53,14 @@ class MemoryDisk:
             assert 0 <= offset <= offset + len(buffer) <= len(self.content)
             buffer[:] = self.content[offset : offset + len(buffer)]
             offset += len(buffer)
+
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        if not self.instant or not 0 <= offset <= len(self.content) - length:
+            return False
+        assert length == sum(map(len, buffers))
+        self.at_once += 1
+        self.readv(offset, buffers)
+        return True
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         assert not self.read_only

@@ -356,9 +356,10 @@ class Storage:
 
     def _plug(self, controller: Controller, computer: Computer) -> None:
         """Put a controller with its drives on the bus."""
-        from hvhost.storage.device import StorageController, SubChannel, Surface
+        from hvhost.storage.device import StorageController, SubChannel
         from hvhost.storage.names import instance, wire_names
         from hvhost.storage.protocol import HV_SCSI_GUID, HV_SYNTHFC_GUID
+        from hvhost.storage.session import Surface
         from hvhost.vmbus.channel import ChannelState, Offer
 
         def add_sub_channels(count: int) -> None:

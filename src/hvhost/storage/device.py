@@ -2,7 +2,8 @@
 
 Requests arrive on the controller's channel and on the sub-channels that the guest asked for. Each
 is checked and looked up here, under the bus's lock, and executed by its unit's worker, so that no
-disk ever holds the bus up. What the guest may rely on:
+disk ever holds the bus up; the most frequent ones take a shorter way (:mod:`hvhost.storage.quick`).
+What the guest may rely on:
 
 * Commands to one unit take effect in the order of each channel; between channels there is none.
   For flushes and the write cache see ``block.py``.
@@ -18,15 +19,10 @@ Saving a controller is saving :class:`ControllerState` once no request is under 
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Final
 
 from hvhost.errors import RemoteProtocolError
-from hvhost.partition.memory import GuestMemory
 from hvhost.storage import inquiry, protocol, scsi
 from hvhost.storage.buffers import section, total
 from hvhost.storage.protocol import (
@@ -41,104 +37,15 @@ from hvhost.storage.protocol import (
     complete,
     complete_request,
 )
+from hvhost.storage.quick import QuickPath
 from hvhost.storage.scsi import OpCode, ScsiStatus
-from hvhost.storage.unit import UnitState
+from hvhost.storage.session import ChannelSession, ControllerState, Phase, Surface
 from hvhost.storage.worker import Request, UnitWorker
 from hvhost.vmbus.channel import Channel, Offer, Packet, PacketType
 
 MAXIMUM_LUNS: Final = 64
-#: Requests of one channel that may be under way; more stay in the guest's ring.
-MAXIMUM_OUTSTANDING: Final = 512
 #: Virtual processors for each sub-channel beyond the first one.
 PROCESSORS_PER_CHANNEL: Final = 4
-
-
-class Phase(IntEnum):
-    """How far the guest's initialization came."""
-
-    CLOSED = 0
-    BEGUN = 1
-    NEGOTIATED = 2
-    READY = 3
-
-
-@dataclass(slots=True)
-class ControllerState:
-    """Everything needed to resume a controller: ``units`` by LUN, ``version`` of VSTOR, 0: none.
-
-    ``leaving`` are LUNs of units that were removed, and of which the guest does not know it yet.
-    """
-
-    phase: Phase = Phase.CLOSED
-    version: int = 0
-    sub_channels: int = 0
-    leaving: set[int] = field(default_factory=set)
-    units: dict[int, UnitState] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Surface:
-    """What a controller needs of its machine.
-
-    *add_sub_channels* puts so many on the bus, *remove_sub_channels* takes all off again;
-    *memory_written* is told of the guest's memory that was read into, and may take its time.
-    """
-
-    memory: GuestMemory
-    lock: threading.RLock
-    processors: int
-    add_sub_channels: Callable[[int], None]
-    remove_sub_channels: Callable[[], None]
-    memory_written: Callable[[Sequence[memoryview]], None] = lambda views: None
-
-
-class ChannelSession:
-    """The time a channel is open; see :class:`hvhost.storage.worker.Session`."""
-
-    def __init__(self, channel: Channel, surface: Surface) -> None:
-        self.alive = True
-        self.memory_written = surface.memory_written
-        self.outstanding = 0
-        self._workers: set[UnitWorker] = set()
-        self._channel, self._lock = channel, surface.lock
-        self._answers: deque[tuple[int, bytes]] = deque()
-        channel.settle = self._settle
-
-    def submit(self, worker: UnitWorker, request: Request) -> None:
-        """Have a request executed."""
-        self._workers.add(worker)
-        self.outstanding += 1
-        if self.outstanding >= MAXIMUM_OUTSTANDING:
-            self._channel.paused = True
-        worker.submit(request)
-
-    def end(self) -> None:
-        """The channel closed: drop what has not begun, and wait for what has."""
-        self.alive = False
-        for worker in self._workers:
-            with worker.running:
-                pass
-
-    def answer(self, request: Request, payload: bytes) -> None:
-        self._answers.append((request.transaction_id, payload))
-
-    def deliver(self) -> None:
-        with self._lock:
-            while self.alive and (self._channel.process() or self._resumed()):
-                pass
-
-    def _settle(self) -> None:
-        """At the end of each look into the ring, so that one interrupt is for all answers."""
-        answers, send = self._answers, self._channel.send_completion
-        while answers:
-            send(*answers.popleft())
-            self.outstanding -= 1
-
-    def _resumed(self) -> bool:
-        if not self._channel.paused or self.outstanding > MAXIMUM_OUTSTANDING // 2:
-            return False
-        self._channel.paused = False
-        return True
 
 
 class StorageController:
@@ -193,6 +100,7 @@ class StorageController:
     def opened(self, channel: Channel) -> None:
         self._channel = channel
         self._session = ChannelSession(channel, self._surface)
+        channel.serve = QuickPath(self.state, self.units, self._session, self._surface).serve
         self.state.phase, self.state.version = Phase.CLOSED, 0
 
     def closed(self) -> None:
@@ -298,7 +206,7 @@ class StorageController:
             return self._absent(packet.payload, request, data)
         command = Request(session, packet.transaction_id, packet.payload, request.cdb, data)
         if request.cdb_length < scsi.COMMAND_LENGTHS[request.cdb[0] >> 5]:
-            return command.failed(scsi.INVALID_FIELD_IN_CDB)
+            return command.failure(scsi.INVALID_FIELD_IN_CDB)
         if request.cdb[0] == OpCode.REPORT_LUNS:
             return self._report_luns(packet.payload, request, data, sorted(self.units))
         session.submit(worker, command)
@@ -369,6 +277,8 @@ class SubChannel:
     def opened(self, channel: Channel) -> None:
         self._channel = channel
         self._session = ChannelSession(channel, self._surface)
+        units = self._controller.units
+        channel.serve = QuickPath(self.state, units, self._session, self._surface).serve
 
     def closed(self) -> None:
         session, self._session, self._channel = self._session, None, None

@@ -60,6 +60,13 @@ class Disk(Protocol):
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill *buffers*, in order, with the data at *offset*."""
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        """Fill *buffers*, *length* bytes in all, if that needs no waiting.
+
+        False if it does, if the range is not all on the disk, or for any other reason: then
+        *buffers* hold anything, and :meth:`readv` is to be asked.
+        """
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write *buffers*, in order, to *offset*."""
 

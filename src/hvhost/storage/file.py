@@ -32,6 +32,9 @@ class ImageFile(Protocol):
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill *buffers* from *offset* on; EIO where the file ends before."""
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        """As :meth:`readv`, if that needs no waiting; else false, and *buffers* hold anything."""
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of *buffers* to *offset*."""
 
@@ -87,6 +90,12 @@ class HostFile:
         length = total(buffers)
         if len(buffers) > IOV_MAX or os.preadv(self._descriptor, buffers, offset) != length:
             self._piecewise(os.preadv, offset, buffers, length)
+
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        try:
+            return os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT) == length
+        except OSError:  # it would wait, the host's file system cannot tell, or there is an error
+            return False
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = total(buffers)

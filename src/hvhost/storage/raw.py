@@ -61,6 +61,9 @@ class RawDisk:
         check_range(self.size, offset, buffers)
         self.file.readv(offset, buffers)
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        return 0 <= offset <= self.size - length and self.file.read_now(offset, length, buffers)
+
     def may_have_data(self, offset: int, length: int) -> bool:
         """Whether the range may be something else than zeros."""
         return self.file.may_have_data(offset, length)

@@ -134,6 +134,9 @@ class Snapshot:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self.disk.readv(offset, buffers)
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        return self.disk.read_now(offset, length, buffers)
+
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._keep(offset, total(buffers))
         self.disk.writev(offset, buffers)

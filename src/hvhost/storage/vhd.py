@@ -163,6 +163,20 @@ class VhdDisk:
             self._read_block(block, within, section(buffers, done, count), count)
             done += count
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        if offset < 0 or offset + length > self.size:
+            return False
+        if self.header is not None:
+            block, within = divmod(offset, self.header.block_size)
+            if (
+                self.has_parent
+                or within + length > self.header.block_size
+                or self.table[block] == UNUSED_BLOCK
+            ):
+                return False
+            offset = self.data(block) + within
+        return self.file.read_now(offset, length, buffers)
+
     def _blocks(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         assert self.header is not None
         size = self.header.block_size

@@ -123,6 +123,17 @@ class VhdxDisk:
             self._read_block(block, within, section(buffers, done, count), count)
             done += count
 
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        within = offset & self._block_mask
+        if offset < 0 or offset + length > self._size or within + length > self._block_size:
+            return False
+        block = offset >> self._block_shift
+        index = block + (block >> self._ratio_shift)
+        entry = self.table.pieces[index >> PIECE_SHIFT][index & PIECE_MASK]
+        return entry & STATE_MASK == 6 and self.file.read_now(
+            (entry & OFFSET_MASK) + within, length, buffers
+        )
+
     def _blocks(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """Block, offset in it and bytes, for each block of a range."""
         while length:

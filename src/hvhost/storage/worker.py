@@ -29,12 +29,12 @@ from hvhost.storage.scsi import (
     sense_of_error,
 )
 from hvhost.storage.unit import LogicalUnit
+from hvhost.vmbus.ring import PacketType, encode_packet
 
 log = logging.getLogger(__name__)
 
-#: Answers wait at most so long, and at most so many, for others to go with them.
+#: Answers wait at most so long for others to go with them.
 BATCH_SECONDS: Final = 0.0005
-BATCH_ANSWERS: Final = 64
 FULL_RETRY_SECONDS: Final = 1.0
 COMPLAINT_SECONDS: Final = 60.0
 _READS = frozenset({OpCode.READ_6, OpCode.READ_10, OpCode.READ_12, OpCode.READ_16})
@@ -47,7 +47,7 @@ class Session(Protocol):
     alive: bool
     memory_written: Callable[[Sequence[memoryview]], None]
 
-    def answer(self, request: Request, payload: bytes) -> None:
+    def answer(self, packet: bytes) -> None:
         """Take an answer to be sent; any thread."""
 
     def deliver(self) -> None:
@@ -71,14 +71,19 @@ class Request:
         self.cdb, self.data = cdb, data
 
     def succeeded(self, transferred: int) -> bytes:
-        """The answer to a command that did what it was asked."""
-        return complete_request(self.payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, transferred)
+        """The packet for a command that did what it was asked."""
+        answer = complete_request(self.payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, transferred)
+        return encode_packet(PacketType.COMP, 0, self.transaction_id, answer)
 
-    def failed(self, sense: Sense) -> bytes:
+    def failure(self, sense: Sense) -> bytes:
         """The answer to a command that ended with *sense*."""
         return complete_request(
             self.payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense.pack()
         )
+
+    def failed(self, sense: Sense) -> bytes:
+        """The packet for a command that ended with *sense*."""
+        return encode_packet(PacketType.COMP, 0, self.transaction_id, self.failure(sense))
 
 
 class UnitWorker:
@@ -102,18 +107,36 @@ class UnitWorker:
         self.pause_when_full = pause_when_full
         self.full = False
         self._event = event
-        self._queue: SimpleQueue[Request | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Request] | None] = SimpleQueue()
+        self._submitted = self._executed = 0
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._complained = -COMPLAINT_SECONDS
 
-    def submit(self, request: Request) -> None:
-        """Have a command executed; with the bus's lock held."""
-        self._queue.put(request)
+    def submit(self, requests: list[Request]) -> None:
+        """Have commands of one session executed, in order; with the bus's lock held."""
+        self._submitted += len(requests)
+        self._queue.put(requests)
         if self._thread is None:
             self._start()
+
+    def try_enter(self) -> bool:
+        """Whether the caller, who holds the bus's lock, may use the unit until :meth:`leave`.
+
+        Not while commands wait or jobs do, nor where requests are limited.
+        """
+        return (
+            self._submitted == self._executed
+            and self.limiter is None
+            and not self._jobs
+            and self.running.acquire(blocking=False)
+        )
+
+    def leave(self) -> None:
+        """Undo :meth:`try_enter`."""
+        self.running.release()
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Run *function* between two commands, and return what it does; not with the bus's lock.
@@ -148,7 +171,9 @@ class UnitWorker:
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
-        self.unit.close()
+        with self.running:
+            self._submitted = -1  # nobody enters any more
+            self.unit.close()
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
@@ -156,32 +181,97 @@ class UnitWorker:
 
     def _run(self) -> None:
         answered: dict[Session, None] = {}
-        count, first = 0, 0.0
         while True:
             if self._jobs:
                 self._work()
-            if answered and (
-                self._queue.empty()
-                or count >= BATCH_ANSWERS
-                or time.monotonic() - first > BATCH_SECONDS
-            ):
-                for session in answered:
-                    session.deliver()
-                answered, count = {}, 0
-            request = self._queue.get()
-            if request is None:
+            if answered and self._queue.empty():
+                self._deliver(answered)
+            requests = self._queue.get()
+            if requests is None:
                 if self._stopping and self._queue.empty() and not self._jobs:
                     break
                 continue
-            if not answered:
-                first = time.monotonic()
-            answer = self._execute(request)
-            if answer is not None:
-                request.session.answer(request, answer)
-                answered[request.session] = None
-                count += 1
+            session = requests[0].session
+            self._serve(requests, session, answered)
+            self._executed += len(requests)
+        self._deliver(answered)
+
+    @staticmethod
+    def _deliver(answered: dict[Session, None]) -> None:
         for session in answered:
             session.deliver()
+        answered.clear()
+
+    def _serve(
+        self, requests: list[Request], session: Session, answered: dict[Session, None]
+    ) -> None:
+        """Execute commands that came together, until the channel is closed."""
+        done, limited = 0, -1
+        while done < len(requests):
+            if self._jobs:
+                self._work()
+            if self.limiter is not None and limited < done:
+                limited, size = done, total(requests[done].data)
+                self._wait(session, self.limiter.delay(time.monotonic(), size))
+            with self.running:
+                if not session.alive:
+                    return
+                some = self._execute_some(requests, done, session)
+            if some:
+                done += some
+                answered[session] = None
+                if done < len(requests):
+                    self._deliver(answered)
+            else:
+                self._wait(session, FULL_RETRY_SECONDS)
+
+    def _execute_some(self, requests: list[Request], first: int, session: Session) -> int:
+        """Execute commands for a short time; how many: none if the first waits for room."""
+        written: list[memoryview] = []
+        done = first
+        until = time.monotonic() + BATCH_SECONDS
+        while True:
+            request = requests[done]
+            answer = self._execute(request)
+            if answer is None:
+                break
+            session.answer(answer)
+            done += 1
+            if request.cdb[0] in _READS:
+                written += request.data
+            if (
+                done == len(requests)
+                or time.monotonic() > until
+                or not session.alive
+                or self._jobs
+                or self.limiter is not None
+            ):
+                break
+        if written:
+            session.memory_written(written)
+        return done - first
+
+    def _execute(self, request: Request) -> bytes | None:
+        """The answer, or ``None`` if it is to be tried again when there is room."""
+        try:
+            transferred = self.unit.execute(request.cdb, request.data)
+            self.full = False
+            return request.succeeded(transferred)
+        except CheckCondition as condition:
+            return request.failed(condition.sense)
+        except OSError as error:
+            if is_out_of_space(error) and self.pause_when_full and not self._stopping:
+                self._say_full()
+                return None
+            self._complain(error)
+            return request.failed(sense_of_error(error, writing=request.cdb[0] not in _READS))
+        except HvHostError as error:
+            self._complain(error)
+            return request.failed(INTERNAL_TARGET_FAILURE)
+        except Exception as error:  # a bug of ours must not end the thread
+            log.exception("%s: command %#x", self.name, request.cdb[0])
+            self._complain(error)
+            return request.failed(INTERNAL_TARGET_FAILURE)
 
     def _work(self) -> None:
         self._wake.clear()
@@ -190,41 +280,10 @@ class UnitWorker:
             with self.running:
                 job()
 
-    def _execute(self, request: Request) -> bytes | None:
-        """The answer, or ``None`` if the channel was closed meanwhile."""
-        if self.limiter is not None:
-            self._wait(request, self.limiter.delay(time.monotonic(), total(request.data)))
-        while True:
-            try:
-                with self.running:
-                    if not request.session.alive:
-                        return None
-                    transferred = self.unit.execute(request.cdb, request.data)
-                    if request.cdb[0] in _READS:
-                        request.session.memory_written(request.data)
-                self.full = False
-                return request.succeeded(transferred)
-            except CheckCondition as condition:
-                return request.failed(condition.sense)
-            except OSError as error:
-                if is_out_of_space(error) and self.pause_when_full and not self._stopping:
-                    self._say_full()
-                    self._wait(request, FULL_RETRY_SECONDS)
-                    continue
-                self._complain(error)
-                return request.failed(sense_of_error(error, writing=request.cdb[0] not in _READS))
-            except HvHostError as error:
-                self._complain(error)
-                return request.failed(INTERNAL_TARGET_FAILURE)
-            except Exception as error:  # a bug of ours must not end the thread
-                log.exception("%s: command %#x", self.name, request.cdb[0])
-                self._complain(error)
-                return request.failed(INTERNAL_TARGET_FAILURE)
-
-    def _wait(self, request: Request, seconds: float) -> None:
+    def _wait(self, session: Session, seconds: float) -> None:
         """Let time pass, doing what else is asked meanwhile."""
         deadline = time.monotonic() + seconds
-        while not self._stopping and request.session.alive:
+        while not self._stopping and session.alive:
             left = deadline - time.monotonic()
             if left <= 0:
                 return

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -280,6 +280,19 @@ class IncomingRing:
         self._ring.header[INTERRUPT_MASK] = 0
         barrier()
         return self._ring.header[WRITE_INDEX] != self.read_index
+
+    def offer_batch(self, serve: Callable[[bytes], int]) -> int:
+        """Show *serve* a copy of what there is; the bytes, whole packets from the start on, that it
+        took. What it left is for :meth:`read_batch`.
+        """
+        ring = self._ring
+        available = (ring.index(WRITE_INDEX) - self.read_index) % ring.size
+        if not available:
+            return 0
+        used = serve(ring.read(self.read_index, min(available, BATCH_BYTES)))
+        if used:
+            self._advance(used)
+        return used
 
     def read_batch(self) -> list[Packet]:
         """The next packets, with one update of the read index; empty if there are none.

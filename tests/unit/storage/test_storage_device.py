@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from hvhost.storage.block import DiskUnit
-from hvhost.storage.device import MAXIMUM_OUTSTANDING, Phase
 from hvhost.storage.limits import Limiter
 from hvhost.storage.protocol import WorldWideNames
 from hvhost.storage.raw import RawDisk
+from hvhost.storage.session import MAXIMUM_OUTSTANDING, Phase
 from hvhost.vmbus.protocol import CloseChannel
 from simulated.storage import WIN7, WIN8, WIN10, Shape, StorageHost
 
@@ -54,6 +54,9 @@ class Faulty:
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._pass()
         self.disk.readv(offset, buffers)
+
+    def read_now(self, offset: int, length: int, buffers: Sequence[memoryview]) -> bool:
+        return False
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._pass()
