@@ -7,6 +7,8 @@ somebody may send now.
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import random
@@ -24,6 +26,7 @@ SOL_PACKET, PACKET_AUXDATA = 263, 8
 ETH_P_ALL = 0x0003
 PACKET_OUTGOING = 4
 TP_STATUS_CSUMNOTREADY, TP_STATUS_VLAN_VALID = 1 << 3, 1 << 4
+_SIOCETHTOOL, _ETHTOOL_STXCSUM = 0x8946, 0x17
 _AUXDATA = struct.Struct("=IIIHHHH")
 _CHUNK = 1 << 18
 
@@ -149,6 +152,15 @@ def inject(interface: str, frame: str) -> dict[str, Any]:
         return {"sent": sock.send(bytes.fromhex(frame))}
 
 
+def offload(interface: str, on: bool) -> dict[str, Any]:
+    """Have the kernel leave checksums, and with them segmentation, to *interface*, or not."""
+    value = ctypes.create_string_buffer(struct.pack("=II", _ETHTOOL_STXCSUM, on))
+    request = struct.pack("16sP", interface.encode(), ctypes.addressof(value)).ljust(40, b"\0")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCETHTOOL, request)
+    return {"on": on}
+
+
 def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     """What arrives on *interface*, from *sender* if given, as an AF_PACKET socket sees it.
 
@@ -229,7 +241,9 @@ def dhcp(interface: str, server: str, offer: str, timeout: float = 30.0) -> dict
                 return {"client": head[28:34].hex(":"), "address": offer}
 
 
-ACTIONS = {each.__name__: each for each in (ping, sink, source, knock, inject, watch, dhcp)}
+ACTIONS = {
+    each.__name__: each for each in (ping, sink, source, knock, inject, offload, watch, dhcp)
+}
 
 
 def main() -> int:

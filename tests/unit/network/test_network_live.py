@@ -155,6 +155,19 @@ def test_a_capture_of_one_port_has_what_comes_in_there(lan: Lan, tmp_path: Path)
     assert replies and {tuple(row) for row in replies} == {(two.address, "0")}
 
 
+def test_a_kernel_can_be_told_to_send_segments_one_by_one(lan: Lan) -> None:
+    """What row lro needs: without it, it would prove nothing about merging."""
+    one, two = lan.member("10.77.0.1"), lan.member("10.77.0.2")
+    seen = []
+    for on in (True, False):
+        one.witness.do("offload", interface="tap0", on=on)
+        watch = two.witness.begin("watch", interface="tap0", seconds=60)
+        transfer(one, two, 1 << 20)
+        seen.append(watch.result())
+    assert seen[0]["large"] > 0 and seen[0]["csum_not_ready"] > 0
+    assert seen[1]["largest"] <= 1500 and seen[1]["csum_not_ready"] == 0
+
+
 def test_a_port_sends_no_faster_than_its_rate(lan: Lan) -> None:
     slow = lan.member("10.77.0.1", Hello("tap", "slow", rate=40))  # 5 MB a second
     other = lan.member("10.77.0.2")
