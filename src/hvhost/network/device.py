@@ -336,7 +336,7 @@ class NetworkAdapter:
         gpadl = self._channel.gpadl(body.gpadl_handle)
         buffer = ReceiveBuffer(gpadl, self._memory, self.state.mtu)
         self._receive_buffer = buffer
-        self._receiver = Receiver(self.state, buffer, self._deliver)
+        self._receiver = Receiver(self.state, buffer, self._deliver, self._flush)
         self.state.receive_buffer = body.gpadl_handle
         size = buffer.section_size
         return protocol.SendReceiveBufferComplete(
@@ -377,7 +377,13 @@ class NetworkAdapter:
     @property
     def _blocked(self) -> bool:
         """The guest does not empty a ring."""
-        return any(channel.queued for channel in self._channels())
+        channel = self._channel
+        if channel is not None and channel.queued:
+            return True
+        for item, _ in self._subchannels.values():  # not any(): it costs more than all the rest
+            if item.channel is not None and item.channel.queued:
+                return True
+        return False
 
     def _deliver(self, number: int, ranges: list[int], sections: list[int]) -> None:
         if self._channel is None or self._receive_buffer is None:
@@ -412,8 +418,12 @@ class NetworkAdapter:
             receiver.control(self._controls.popleft())
 
     def _flush(self) -> None:
-        for channel in self._channels():
+        channel = self._channel
+        if channel is not None:
             channel.flush()
+        for item, _ in self._subchannels.values():
+            if item.channel is not None:
+                item.channel.flush()
 
     def settle(self) -> None:
         """The guest's packets were handled: it hears so, and sections may have come back."""
@@ -425,11 +435,11 @@ class NetworkAdapter:
         self._watch()
 
     def _watch(self) -> None:
-        receiver = self._receiver
+        receiver, state = self._receiver, self.state
         read = (
             receiver is not None
-            and self.state.link
-            and bool(self.state.filter)
+            and state.link
+            and state.filter != 0
             and receiver.has_room
             and not self._blocked
         )

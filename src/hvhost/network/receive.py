@@ -58,17 +58,27 @@ Deliver = Callable[[int, list[int], list[int]], None]
 class Receiver:
     """Fills one receive buffer.
 
+    *interrupt* tells the guest of what was delivered; at the end of a round the caller does that.
     *deliver* gets a channel's number, ranges of the buffer as byte_count, byte_offset,
     byte_count…, one pair for each RNDIS message, and the sections they lie in, which are no longer
     free.
     """
 
-    def __init__(self, state: AdapterState, buffer: ReceiveBuffer, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        state: AdapterState,
+        buffer: ReceiveBuffer,
+        deliver: Deliver,
+        interrupt: Callable[[], None],
+    ) -> None:
         self._state, self._buffer, self._deliver = state, buffer, deliver
+        self._interrupt = interrupt
+        # The last frames came one by one: the next is not kept waiting for company.
+        self._alone = False
         self._header = memoryview(bytearray(frame.VIRTIO_NET_HDR_SIZE))
         self._overflow = memoryview(bytearray(frame.FRAME_LIMIT))
         # Where a frame goes that is expected to fit in a section, by section.
-        self._single: dict[int, list[memoryview]] = {}
+        self._places: dict[int, list[memoryview]] = {}
         self._expect_large = False
         self.flows = FlowTable(state.scaling)
         self._batches: dict[int, Batch] = {}
@@ -89,7 +99,11 @@ class Receiver:
         free, count, capacity = buffer.free, buffer.sections_per_frame, buffer.capacity
         receive_into = source.receive_into
         more = False
-        for _ in range(FRAMES_PER_ROUND):
+        number = 0
+        for number in range(FRAMES_PER_ROUND):
+            if number == 1 and self._alone:
+                self.flush()
+                self._interrupt()
             if len(free) <= count:
                 break
             expect_large = self._expect_large
@@ -103,14 +117,15 @@ class Receiver:
             self._received(size)
         else:
             more = True
+        self._alone = number <= 1
         self.flush()
         return more and self.has_room
 
     def _one(self, section: int) -> list[memoryview]:
-        buffers = self._single.get(section)
+        buffers = self._places.get(section)
         if buffers is None:
             buffers = [self._header, *self._buffer.bodies[section], self._overflow]
-            self._single[section] = buffers
+            self._places[section] = buffers
         return buffers
 
     def _several(self) -> list[memoryview]:

@@ -17,7 +17,7 @@ from hvhost.verify.rows import PROOFS
 from hvhost.verify.session import Timing
 
 #: A whole distribution with systemd takes two minutes on emulated processors.
-TIMING = Timing(boot=400.0, stall=120.0, heartbeat=60.0)
+TIMING = Timing(boot=500.0, stall=120.0, heartbeat=60.0)
 _LEAST_MEMORY = GIB
 _IMAGE = "linux-image-"
 # Of hyperv-daemons in every release, and what hvhost puts beside them.

@@ -309,6 +309,28 @@ def test_a_guest_that_gives_nothing_back_gets_nothing_more() -> None:
     assert len(driver.frames) == driver.sections - 5
 
 
+def test_a_frame_that_comes_alone_does_not_wait_for_others() -> None:
+    """The guest is interrupted for it before the wire is asked again; of many, once for all."""
+    driver = started()
+    channel = driver.guest.server.channels[0]
+    seen: list[int] = []
+    receive_into = driver.wire.receive_into
+
+    def watching(buffers: list[memoryview]) -> int:
+        seen.append(channel.interrupts)
+        return receive_into(buffers)
+
+    driver.wire.receive_into = watching  # type: ignore[method-assign]
+    frames = [incoming(ethernet(0x1234, bytes(60), to=MAC, sender=PEER))] * 20
+    for count in (1, 1, 20, 20):
+        driver.wire.incoming.extend(frames[:count])
+        driver.pull()
+    first, alone, beginning, many = seen[:2], seen[2:4], seen[4:25], seen[25:46]
+    assert first[1] == first[0] and alone[1] > alone[0]
+    assert beginning[1] > beginning[0] and len({*beginning[1:]}) == 1
+    assert len({*many}) == 1
+
+
 # What a guest must not do; each faults its channel, in one sentence.
 
 
