@@ -41,10 +41,14 @@ def test_a_guest_boots_through_the_local_transport(one: GuestImages) -> None:
 
 
 def test_a_command_in_the_software_kvm_host_sees_files_and_keeps_its_status() -> None:
+    checks = (
+        "test -c /dev/kvm && test -f /etc/passwd && touch /gone && "
+        "grep Cpus_allowed_list /proc/self/status >&2"
+    )
     done = subprocess.run(
         [
             *(sys.executable, "-m", "hvhost", "rig", "exec", "--"),
-            *("sh", "-c", "cat; test -c /dev/kvm && test -f /etc/passwd && touch /gone; exit 7"),
+            *("sh", "-c", f"cat; {checks}; exit 7"),
         ],
         input=b"from outside",
         capture_output=True,
@@ -52,3 +56,4 @@ def test_a_command_in_the_software_kvm_host_sees_files_and_keeps_its_status() ->
         check=False,
     )
     assert (done.returncode, done.stdout) == (7, b"from outside"), done.stderr
+    assert b"Cpus_allowed_list:\t1-" in done.stderr  # no guest on the first, see qemu.py

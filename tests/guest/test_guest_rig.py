@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -48,6 +49,10 @@ def test_a_killed_worker_leaves_nothing(own_rig: Path, one: GuestImages, start: 
     assert keeper_of(own_rig) is not None
     (emulator,) = emulators_of(own_rig)
     assert Path(f"/proc/{emulator}").exists()
+    (line,) = re.findall(r"processors for guests:(.*)", (own_rig / "rig" / "rig.log").read_text())
+    numbers = [int(number) for number in line.split()]
+    assert 0 not in numbers  # its state is written to by the others, see qemu.py
+    assert len(numbers) >= 2
     pid = worker_of(guest)
     os.kill(pid, signal.SIGKILL)
     wait_for("the end of rig and emulator", lambda: not processes_of(own_rig), 30.0)

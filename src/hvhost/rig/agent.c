@@ -14,6 +14,7 @@
 #include <linux/vfio.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -227,6 +228,20 @@ static int64_t rewrite_all(const uint8_t *pairs, uint64_t count, uint32_t buffer
 	return 0;
 }
 
+/* Those of the rig that may run guests: all but the first, see qemu.py. Empty if there is one only. */
+static cpu_set_t guest_processors;
+
+static int start_thread(struct processor *p)
+{
+	pthread_attr_t attributes;
+	pthread_attr_init(&attributes);
+	if (CPU_COUNT(&guest_processors))
+		pthread_attr_setaffinity_np(&attributes, sizeof guest_processors, &guest_processors);
+	int error = pthread_create(&p->thread, &attributes, processor_main, p);
+	pthread_attr_destroy(&attributes);
+	return error;
+}
+
 static int64_t start_processor(struct session *s, unsigned index, int fd)
 {
 	if (index >= MAXIMUM_PROCESSORS || s->processors[index].started)
@@ -244,7 +259,7 @@ static int64_t start_processor(struct session *s, unsigned index, int fd)
 		s->coalesced = (void *)((uint8_t *)run + KVM_COALESCED_MMIO_PAGE_OFFSET * 4096);
 	memcpy(p->mailbox + PROCESSOR_RUN, run, RUN_IMAGE_SIZE);
 	p->started = 1;
-	return -pthread_create(&p->thread, NULL, processor_main, p);
+	return -start_thread(p);
 }
 
 static int64_t call(struct session *s, uint8_t *mailbox, uint32_t buffer_size)
@@ -531,10 +546,22 @@ static void start_other_processors(void)
 		int fd = open(path, O_WRONLY | O_CLOEXEC);
 		if (fd < 0)
 			return;
-		if (write(fd, "1", 1) != 1)
+		if (write(fd, "1", 1) == 1)
+			CPU_SET(i, &guest_processors);
+		else
 			say("hvhost-agent: processor %d: %s", i, strerror(errno));
 		close(fd);
 	}
+}
+
+static void tell_guest_processors(void)
+{
+	char list[256] = "";
+	int length = 0;
+	for (int i = 0; i < CPU_SETSIZE && length < (int)sizeof list; i++)
+		if (CPU_ISSET(i, &guest_processors))
+			length += snprintf(list + length, sizeof list - length, " %d", i);
+	say("hvhost-agent: processors for guests:%s", list);
 }
 
 static void open_device(void)
@@ -643,6 +670,7 @@ int main(void)
 	load_modules();
 	keep_kernel_text();
 	start_other_processors();
+	tell_guest_processors();
 	open_device();
 	serve();
 }

@@ -23,6 +23,12 @@ KERNEL_OPTIONS = "tsc=reliable clocksource=tsc mitigations=off quiet panic=-1"
 # One processor until the agent brings up the others: patching kernel text is the riskiest thing
 # a booting kernel does under emulation, and it is simpler on one.
 RIG_OPTIONS = "console=ttyS0 intel_iommu=on iommu=pt maxcpus=1"
+# The rig's first processor runs no guest. Whenever another one loads floating-point state, QEMU 5.1
+# to 11.1 clears a flag (IGNNE#) of the first by reading and writing a word that also tells whether
+# that one runs a guest, by nested paging, with interrupts; an entry or exit in between is undone.
+# Rigs died of it within minutes: a page walk of the rig's kernel by the guest's tables.
+GUESTLESS_PROCESSORS = 1
+MOST_GUEST_PROCESSORS = 4
 DEVICE_ADDRESS = 3
 PR_SET_PDEATHSIG = 1
 COMMON_OPTIONS = ("-nodefaults", "-no-user-config", "-display", "none")
@@ -105,13 +111,19 @@ def start(
     )
 
 
+def processors() -> int:
+    """How many the rig has: as this computer, but 2 to 4, and one more that runs no guest."""
+    guest_processors = min(MOST_GUEST_PROCESSORS, max(2, len(os.sched_getaffinity(0))))
+    return GUESTLESS_PROCESSORS + guest_processors
+
+
 def machine_arguments(kernel: Path, initrd: Path, memory_mib: int, options: str) -> list[str]:
     """Arguments both kinds of rig share."""
     return [
         *("-machine", "q35"),
         *("-accel", "tcg,thread=multi"),
         *("-cpu", PROCESSOR),
-        *("-smp", str(min(4, max(2, len(os.sched_getaffinity(0)))))),
+        *("-smp", str(processors())),
         *("-m", str(memory_mib)),
         *("-kernel", str(kernel), "-initrd", str(initrd)),
         *("-append", f"{KERNEL_OPTIONS} {options}".strip()),
