@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from simulated.driver import SimulatedGuest
     from simulated.sockets import SocketHost
 
-FILE = 32 << 20
-STREAM = 64 << 20
+FILE = 8 << 20
+STREAM = 16 << 20
 CHUNK = 16 << 10
-OPERATIONS = 2000
-ROUND_TRIPS = 3000
+OPERATIONS = 1000
+ROUND_TRIPS = 1000
 MIB = 1 << 20
 
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -103,17 +103,24 @@ class GuestRing:
 
     def get(self, offset: int, length: int) -> bytes:
         out = bytearray()
-        for position in range(offset, offset + length, 8):
-            page, within = divmod(position % self.size, PAGE_SIZE)
-            out += self.memory.read(self.pfns[1 + page] * PAGE_SIZE + within, 8)
-        return bytes(out[:length])
+        for address, size in self._pieces(offset, length):
+            out += self.memory.read(address, size)
+        return bytes(out)
 
     def put(self, offset: int, data: bytes) -> None:
         assert len(data) % 8 == 0
-        for position in range(0, len(data), 8):
-            page, within = divmod((offset + position) % self.size, PAGE_SIZE)
-            address = self.pfns[1 + page] * PAGE_SIZE + within
-            self.memory.write(address, data[position : position + 8])
+        done = 0
+        for address, size in self._pieces(offset, len(data)):
+            self.memory.write(address, data[done : done + size])
+            done += size
+
+    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Addresses and sizes of a part of the ring, page by page."""
+        while length:
+            page, within = divmod(offset % self.size, PAGE_SIZE)
+            size = min(length, PAGE_SIZE - within)
+            yield self.pfns[1 + page] * PAGE_SIZE + within, size
+            offset, length = offset + size, length - size
 
     @property
     def used(self) -> int:

@@ -43,6 +43,7 @@ from hvhost.verify.guest import ANY_SHAPE, Machine, Modules, Probe, Shape
 from hvhost.verify.live_probe import best_probe
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.services import Services
+from hvhost.verify.session import patience
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +351,7 @@ class LiveMachine:
         except ProbeTimeout:
             return None
         try:
-            self._pending.wait_ready(_DRIVER_SECONDS)
+            self._pending.wait_ready(_DRIVER_SECONDS * patience())
         except ProbeTimeout as error:
             # A row that needs a driver which is not there yet will say so.
             log.warning("%s", error)

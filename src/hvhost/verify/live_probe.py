@@ -15,6 +15,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests.probe import PROBE_PORT, ProbeClient
 from hvhost.sockets.client import connect
 from hvhost.verify.guest import Carrier, CommandResult
+from hvhost.verify.session import patience
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LiveProbe:
         self._client.write_text(path, text)
 
     def run(self, command: Sequence[str], timeout: float) -> CommandResult:
-        result = self._client.run([*command], timeout)
+        result = self._client.run([*command], timeout * patience())
         return CommandResult(
             result.status, (result.stdout + result.stderr).decode("utf-8", "replace")
         )
@@ -81,10 +82,10 @@ def best_probe(serial: ProbeClient, directory: Path) -> LiveProbe:
     """
     client: ProbeClient | None = None
     try:
-        if not serial.has_sockets(_FOUND_OUT_SECONDS):
+        if not serial.has_sockets(_FOUND_OUT_SECONDS * patience()):
             return LiveProbe(serial, Carrier.SERIAL_LINE)
-        client = ProbeClient(connect(directory, PROBE_PORT, _CONNECT_SECONDS))
-        client.wait_ready(_ANSWER_SECONDS, drivers=False)
+        client = ProbeClient(connect(directory, PROBE_PORT, _CONNECT_SECONDS * patience()))
+        client.wait_ready(_ANSWER_SECONDS * patience(), drivers=False)
     except HvHostError as error:
         log.warning("the probe is not reached over sockets: %s", error)
         if client is not None:

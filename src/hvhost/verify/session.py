@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from threading import get_ident
 
@@ -33,6 +34,7 @@ BOOT_SECONDS = 75.0
 STALL_SECONDS = 25.0
 HEARTBEAT_SECONDS = 20.0
 NO_CONTACT_SECONDS = 40.0
+MOST_PATIENCE = 6.0
 _DEAD = (MachineState.STOPPED, MachineState.FAILED)
 
 
@@ -56,9 +58,22 @@ class BootFailed(RowFailed):
         self.in_user_space = in_user_space
 
 
+def patience() -> float:
+    """How many times longer than usual to wait, on a computer with more to run than processors.
+
+    A guest that gets a tenth of a processor boots ten times slower and is none the worse for it.
+    Only waiting is stretched by it: what a row proves to be quick has limits of its own.
+    """
+    load = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return min(max(load, 1.0), MOST_PATIENCE)
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Time-outs in seconds; tests shorten them."""
+    """Time-outs in seconds on a computer that has time for its guest; tests shorten them.
+
+    ``stretch`` tells how many times longer to wait just now.
+    """
 
     boot: float = BOOT_SECONDS
     stall: float = STALL_SECONDS
@@ -69,6 +84,13 @@ class Timing:
     poll: float = 0.2
     silence: float = 3.0
     settle: float = 0.1
+    stretch: Callable[[], float] = patience
+
+    def stretched(self) -> Timing:
+        """With the time-outs that suit the computer's load of this moment."""
+        factor = self.stretch()
+        names = ("boot", "stall", "heartbeat", "no_contact", "event", "bus", "silence")
+        return replace(self, **{name: getattr(self, name) * factor for name in names})
 
 
 class Session:
@@ -87,7 +109,7 @@ class Session:
     ) -> None:
         self.guest = guest
         self.cpus = cpus
-        self.timing = timing or Timing()
+        self._timing = timing or Timing()
         self.events: list[MachineEvent] = []
         self.consoles: list[str] = []
         self.machines: list[Machine] = []
@@ -112,6 +134,11 @@ class Session:
         So a row whose time was up cannot touch the next row's guest when its call returns at last.
         """
         self._owner = get_ident()
+
+    @property
+    def timing(self) -> Timing:
+        """The time-outs, for the computer's load of this moment."""
+        return self._timing.stretched()
 
     @property
     def machine(self) -> Machine:

@@ -51,7 +51,15 @@ from hvhost.verify.services import Drives
 from hvhost.verify.session import Timing
 
 RELEASE = "6.1.0-test-amd64"
-FAST = Timing(boot=0.3, heartbeat=0.1, no_contact=0.1, event=0.1, poll=0.005, silence=0.01)
+FAST = Timing(
+    boot=0.3,
+    heartbeat=0.1,
+    no_contact=0.1,
+    event=0.1,
+    poll=0.005,
+    silence=0.01,
+    stretch=lambda: 1.0,
+)
 INSTANCES = {
     HV_SHUTDOWN_GUID: "b6650ff7-33bc-4840-8048-e0676786f393",
     HV_HEART_BEAT_GUID: "fd149e91-82e0-4a7d-afa6-2a4166cbd7c0",
