@@ -2,16 +2,20 @@
 
 The simulated driver fills its ring or a socket before, and is not measured; what is measured is
 from the guest's signal to the last frame written, or from the first frame read to the guest's
-interrupt. Beside it stands a loop of the same ``writev`` or ``readv`` on the same sockets.
+interrupt, in CPU time of the thread, medians of batches. Beside it stands a loop of the same
+``writev`` or ``readv`` on the same sockets.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
 import struct
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.measurement import Measurement
@@ -72,7 +76,7 @@ def _measure(size: int, batch: int) -> tuple[float, float, float, float]:
     driver.put(pages, 0, message)
     driver.put(driver.send_pages, 0, message[:6144])
     ranges = struct.pack("<IIII", 0, 1, len(message), 0) + struct.pack(f"<{len(pages)}Q", *pages)
-    spent = [0.0] * 4
+    spent: list[list[float]] = [[], [], [], []]
     for number in range(BATCHES):
         for transaction in range(batch):
             if large:
@@ -87,33 +91,116 @@ def _measure(size: int, batch: int) -> tuple[float, float, float, float]:
                 header=head,
                 signal=False,
             )
-        started = time.perf_counter()
+        started = time.thread_time()
         channel.process()
-        spent[0] += time.perf_counter() - started
+        spent[0].append(time.thread_time() - started)
         driver.read()
         assert sockets.drain() == batch and not driver.guest.faults
         pieces = [offload.pack(), out]
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(batch):
             os.writev(sockets.near.fileno(), pieces)
-        spent[1] += time.perf_counter() - started
+        spent[1].append(time.thread_time() - started)
         sockets.drain()
 
         sockets.fill(offload.pack() + back, batch)
-        started = time.perf_counter()
+        started = time.thread_time()
         driver.adapter.readable()
-        spent[2] += time.perf_counter() - started
+        spent[2].append(time.thread_time() - started)
         driver.read()
         assert len(driver.frames) == batch, len(driver.frames)
         driver.frames.clear()
         sockets.fill(offload.pack() + back, batch)
         views = [memoryview(bytearray(10)), sockets.buffer]
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(batch):
             os.readv(sockets.near.fileno(), views)
-        spent[3] += time.perf_counter() - started
-    frames = BATCHES * batch
-    return spent[0] / frames, spent[1] / frames, spent[2] / frames, spent[3] / frames
+        spent[3].append(time.thread_time() - started)
+    sent, write, received, read = (statistics.median(each) / batch for each in spent)
+    return sent, write, received, read
+
+
+def _merged(batch: int) -> tuple[float, float]:
+    """Seconds a segment of 1,448 bytes, in a row and one by one, and ``readv`` of the same."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from simulated.frames import tcp
+    from simulated.netvsc import MAC, PEER, NetvscDriver
+
+    driver, sockets = NetvscDriver(receive_buffer=1024), _Sockets()
+    driver.adapter.wire = sockets.wire
+    driver.start()
+    payload = os.urandom(1448)
+    frames = [
+        frame.NO_OFFLOAD + tcp(payload, sequence=1 + 1448 * number, flags=0x10, to=MAC, sender=PEER)
+        for number in range(batch)
+    ]
+    spent: list[float] = []
+    bare: list[float] = []
+    views = [memoryview(bytearray(10)), sockets.buffer]
+    for _ in range(BATCHES):
+        for each in frames:
+            sockets.far.send(each)
+        started = time.thread_time()
+        driver.adapter.readable()
+        spent.append(time.thread_time() - started)
+        driver.read()
+        assert len(driver.frames) <= -(-batch // 32), len(driver.frames)
+        driver.frames.clear()
+        for each in frames:
+            sockets.far.send(each)
+        started = time.thread_time()
+        for _ in frames:
+            os.readv(sockets.near.fileno(), views)
+        bare.append(time.thread_time() - started)
+    return statistics.median(spent) / batch, statistics.median(bare) / batch
+
+
+def _switched(size: int, batch: int) -> tuple[float, float]:
+    """Seconds a frame from one port of a switch to another, and ``readv`` with ``writev``."""
+    from hvhost.machine.loop import Loop
+    from hvhost.network.switch import PortSettings
+    from hvhost.network.switch_client import SwitchConfig
+    from hvhost.network.switch_process import SwitchProcess
+    from hvhost.network.uplinks import Cable
+
+    one, two = _Sockets(), _Sockets()
+    loop = Loop()
+    first, second = bytes((2, 0, 0, 0, 0, 1)), bytes((2, 0, 0, 0, 0, 2))
+    with tempfile.TemporaryDirectory() as directory:
+        switch = SwitchProcess(Path(directory), SwitchConfig("bench", None), loop)
+        for sockets in (one, two):
+
+            def cable(*callbacks: Callable[[], None], near: int = sockets.near.detach()) -> Cable:
+                readable, writable, gone = callbacks
+                wire = DescriptorWire(near, loop, readable=readable, writable=writable, gone=gone)
+                return Cable(wire, wire.close)
+
+            switch._plug(PortSettings("port"), 0, cable)
+        body = b"\x12\x34" + bytes(size - 14)
+        two.far.send(frame.NO_OFFLOAD + b"\xff" * 6 + second + body)
+        switch._read(1)
+        one.drain()
+        spent: list[float] = []
+        bare: list[float] = []
+        data = frame.NO_OFFLOAD + second + first + body
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for _ in range(BATCHES):
+            one.fill(data, batch)
+            started = time.thread_time()
+            switch._read(0)
+            spent.append((time.thread_time() - started) / batch)
+            assert two.drain() == batch
+            for _ in range(batch):
+                far.send(data)
+                started = time.thread_time()
+                length = os.readv(near.fileno(), [one.buffer])
+                os.writev(near.fileno(), [one.buffer[:length]])
+                bare.append(time.thread_time() - started)
+                os.readv(far.fileno(), [one.buffer])
+        switch.close()
+    near.close()
+    far.close()
+    return statistics.median(spent), statistics.median(bare)
 
 
 def network(rounds: int) -> list[Measurement]:
@@ -130,6 +217,18 @@ def network(rounds: int) -> list[Measurement]:
                 "network", f"{name} received, a second", 1 / received, "/s", "readv", 1 / read
             ),
         ]
+    merged, read = _merged(BATCH)
+    figures.append(
+        Measurement("network", "1,448 B merged, each", merged * 1e6, "µs", "readv", read * 1e6)
+    )
+    for size, batch, name in ((64, BATCH, "64 B"), (1514, BATCH, "1,514 B"), (65_000, 3, "64 KiB")):
+        switched, bare = _switched(size, batch)
+        figures.append(
+            Measurement(
+                "network", f"{name} through a switch", switched * 1e6, "µs", "readv, writev",
+                bare * 1e6,
+            )
+        )  # fmt: skip
     size = 65_000
     sent, write, received, read = _measure(size, LARGE_BATCH)
     gigabits = size * 8 / 1e9
