@@ -63,7 +63,7 @@ def whole(data: bytes) -> bytes:
 @pytest.mark.parametrize("ipv6", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 10, 44])
 def test_segments_in_a_row_are_one_frame(count: int, ipv6: bool) -> None:
-    driver, payload = started(), os.urandom(SIZE * count - 100)
+    driver, payload = started(), os.urandom(SIZE * count - 101)
     (each,) = received(driver, segments(payload, ipv6=ipv6))
     assert each.fragments == count and infos(each) == GOOD
     assert each.data[74 if ipv6 else 54 :] == payload
