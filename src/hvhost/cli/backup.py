@@ -19,6 +19,13 @@ def backup(
         Path,
         typer.Argument(metavar="DIRECTORY", help="Where the backup's own directory is made."),
     ],
+    incremental: Annotated[
+        bool,
+        typer.Option(
+            "--incremental",
+            help="Store only what is different from the newest backup there, which stays needed.",
+        ),
+    ] = False,
     crash_consistent: Annotated[
         bool,
         typer.Option(
@@ -52,6 +59,7 @@ def backup(
     \b
     Examples:
       hvhost backup demo /mnt/backups
+      hvhost backup demo /mnt/backups --incremental
       hvhost backup demo /mnt/backups --crash-consistent
       hvhost backup demo /mnt/backups --json | jq -r .path
     """
@@ -60,17 +68,23 @@ def backup(
     from hvhost.manager.backup import back_up
     from hvhost.manager.client import MachineClient
 
-    options = BackupOptions(str(directory), crash_consistent, allow_network, allow_same_volume)
+    options = BackupOptions(
+        str(directory),
+        crash_consistent=crash_consistent,
+        allow_network=allow_network,
+        allow_same_volume=allow_same_volume,
+        incremental=incremental,
+    )
     client = MachineClient(name)
     with output.byte_progress(name) as update:
         done = back_up(client, options, lambda info: update(info.copied, info.size))
     if json:
         output.print_json(done)
     else:
-        _show(done)
+        _show(done, incremental=incremental)
 
 
-def _show(done: BackupInfo) -> None:
+def _show(done: BackupInfo, *, incremental: bool) -> None:
     import sys
 
     from hvhost.machine.backup_model import Consistency
@@ -83,5 +97,9 @@ def _show(done: BackupInfo) -> None:
         f"Backed {format_size(done.size)} up to {done.path} in {done.seconds:.1f} s: {state}; "
         f"commands to the disks were held for {done.pause_seconds * 1000:.1f} ms at most."
     )
+    if done.base is not None:
+        print(f"{format_size(done.stored)} were different from {done.base}, which it needs.")
+    elif incremental:
+        print("There was no earlier backup of these disks, so this one is complete by itself.")
     if done.warning is not None:
         print(f"hvhost: warning: {done.warning}", file=sys.stderr)

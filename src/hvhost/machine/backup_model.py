@@ -26,14 +26,17 @@ class Consistency(StrEnum):
 class BackupOptions:
     """How to back a machine up: into a new directory in *directory*, an absolute path.
 
-    ``crash_consistent``: do not ask the guest to freeze its file systems. The others allow what is
-    refused otherwise: disks on network storage, and a destination on the volume of a disk.
+    ``crash_consistent``: do not ask the guest to freeze its file systems. ``allow_network`` and
+    ``allow_same_volume`` allow what is refused otherwise: disks on network storage, and a
+    destination on the volume of a disk. ``incremental``: store only what is different from the
+    machine's newest backup in *directory*, if there is one.
     """
 
     directory: str
     crash_consistent: bool = False
     allow_network: bool = False
     allow_same_volume: bool = False
+    incremental: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class BackupInfo:
     ``path`` is its directory once it is whole. ``size`` is that of all disks, ``copied`` how far
     the copy is. ``frozen_seconds`` is how long the guest's file systems were frozen at most,
     ``pause_seconds`` the longest time for which commands to a disk were held. ``warning`` is
-    something that the guest's administrator should look at.
+    something that the guest's administrator should look at. ``base`` is the backup that this one
+    is the difference to, ``stored`` how much of the data had to be written.
     """
 
     state: BackupState
@@ -56,6 +60,8 @@ class BackupInfo:
     pause_seconds: float = 0.0
     warning: str | None = None
     error: str | None = None
+    base: str | None = None
+    stored: int = 0
 
     @property
     def over(self) -> bool:

@@ -29,6 +29,7 @@ from hvhost.services.vss_protocol import VssOperation
 
 if TYPE_CHECKING:
     from hvhost.machine.computer import Computer
+    from hvhost.storage.backup_base import Base, Keeper
     from hvhost.storage.block import DiskUnit
     from hvhost.storage.controller import Drive, Storage
     from hvhost.storage.disk import Disk, ImageDisk
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "backup.json"
 _WAIT_SECONDS = FREEZE_SECONDS + ANSWER_SECONDS
 _BLOCK_SIZE = 2 << 20
 #: How long a disk may be held for the others, and how often that is tried.
@@ -45,11 +45,13 @@ _HOLD_SECONDS, _HOLD_ATTEMPTS = 1.0, 10
 
 @dataclass(slots=True)
 class Copy:
-    """One disk being copied into *file*."""
+    """One disk being copied into *file*, by *keeper*; *base*: what it is the difference to."""
 
     drive: Drive
     file: Path
     target: Disk
+    keeper: Keeper
+    base: Path | None = None
     snapshot: Snapshot | None = None
 
     @property
@@ -177,11 +179,20 @@ class Backup:
         job.over.set()
 
     def _back_up(self, job: Job, drives: list[Drive]) -> None:
+        from hvhost.storage.backup_base import MANIFEST, find_base
+
         unfinished = job.path.with_name(job.path.name + ".partial")
         unfinished.mkdir(parents=True)
         try:
-            with _targets(unfinished, drives) as copies:
-                job.info = replace(job.info, size=sum(each.unit.disk.size for each in copies))
+            base: Base | None = None
+            if job.options.incremental:
+                base = find_base(job.path.parent, self._config.name, drives)
+            with _targets(unfinished, drives, base.files if base else {}) as copies:
+                job.info = replace(
+                    job.info,
+                    size=sum(each.unit.disk.size for each in copies),
+                    base=str(base.path) if base else None,
+                )
                 try:
                     self._take_snapshots(job, copies)
                     job.info = replace(job.info, state=BackupState.COPYING)
@@ -192,6 +203,7 @@ class Backup:
                 _check(job, copies)
                 for copy in copies:
                     copy.target.flush()
+                job.info = replace(job.info, stored=sum(each.keeper.stored for each in copies))
             (unfinished / MANIFEST).write_text(self._manifest(job, copies))
             _settle(unfinished)
             unfinished.rename(job.path)
@@ -284,7 +296,9 @@ class Backup:
                     "file": copy.file.name,
                     "source": copy.drive.config.path,
                     "size": copy.unit.disk.size,
+                    "sector_size": copy.unit.disk.logical_sector_size,
                     "identifier": str(copy.unit.disk.identifier),
+                    "parent": _parent(copy),
                 }
                 for copy in copies
             ],
@@ -335,10 +349,16 @@ def _files(disk: Disk) -> Iterator[Path]:
         link = getattr(link, "parent", None)
 
 
+def _parent(copy: Copy) -> str | None:
+    """The file a copy is the difference to, from the copy's directory."""
+    return None if copy.base is None else f"../{copy.base.parent.name}/{copy.base.name}"
+
+
 @contextlib.contextmanager
-def _targets(directory: Path, drives: list[Drive]) -> Iterator[list[Copy]]:
-    """An empty VHDX for each disk, closed at the end."""
-    from hvhost.storage.images import create_disk
+def _targets(directory: Path, drives: list[Drive], bases: dict[str, Path]) -> Iterator[list[Copy]]:
+    """An empty VHDX for each disk, a child of its base if there is one; closed at the end."""
+    from hvhost.storage.backup_base import Difference, Whole, open_base
+    from hvhost.storage.images import create_disk, differencing_options
     from hvhost.storage.vhdx_create import VhdxOptions
 
     with contextlib.ExitStack() as stack:
@@ -346,6 +366,14 @@ def _targets(directory: Path, drives: list[Drive]) -> Iterator[list[Copy]]:
         for drive in drives:
             disk = cast("DiskUnit", drive.unit).disk
             file = directory / f"{drive.address.replace(':', '-')}.vhdx"
+            earlier = bases.get(drive.address)
+            if earlier is not None:
+                base = open_base(earlier)
+                stack.callback(base.close)
+                target = create_disk(file, differencing_options(file, earlier, same_disk=True))
+                stack.callback(target.close)
+                copies.append(Copy(drive, file, target, Difference(base, target), earlier))
+                continue
             options = VhdxOptions(
                 disk.size,
                 block_size=_BLOCK_SIZE,
@@ -355,7 +383,7 @@ def _targets(directory: Path, drives: list[Drive]) -> Iterator[list[Copy]]:
             )
             target = create_disk(file, options)
             stack.callback(target.close)
-            copies.append(Copy(drive, file, target))
+            copies.append(Copy(drive, file, target, Whole(target)))
         yield copies
 
 
@@ -364,7 +392,7 @@ def _snapshots(job: Job, copies: list[Copy]) -> None:
     from hvhost.storage.snapshot import Snapshot
 
     for copy in copies:  # what takes time, before the commands are held
-        copy.snapshot = Snapshot(cast("ImageDisk", copy.unit.disk), copy.target)
+        copy.snapshot = Snapshot(cast("ImageDisk", copy.unit.disk), copy.keeper)
 
     def begin() -> None:
         for copy in copies:
@@ -421,7 +449,9 @@ def _copy(job: Job, copy: Copy) -> None:
 
 
 def _settle(path: Path) -> None:
-    """Have a directory and the files in it on stable storage."""
+    """Have a directory and the manifest in it on stable storage."""
+    from hvhost.storage.backup_base import MANIFEST
+
     for each in (*path.glob(MANIFEST), path):
         descriptor = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
         try:

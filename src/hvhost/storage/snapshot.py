@@ -17,8 +17,9 @@ from typing import Final
 from uuid import UUID
 
 from hvhost.errors import HvHostError
-from hvhost.storage.buffers import only_zeros, total
-from hvhost.storage.disk import Disk, ImageDisk
+from hvhost.storage.backup_base import Keeper
+from hvhost.storage.buffers import total
+from hvhost.storage.disk import ImageDisk
 
 #: Bytes that are kept at once when the guest overwrites one of them.
 CHUNK: Final = 64 << 10
@@ -30,22 +31,26 @@ _LOOKS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What :meth:`Snapshot.take` read: *data*, if there is any, and the chunk to go on with."""
+    """What :meth:`Snapshot.take` read: *data*, if there is any, and the chunk to go on with.
+
+    ``zeros`` are ranges, offset and length, without data that were passed on the way.
+    """
 
     offset: int
     data: memoryview
     following: int
+    zeros: tuple[tuple[int, int], ...] = ()
 
 
 class Snapshot:
     """Implements :class:`hvhost.storage.disk.Disk` for the guest, on top of *disk*.
 
-    *target*, empty and of the same size, becomes what *disk* was. :meth:`take` is called by the
-    thread that uses the disk, :meth:`put` by another.
+    *keeper* is given all of what *disk* was, each part once. :meth:`take` is called by the thread
+    that uses the disk, :meth:`put` by another.
     """
 
-    def __init__(self, disk: ImageDisk, target: Disk) -> None:
-        self.disk, self.target = disk, target
+    def __init__(self, disk: ImageDisk, keeper: Keeper) -> None:
+        self.disk, self.keeper = disk, keeper
         self.problem: str | None = None
         self._chunks = -(-disk.size // CHUNK)
         # One byte for each chunk: 1 if it is in the copy, or read for it.
@@ -60,11 +65,13 @@ class Snapshot:
 
         Its data are valid until the next call. :class:`OSError` if they cannot be read.
         """
-        empty = self._buffer[:0]
+        empty, zeros = self._buffer[:0], list[tuple[int, int]]()
         for _ in range(_LOOKS):
             first = self._kept.find(0, chunk)
             if first < 0:
-                return None
+                if not zeros:
+                    return None
+                break
             end = self._kept.find(1, first, first + STEP)
             if end < 0:
                 end = min(first + STEP, self._chunks)
@@ -74,21 +81,22 @@ class Snapshot:
             if self.disk.may_have_data(offset, length):
                 data = self._buffer[:length]
                 self.disk.readv(offset, [data])
-                return Piece(offset, data, chunk)
-        return Piece(0, empty, chunk)
+                return Piece(offset, data, chunk, tuple(zeros))
+            zeros.append((offset, length))
+        return Piece(0, empty, chunk, tuple(zeros))
 
     def put(self, piece: Piece) -> None:
         """Write a piece to the copy; :class:`OSError` if that cannot be."""
-        self._write(piece.offset, piece.data)
+        for offset, length in piece.zeros:
+            with self._writing:
+                self.keeper.put_zeros(offset, length)
+        if piece.data:
+            with self._writing:
+                self.keeper.put(piece.offset, piece.data)
 
     def _place(self, first: int, end: int) -> tuple[int, int]:
         offset = first * CHUNK
         return offset, min(end * CHUNK, self.disk.size) - offset
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        if data and not only_zeros(data):
-            with self._writing:
-                self.target.writev(offset, [data])
 
     def _keep(self, offset: int, length: int) -> None:
         """Copy what is about to be overwritten."""
@@ -101,7 +109,11 @@ class Snapshot:
                 if self.disk.may_have_data(start, count):
                     data = memoryview(bytearray(count))
                     self.disk.readv(start, [data])
-                    self._write(start, data)
+                    with self._writing:
+                        self.keeper.put(start, data)
+                else:
+                    with self._writing:
+                        self.keeper.put_zeros(start, count)
             except (OSError, HvHostError) as error:
                 self.problem = f"what the guest was about to overwrite could not be kept: {error}"
 

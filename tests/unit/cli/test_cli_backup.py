@@ -37,6 +37,9 @@ def test_backup(hvhost: Hvhost, disk: Path, tmp_path: Path) -> None:
     assert done.out.startswith("Backed 1 MiB up to ") and "guest was not asked" in done.out
     (found,) = Path(backups).iterdir()
     assert sorted(path.name for path in found.iterdir()) == ["backup.json", "scsi0-0.vhdx"]
+    earlier = found.rename(found.with_name("m1-20200101T000000Z"))  # else of the same second
+    again = hvhost("backup", "m1", backups, *options, "--incremental")
+    assert (again.status, again.err) == (0, "") and f"different from {earlier}" in again.out
     answer = json.loads(hvhost("backup", "m1", str(tmp_path / "other"), *options, "--json").out)
     assert answer["state"] == "done" and Path(answer["path"]).is_dir()
 

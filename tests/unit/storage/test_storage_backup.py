@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,11 +102,15 @@ class Bench:
         data = memoryview(bytes([byte]) * length)
         drive.worker.call(lambda: unit.disk.writev(offset, [data]))
 
-    def run(self, *, crash_consistent: bool = False) -> BackupInfo:
+    def run(self, *, crash_consistent: bool = False, incremental: bool = False) -> BackupInfo:
         target = self.directory / "backups"
-        self.backup.start(
-            BackupOptions(str(target), crash_consistent=crash_consistent, allow_same_volume=True)
+        options = BackupOptions(
+            str(target),
+            crash_consistent=crash_consistent,
+            allow_same_volume=True,
+            incremental=incremental,
         )
+        self.backup.start(options)
         return self.backup.progress(30.0)
 
     def left(self) -> list[str]:
@@ -160,6 +165,50 @@ def test_all_disks_as_they_were_while_the_guest_was_frozen(bench: Bench) -> None
     assert load_config(json.dumps(manifest["machine"])) == bench.config
     assert [each["address"] for each in manifest["disks"]] == ["scsi0:0", "scsi0:1"]
     assert manifest["disks"][0]["source"] == str(bench.directory / "a.vhdx")
+
+
+def test_an_incremental_backup_holds_what_is_different(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamps = iter(f"2026010{day}T000000Z" for day in range(1, 10))
+    monkeypatch.setattr(time, "strftime", lambda *_: next(stamps))
+    bench.write(0, 0, 1, 8 * CHUNK)
+    first = bench.run(incremental=True)
+    assert first.base is None, "there is none to build on"
+    bench.write(0, 2 * CHUNK, 2)
+    bench.drives[0].worker.call(
+        lambda: cast("DiskUnit", bench.drives[0].unit).disk.unmap(4 * CHUNK, CHUNK)
+    )
+    second = bench.run(incremental=True)
+    bench.write(1, 0, 3)
+    third = bench.run(incremental=True)
+    assert (second.base, third.base) == (first.path, second.path)
+    assert (second.stored, third.stored) == (2 * CHUNK, CHUNK)
+    expected = b"\1" * 2 * CHUNK + b"\2" * CHUNK + b"\1" * CHUNK + bytes(CHUNK)
+    for info, b in ((second, b"\0"), (third, b"\3")):
+        assert contents(info, "scsi0-0.vhdx") == expected + b"\1" * 3 * CHUNK + bytes(32 * CHUNK)
+        assert contents(info, "scsi0-1.vhdx") == b * CHUNK + bytes(SIZE - CHUNK)
+    assert contents(first, "scsi0-0.vhdx") == b"\1" * 8 * CHUNK + bytes(32 * CHUNK)
+    disks = json.loads(Path(third.path, "backup.json").read_text())["disks"]
+    assert disks[0]["parent"] == f"../{Path(second.path).name}/scsi0-0.vhdx"
+
+    # A disk that is not what it was is copied whole; one whose earlier copy is gone cannot be.
+    bench.storage.resize("scsi0:0", 2 * SIZE)
+    fourth = bench.run(incremental=True)
+    disks = json.loads(Path(fourth.path, "backup.json").read_text())["disks"]
+    assert disks[0]["parent"] is None and disks[1]["parent"] is not None
+    Path(first.path, "scsi0-1.vhdx").unlink()
+    assert "Without --incremental" in refused(bench.run(incremental=True))
+    assert bench.run().state is BackupState.DONE
+
+
+def test_other_files_of_that_name_are_no_backups(bench: Bench) -> None:
+    for number, text in enumerate(("", "[]", "{}", '{"machine": {"name": "m1"}, "disks": [1]}')):
+        path = bench.directory / "backups" / f"m1-{number}"
+        path.mkdir(parents=True)
+        (path / "backup.json").write_text(text)
+    info = bench.run(incremental=True)
+    assert info.state is BackupState.DONE and info.base is None
 
 
 def test_a_guest_without_a_daemon_is_backed_up_only_if_that_is_said(bench: Bench) -> None:
