@@ -13,6 +13,7 @@ from hvhost.machine.loop import Loop
 from hvhost.machine.network_api import ENDPOINTS, AdapterAddressesRequest
 from hvhost.network.config import parse_adapter
 from hvhost.network.peripheral import NetworkPeripheral
+from hvhost.network.report import AdapterInfo
 
 if TYPE_CHECKING:
     from hvhost.machine.model import IpSettings, LiveMachine
@@ -26,7 +27,8 @@ def test_the_adapter_of_this_name_is_set(tmp_path: Path) -> None:
     )
     (endpoint,) = (each for each in ENDPOINTS if each.path == "/v1/machine/network/ip")
     request = AdapterAddressesRequest("net0", ["192.0.2.5/24"], ["192.0.2.1"], ["192.0.2.53"])
-    assert endpoint.call(machine, request).name == "net0"
+    answer = endpoint.call(machine, request)
+    assert isinstance(answer, AdapterInfo) and answer.name == "net0"
     endpoint.call(machine, AdapterAddressesRequest("net0"))
     static, dhcp = told
     assert (static.addresses, static.subnets) == ("192.0.2.5", "255.255.255.0")

@@ -33,10 +33,8 @@ def test_its_kernel_is_that_of_its_packages_and_it_has_the_script(tmp_path: Path
         "hyperv-daemons": "6.1.1-1",
     }
     (tmp_path / "packages").write_text("".join(f"{key} {packages[key]}\n" for key in packages))
-    system = FullGuest(
-        "debian-12-full", "Debian 12, complete", *(tmp_path / each for each in ("k", "i", "root")),
-        UUID(int=1),
-    )  # fmt: skip
+    kernel, initrd, disk = (tmp_path / each for each in ("kernel", "initrd", "root.vhdx"))
+    system = FullGuest("debian-12-full", "Debian 12, complete", kernel, initrd, disk, UUID(int=1))
     guest = CompleteGuest("debian-12-full", system, VerifyOptions(guest="debian-12-full"))
     assert (guest.os_name, guest.release) == ("Debian 12, complete", "6.1.0-56-cloud-amd64")
     (row,) = find_rows(["static-ip"], option="--rows")
