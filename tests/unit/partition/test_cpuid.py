@@ -316,3 +316,25 @@ def test_any_kvm_gives_leaves_that_fit_their_registers(
         assert privileges.eax & ~low & ~0x66 == 0
         assert privileges.ebx & ~high == 0
         assert privileges.edx & ~edx & ~HvFeature.GUEST_CRASH_REGS_AVAILABLE == 0
+
+
+@pytest.mark.parametrize("cpu", [INTEL, AMD, vendor(b"HygonGenuine")])
+def test_what_freebsd_asks_for(cpu: CpuidEntry) -> None:
+    """``hyperv_identify()`` and the tests of its time and VMBus drivers, of FreeBSD 14.2."""
+    leaves = build([cpu, INVARIANT_TSC])
+    top, interface = leaves[0x40000000, 0], leaves[0x40000001, 0]
+    assert struct.pack("<III", top.ebx, top.ecx, top.edx) == b"Microsoft Hv"
+    assert top.eax >= 0x40000005
+    assert interface.eax.to_bytes(4, "little") == b"Hv#1"
+    privileges = HvPartitionPrivilege(leaves[0x40000003, 0].eax)
+    for needed in (
+        HvPartitionPrivilege.ACCESS_HYPERCALL_MSRS,  # without it: no Hyper-V at all
+        HvPartitionPrivilege.ACCESS_SYNIC_REGS,
+        HvPartitionPrivilege.ACCESS_PARTITION_REFERENCE_COUNTER,  # its early delay
+        HvPartitionPrivilege.ACCESS_PARTITION_REFERENCE_TSC,
+        HvPartitionPrivilege.ACCESS_SYNTHETIC_TIMER_REGS,
+        HvPartitionPrivilege.ACCESS_VP_INDEX,  # without it every CPU says 0
+    ):
+        assert privileges & needed, needed
+    # The TSC page is only looked at on processors of these makers.
+    assert leaves[0, 0] == cpu

@@ -354,3 +354,11 @@ def test_a_channel_names_itself() -> None:
     channel = SimulatedGuest().server.add_device(Recorder(an_offer(3)))
     assert repr(channel) == "<Channel 1 echo-3 offered>"
     assert channel.connection_id == 0x2001
+
+
+def test_a_closed_channel_has_no_ring_to_measure() -> None:
+    bench = Bench(recorder, in_pages=3)
+    assert bench.host.outgoing_size == 2 * PAGE_SIZE
+    bench.guest.close(1)
+    with pytest.raises(LocalProtocolError, match="has no ring"):
+        _ = bench.host.outgoing_size
