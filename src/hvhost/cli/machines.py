@@ -157,3 +157,36 @@ def nmi(name: Name) -> None:
     from hvhost.manager.client import MachineClient
 
     MachineClient(name).nmi()
+
+
+def rm(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Names of stopped machines.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", "-a", help="All machines that do not run.")
+    ] = False,
+) -> None:
+    """Delete what stopped machines have left: their logs.
+
+    A machine from `hvhost run --detach` leaves its log behind, and so does one whose worker died.
+    Disks and other files of yours are not touched. Prints the names.
+
+    \b
+    Examples:
+      hvhost rm demo
+      hvhost rm --all
+    """
+    from hvhost.errors import HvHostError
+    from hvhost.manager import control
+
+    if every is bool(names):
+        raise HvHostError("name the machines to remove, or say --all.")
+    if every:
+        removed = control.remove_stopped()
+    else:
+        removed = list(dict.fromkeys(names or ()))
+        for name in removed:
+            control.remove(name)
+    for name in removed:
+        typer.echo(name)

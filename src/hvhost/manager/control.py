@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineInfo, ShutdownAction
 from hvhost.manager.client import MachineClient
-from hvhost.manager.directory import NameState, machine_directories
+from hvhost.manager.directory import MachineDirectory, NameState, machine_directories
 
 _FORCE_SECONDS = 15.0
 
@@ -97,6 +97,22 @@ def restart(name: str, *, force: bool = False, timeout: float = 60.0) -> None:
             )
         for event in client.events(seen, min(left, 1.0)):
             seen = event.sequence
+
+
+def remove(name: str) -> None:
+    """Delete what machine *name* has left: its log. :class:`HvHostError` while it runs."""
+    directory = MachineDirectory.of(name)
+    if not directory.remove():
+        if directory.state() in (NameState.ALIVE, NameState.STARTING):
+            raise HvHostError(
+                f"machine {name!r} is running; stop it with `hvhost stop {name}` first."
+            )
+        raise HvHostError(f"nothing is left of a machine {name!r}; check the name.")
+
+
+def remove_stopped() -> list[str]:
+    """Delete what machines have left that no longer run; their names."""
+    return [directory.name for directory in machine_directories() if directory.remove()]
 
 
 def _check_shutdown_service(info: MachineInfo, verb: str) -> None:

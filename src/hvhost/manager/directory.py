@@ -144,16 +144,14 @@ class MachineDirectory:
         Creates the directory. Raises :class:`HvHostError` when a worker or another start has the
         name; *patience* is the seconds granted to those who only look.
         """
-        self.create()
-        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        deadline = time.monotonic() + patience
+        while (directory := self._locked()) is None:
+            if time.monotonic() > deadline:
+                raise HvHostError(
+                    f"machine {self.name!r} is being started already; use another --name."
+                )
+            time.sleep(0.01)
         try:
-            deadline = time.monotonic() + patience
-            while not _try_lock(directory, fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise HvHostError(
-                        f"machine {self.name!r} is being started already; use another --name."
-                    )
-                time.sleep(0.01)
             if self._worker_state() is NameState.ALIVE:
                 raise HvHostError(
                     f"machine {self.name!r} is running already; stop it with"
@@ -168,6 +166,22 @@ class MachineDirectory:
         finally:
             os.close(directory)
 
+    def _locked(self) -> int | None:
+        """The directory, made if need be and locked; ``None`` if somebody else holds it."""
+        self.create()
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if _try_lock(directory, fcntl.LOCK_EX) and self._is_here(directory):
+            return directory
+        os.close(directory)
+        return None
+
+    def _is_here(self, directory: int) -> bool:
+        """*directory* was not removed while its lock was waited for."""
+        try:
+            return os.path.samestat(os.fstat(directory), self.path.stat())
+        except FileNotFoundError:
+            return False
+
     def wait_gone(self, timeout: float) -> bool:
         """Whether the worker has ended, after waiting up to *timeout* seconds for that."""
         deadline = time.monotonic() + timeout
@@ -177,10 +191,28 @@ class MachineDirectory:
             time.sleep(_POLL_SECONDS)
         return True
 
-    def remove(self) -> None:
-        """Delete what a machine that is not alive has left; a live or starting one keeps it all."""
-        if self.state() in (NameState.FREE, NameState.DEAD):
+    def remove(self, *, patience: float = 1.0) -> bool:
+        """Delete what a machine that is not alive has left; whether there was something.
+
+        A live or starting one keeps it all, which is false, too. *patience* as for :meth:`claim`.
+        """
+        try:
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            deadline = time.monotonic() + patience
+            while not _try_lock(directory, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.01)
+            # A start that comes now waits for the lock, and makes the directory anew.
+            if self._worker_state() is NameState.ALIVE or not self._is_here(directory):
+                return False
             shutil.rmtree(self.path, ignore_errors=True)
+            return True
+        finally:
+            os.close(directory)
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

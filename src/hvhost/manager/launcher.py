@@ -34,6 +34,8 @@ START_SECONDS = 120.0
 """How long a worker may say nothing before its API is open; it may have to start the rig."""
 
 MINIMUM_MEMORY = 32 * MIB
+MAXIMUM_CPUS = 1024
+"""``KVM_MAX_VCPUS`` of the kernels of today; KVM itself says so where it is less."""
 
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.005
@@ -74,6 +76,11 @@ def check(config: MachineConfig) -> None:
             _check_readable(what, Path(text))
     if config.cpus < 1:
         raise HvHostError(f"a machine needs at least one CPU, not {config.cpus}; use --cpus 1.")
+    if config.cpus > MAXIMUM_CPUS:
+        raise HvHostError(
+            f"{config.cpus} CPUs are more than the {MAXIMUM_CPUS} that KVM can give a machine; use"
+            " fewer --cpus."
+        )
     if config.memory < MINIMUM_MEMORY:
         raise HvHostError(
             f"{format_size(config.memory)} of memory is too little for a Linux guest; give it at"

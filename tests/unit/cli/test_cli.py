@@ -35,6 +35,7 @@ COMMANDS = [
     ["nmi"],
     ["pause"],
     ["resume"],
+    ["rm"],
     ["time"],
     ["kvp"],
     ["doctor"],
@@ -184,6 +185,25 @@ def test_run_detached_and_the_rest_of_its_life(
     assert hvhost("stop", "m1").status == 0
     assert MachineDirectory.of("m1").state() is NameState.FREE
     assert "no running machine 'm1'" in hvhost.sentence("info", "m1")
+    assert hvhost("rm", "m1").out == "m1\n"
+    assert "nothing is left of a machine 'm1'" in hvhost.sentence("rm", "m1")
+
+
+def test_what_is_left_of_machines_is_removed(
+    hvhost: Hvhost, runtime: Path, config: MachineConfig
+) -> None:
+    for name in ("m1", "m2"):
+        worker = launch(replace(config, name=name), detach=True)
+        worker.process.kill()
+        worker.process.wait()
+    running = launch(replace(config, name="m3"), detach=True)
+    for words in ((), ("m1", "--all")):
+        assert hvhost.sentence("rm", *words) == "name the machines to remove, or say --all."
+    assert "'m3' is running; stop it" in hvhost.sentence("rm", "m3")
+    assert hvhost("rm", "--all").out == "m1\nm2\n"
+    assert hvhost("rm", "--all").out == ""
+    assert hvhost("ps").out.count("m3") == 1
+    running.stop()
 
 
 def test_key_value_pairs(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:

@@ -132,6 +132,27 @@ def test_the_list(runtime: Path, config: MachineConfig) -> None:
     one.stop()
 
 
+def test_what_stopped_machines_left_is_removed(runtime: Path, config: MachineConfig) -> None:
+    one, two, three = (
+        launch(replace(config, name=name), detach=True) for name in ("m1", "m2", "m3")
+    )
+    with pytest.raises(HvHostError, match="'m1' is running; stop it with `hvhost stop m1` first"):
+        control.remove("m1")
+    two.process.kill()
+    two.process.wait()
+    control.stop("m3")
+    assert three.process.wait(5) == 0
+    assert three.directory.log_file.exists()
+    control.remove("m3")
+    assert not three.directory.path.exists()
+    with pytest.raises(HvHostError, match="nothing is left of a machine 'm3'"):
+        control.remove("m3")
+    assert control.remove_stopped() == ["m2"]
+    assert [each.name for each in control.machines()] == ["m1"]
+    one.stop()
+    assert control.remove_stopped() == ["m1"]
+
+
 class Mute:
     """A worker of which only the socket is left: takes connections, says *answer* or nothing."""
 

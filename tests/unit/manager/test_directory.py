@@ -80,7 +80,7 @@ def test_a_name_in_use(runtime: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(HvHostError, match="'m' is running already"), directory.claim():
             pytest.fail("claimed a name in use")
-        directory.remove()
+        assert not directory.remove()
         assert directory.path.exists()
 
 
@@ -133,5 +133,30 @@ def test_all_directories_by_name(runtime: Path) -> None:
     (runtime / "machines" / ".hidden").mkdir()
     (runtime / "machines" / "file").touch()
     assert [directory.name for directory in machine_directories()] == ["a", "b"]
-    MachineDirectory.of("a").remove()
+    assert MachineDirectory.of("a").remove()
+    assert not MachineDirectory.of("a").remove()
     assert [directory.name for directory in machine_directories()] == ["b"]
+
+
+def test_a_machine_being_started_keeps_its_directory(runtime: Path) -> None:
+    directory = MachineDirectory.of("m")
+    with directory.claim():
+        assert not directory.remove(patience=0.05)
+        assert directory.path.exists()
+
+
+def test_a_directory_removed_under_a_start_is_made_anew(runtime: Path) -> None:
+    """The start waits for the lock of a directory which is gone by the time it gets it."""
+    directory = MachineDirectory.of("m")
+    directory.create()
+    descriptor = os.open(directory.path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def removed() -> None:
+        directory.path.rmdir()
+        os.close(descriptor)
+
+    threading.Timer(0.1, removed).start()
+    with directory.claim():
+        assert directory.path.is_dir()
+        assert directory.state() is NameState.STARTING

@@ -172,6 +172,7 @@ time.sleep(60)
         ({"kernel": "/etc"}, "kernel '/etc' is not a file"),
         ({"initrd": "/nowhere/initrd"}, "there is no initrd '/nowhere/initrd'"),
         ({"cpus": 0}, "at least one CPU, not 0"),
+        ({"cpus": 1025}, "1025 CPUs are more than the 1024 that KVM can give"),
         ({"memory": 1 << 20}, "1 MiB of memory is too little"),
         ({"memory": (512 << 20) + 1}, "not a whole number of MiB"),
         ({"memory": 1 << 60}, "is more than the .* this computer has"),

@@ -284,6 +284,10 @@ def test_only_a_new_bus_is_restored() -> None:
     guest, saved = saved_bus()
     with pytest.raises(LocalProtocolError, match="only a new bus"):
         guest.server.restore(saved, [])
+    furnished = VmbusServer(guest.memory, RecordingPort(), on_event=lambda kind, detail: None)
+    furnished.add_device(Echo(guest.memory, an_offer(3)))
+    with pytest.raises(LocalProtocolError, match="only a new bus"):
+        furnished.restore(saved, [])
     connected = VmbusServer(guest.memory, RecordingPort(), on_event=lambda kind, detail: None)
     connected.post_message(4, encode(InitiateContact(0x50003, 0, 2, 0, 0)))
     with pytest.raises(LocalProtocolError, match="only a new bus"):
