@@ -171,7 +171,11 @@ def resize(
     address: Address,
     size: Annotated[str, typer.Argument(metavar="SIZE", help="The disk's new size, like 20G.")],
     shrink: Annotated[
-        bool, typer.Option("--shrink", help="Allow a smaller size; what is cut off is lost.")
+        bool, typer.Option("--shrink", help="Allow a smaller size, down to the last partition.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --shrink: cut partitions off, and lose what is there."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -185,7 +189,7 @@ def resize(
     """
     from hvhost.units import parse_size
 
-    _show([_client(context).resize(address, parse_size(size), shrink=shrink)], json)
+    _show([_client(context).resize(address, parse_size(size), shrink=shrink, force=force)], json)
 
 
 @app.command()

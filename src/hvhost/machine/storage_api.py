@@ -51,11 +51,15 @@ class DriveEjectRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class DriveResizeRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A disk's new size in bytes; ``shrink`` allows a smaller one, and what is cut off is lost."""
+    """A disk's new size in bytes; what is cut off is lost.
+
+    ``shrink`` allows a smaller one, down to the last partition; ``force`` cuts partitions off.
+    """
 
     address: Address
     size: Annotated[int, msgspec.Meta(ge=1)]
     shrink: bool = False
+    force: bool = False
 
 
 class DriveLimitRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,7 +96,9 @@ def _eject(machine: LiveMachine, request: DriveEjectRequest) -> DriveInfo:
 
 
 def _resize(machine: LiveMachine, request: DriveResizeRequest) -> DriveInfo:
-    return machine.peripheral(Storage).resize(request.address, request.size, shrink=request.shrink)
+    return machine.peripheral(Storage).resize(
+        request.address, request.size, shrink=request.shrink, force=request.force
+    )
 
 
 def _limit(machine: LiveMachine, request: DriveLimitRequest) -> DriveInfo:

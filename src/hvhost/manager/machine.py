@@ -389,9 +389,14 @@ class Machine:
         """Take the image out of a DVD drive; by *force* while the guest holds it."""
         return await self._drive("eject", address=address, force=force)
 
-    async def resize_drive(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
-        """Set a disk's size in bytes while the guest uses it."""
-        return await self._drive("resize", address=address, size=size, shrink=shrink)
+    async def resize_drive(
+        self, address: str, size: int, *, shrink: bool = False, force: bool = False
+    ) -> DriveInfo:
+        """Set a disk's size in bytes while the guest uses it.
+
+        Smaller only with *shrink*; below the end of its partitions only by *force*.
+        """
+        return await self._drive("resize", address=address, size=size, shrink=shrink, force=force)
 
     async def limit_drive(self, address: str, *, iops: int = 0, bandwidth: int = 0) -> DriveInfo:
         """Limit a drive to so many requests and bytes a second; 0 is no limit."""

@@ -118,9 +118,11 @@ class DriveClient:
         """Take the image out of a DVD drive."""
         return self._do("eject", address=address, force=force)
 
-    def resize(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
-        """Set a disk's size in bytes."""
-        return self._do("resize", address=address, size=size, shrink=shrink)
+    def resize(
+        self, address: str, size: int, *, shrink: bool = False, force: bool = False
+    ) -> DriveInfo:
+        """Set a disk's size in bytes; by *force* also below the end of its partitions."""
+        return self._do("resize", address=address, size=size, shrink=shrink, force=force)
 
     def limit(self, address: str, *, iops: int = 0, bandwidth: int = 0) -> DriveInfo:
         """Limit a drive to so many requests and bytes a second; 0 is no limit."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_OID, uuid5
@@ -221,8 +222,13 @@ class Storage:
             self._event("drive", f"{address} ejected")
             return self._describe(drive)
 
-    def resize(self, address: str, size: int, *, shrink: bool = False) -> DriveInfo:
-        """Set a disk's size in bytes while the guest uses it; what is cut off is lost."""
+    def resize(
+        self, address: str, size: int, *, shrink: bool = False, force: bool = False
+    ) -> DriveInfo:
+        """Set a disk's size in bytes while the guest uses it; what is cut off is lost.
+
+        Smaller only with *shrink*, and then down to the end of the last partition, or by *force*.
+        """
         with self._changes:
             drive, unit = self._disk(address)
             self._check_not_kept(address)
@@ -231,7 +237,7 @@ class Storage:
                     f"{address} has {unit.disk.size} bytes, and what lies beyond {size} would be "
                     "lost; say that it may shrink if that is what you want."
                 )
-            drive.worker.call(lambda: unit.disk.resize(size))
+            drive.worker.call(partial(_resize, address, unit.disk, size, force=force))
             unit.capacity_changed()
             self._announce(drive)
             self._event("drive", f"{address} resized to {size} bytes")
@@ -435,6 +441,18 @@ class Storage:
             waiting=drive.worker.full,
             adapter=names,
         )
+
+
+def _resize(address: str, disk: Disk, size: int, *, force: bool) -> None:
+    from hvhost.storage.partitions import end_of_partitions
+
+    needed = end_of_partitions(disk) if size < disk.size and not force else 0
+    if size < needed:
+        raise HvHostError(
+            f"{address} has partitions up to {needed} bytes; shrink those in the guest first, or "
+            "cut them off by force."
+        )
+    disk.resize(size)
 
 
 def _set_limits(drive: Drive) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -185,6 +186,20 @@ def test_resizing(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(HvHostError, match="would be lost"):
         bench.storage.resize("scsi0:0", 4 * MIB)
     assert bench.storage.resize("scsi0:0", 4 * MIB, shrink=True).size == 4 * MIB
+
+
+def test_a_disk_shrinks_to_its_last_partition(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "disk.img"
+    create_disk(path, 8 * MIB).close()
+    bench.storage.add(disk(path))
+    table = bytearray(512)
+    table[446:462] = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 3 * 2048)
+    table[510:] = b"\x55\xaa"
+    assert bench.driver().write(0, bytes(table)).ok
+    with pytest.raises(HvHostError, match=f"partitions up to {4 * MIB}"):
+        bench.storage.resize("scsi0:0", 4 * MIB - 512, shrink=True)
+    assert bench.storage.resize("scsi0:0", 4 * MIB, shrink=True).size == 4 * MIB
+    assert bench.storage.resize("scsi0:0", MIB, shrink=True, force=True).size == MIB
 
 
 def test_a_dvd_drive(bench: Bench, tmp_path: Path) -> None:
