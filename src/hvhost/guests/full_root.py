@@ -49,8 +49,21 @@ def initramfs_files() -> tuple[RootFile, ...]:
             "#!/bin/sh",
             '[ "$1" != prereqs ] || exit 0',
             ". /usr/share/initramfs-tools/hook-functions",
-            "manual_add_modules hv_vmbus hv_storvsc hv_utils",
+            "manual_add_modules hv_vmbus hv_storvsc hv_utils sd_mod ext4 crc32c",
             mode=0o755,
+        ),
+        # kdump-tools wants the modules of the computer that builds it (dep); a crash kernel needs
+        # those above and no others, and its memory is small.
+        _text("etc/initramfs-tools/conf.d/zzzz-crash", '[ "$MODULES" != dep ] || MODULES=list'),
+    )
+
+
+def _crash_files() -> tuple[RootFile, ...]:
+    """Crash dumps, where the kernel was started with memory for them (``crashkernel=``)."""
+    return (
+        _text(
+            "etc/systemd/system/kdump-tools.service.d/crashkernel.conf",
+            *("[Unit]", "ConditionKernelCommandLine=crashkernel"),
         ),
     )
 
@@ -128,11 +141,17 @@ def root_files(probe: bytes, root: UUID, sources: Iterable[str]) -> tuple[RootFi
         _text("etc/hostname", "hvhost-guest"),
         _text("etc/hosts", "127.0.0.1 localhost", "::1 localhost", "127.0.1.1 hvhost-guest"),
         _text("etc/apt/sources.list", *sources),
+        # On a busy computer emulated processors can take longer than systemd's 90 s for a device.
+        _text(
+            "etc/systemd/system.conf.d/hvhost.conf",
+            *("[Manager]", "DefaultDeviceTimeoutSec=15min", "DefaultTimeoutStartSec=15min"),
+        ),
         # No guest of ours asks the network for anything by itself.
         *(
             RootFile(f"etc/systemd/system/{timer}.timer", link="/dev/null")
             for timer in ("apt-daily", "apt-daily-upgrade")
         ),
+        *_crash_files(),
         *_network_files(),
         *_time_files(),
         *_probe_files(probe),
