@@ -14,6 +14,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests import apt, deb
 from hvhost.guests.catalog import DEFAULT_GUEST, GuestRecipe, recipe
 from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
+from hvhost.guests.lsvmbus import lsvmbus_script, python_files
 from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
 from hvhost.guests.probe import build_probe
 from hvhost.paths import cache_dir
@@ -104,8 +105,14 @@ def _assemble(
     packages: Sequence[Path],
     title: str,
     progress: apt.Progress,
+    kernel_source: Path | None = None,
 ) -> GuestImages:
     busybox, daemons = _programs(packages)
+    extra: list[tuple[str, Path]] = []
+    if kernel_source is not None:
+        python, extra = python_files(packages)
+        daemons += (python,)
+        extra.append(("usr/sbin/lsvmbus", lsvmbus_script(kernel_source, progress)))
     spec = InitramfsSpec(
         busybox=busybox,
         probe=build_probe(),
@@ -117,6 +124,7 @@ def _assemble(
             ("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),
             ("usr/bin/hvhost-dsync", build_static(DSYNC_SOURCE)),
             ("usr/bin/hvhost-frame", build_static(FRAME_SOURCE)),
+            *extra,
         ),
     )
     return GuestImages(
@@ -145,7 +153,11 @@ def _userland(
 
 
 def _from_packages(
-    paths: Sequence[Path], userland: Sequence[Path], title: str | None, progress: apt.Progress
+    paths: Sequence[Path],
+    userland: Sequence[Path],
+    title: str | None,
+    progress: apt.Progress,
+    kernel_source: Path | None = None,
 ) -> GuestImages:
     root = deb.extract(paths, progress)
     source = ", ".join(path.name for path in paths)
@@ -162,7 +174,8 @@ def _from_packages(
         raise HvHostError(
             f"There are no modules of {release} in {source}; give the package that holds them too."
         )
-    return _assemble(kernel, ModuleTree(trees[0]), userland, title or f"Linux {release}", progress)
+    title = title or f"Linux {release}"
+    return _assemble(kernel, ModuleTree(trees[0]), userland, title, progress, kernel_source)
 
 
 def prepare_named(
@@ -176,7 +189,11 @@ def prepare_named(
     chosen: GuestRecipe = recipe(guest)
     kernel = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
     userland = _userland(chosen, progress, daemons=daemons, refresh=refresh)
-    return _from_packages(kernel, userland, chosen.title, progress)
+    source: Path | None = None
+    if chosen.kernel_source:
+        names = (chosen.kernel_source,)
+        (source,) = apt.download(chosen.suite, names, refresh=refresh, progress=progress)
+    return _from_packages(kernel, userland, chosen.title, progress, source)
 
 
 def prepare_debs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvhost.errors import HvHostError
 
@@ -21,6 +21,9 @@ class GuestRecipe:
     network_tool: str = "ethtool"
     disk_tools: str = "e2fsprogs"
     libraries: tuple[str, ...] = ("libc6",)
+    #: Packages of a Python, and of the kernel source whose ``lsvmbus`` it runs.
+    python: tuple[str, ...] = ()
+    kernel_source: str = ""
 
     @property
     def userland(self) -> tuple[str, ...]:
@@ -32,6 +35,7 @@ class GuestRecipe:
             self.network_tool,
             self.disk_tools,
             *self.libraries,
+            *self.python,
         )
 
 
@@ -68,6 +72,14 @@ GUESTS: dict[str, GuestRecipe] = {
         )
     )
 }
+# For what the kernel source has as a script: its lsvmbus. The source is a large download.
+GUESTS["debian-12-python"] = replace(
+    GUESTS["debian-12"],
+    name="debian-12-python",
+    title="Debian 12, cloud kernel and Python",
+    python=("python3.11-minimal", "libpython3.11-minimal", "libexpat1", "zlib1g"),
+    kernel_source="linux-source-6.1",
+)
 
 
 @dataclass(frozen=True, slots=True)

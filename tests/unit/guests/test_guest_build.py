@@ -99,7 +99,7 @@ def test_the_catalogue_has_cloud_and_full_kernels_of_every_suite() -> None:
         f"{name}{variant}"
         for name in ("debian-11", "debian-12", "debian-13", "sid")
         for variant in ("", "-generic")
-    }
+    } | {"debian-12-python"}
     assert catalog.recipe("sid-generic").kernel == "linux-image-amd64"
     assert catalog.recipe("debian-13").suite == "trixie"
 

@@ -24,7 +24,7 @@ def parse_lsvmbus(output: str) -> tuple[Identity, ...]:
 
 def _list_in_guest(probe: Probe) -> tuple[tuple[Identity, ...], str]:
     script = 'command -v python3 >/dev/null && s=$(command -v lsvmbus) && exec python3 "$s" -vv'
-    by_script = probe.run(["sh", "-c", script], 30.0)
+    by_script = probe.run(["sh", "-c", script], 60.0)  # Python starts slowly where it is emulated
     if by_script.status == 0 and (devices := parse_lsvmbus(by_script.output)):
         return devices, "the kernel source's lsvmbus -vv"
     devices = tuple(
