@@ -9,13 +9,57 @@ import re
 import socket
 from pathlib import Path
 
-from guest.conftest import GUESTS, Start
-from guest.helpers import BOOT_SECONDS, Guest, machines_of
+from guest.conftest import GUESTS
+from guest.helpers import BOOT_SECONDS, machines_of
 from hvhost import HeartbeatStatus, Machine
 from hvhost.guests.build import GuestImages
 
 
+class Connection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("machine", timeout=30)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(str(self.path))
+
+
+def check_description(path: Path) -> int:
+    """Everything that can be got without parameters is what the API says; how much that was."""
+    connection = Connection(path)
+
+    def get(path: str) -> tuple[int, object]:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    status, description = get("/openapi.json")
+    assert status == 200
+    assert isinstance(description, dict)
+    assert description["openapi"].startswith("3.")
+    got = 0
+    for route, operations in description["paths"].items():
+        read = operations.get("get")
+        if read is None or any(p["required"] for p in read.get("parameters", ())):
+            continue
+        status, body = get(route)
+        assert status in (200, 409), (route, body)
+        schema = read["responses"][str(status)]["content"]["application/json"]["schema"]
+        if "$ref" in schema:
+            named = description["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+            assert isinstance(body, dict)
+            assert set(named.get("required", ())) <= body.keys(), route
+        else:
+            assert schema["type"] == "array", route
+            assert isinstance(body, list)
+        got += 1
+    connection.close()
+    return got
+
+
 def test_a_machine_in_a_program(one: GuestImages, runtime: Path) -> None:
+    """Driven by Python; and the API below, asked by a client that knows its description alone."""
     before = machines_of(runtime)
 
     async def program() -> list[str]:
@@ -33,6 +77,9 @@ def test_a_machine_in_a_program(one: GuestImages, runtime: Path) -> None:
             assert (await again.info()).pid == info.pid
             await again.close()
             assert min(await machine.measure_heartbeats(10)) > 0
+            path = runtime / "machines" / machine.name / "api.sock"
+            assert await asyncio.to_thread(check_description, path) >= 2
+            assert min(await machine.measure_heartbeats(1)) > 0, "it did not mind"
             await machine.shut_down()
             await machine.wait_stopped(timeout=BOOT_SECONDS)
             return [event.kind async for event in machine.events()]
@@ -41,48 +88,3 @@ def test_a_machine_in_a_program(one: GuestImages, runtime: Path) -> None:
     assert kinds[0] == "started"
     assert "sleep" in kinds
     assert machines_of(runtime) <= before
-
-
-class Connection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("machine", timeout=30)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(str(self.path))
-
-
-def test_the_api_describes_itself(one: GuestImages, runtime: Path, start: Start) -> None:
-    guest: Guest = start(one, name="described")
-    connection = Connection(runtime / "machines" / "described" / "api.sock")
-
-    def get(path: str) -> tuple[int, object]:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    status, description = get("/openapi.json")
-    assert status == 200
-    assert isinstance(description, dict)
-    assert description["openapi"].startswith("3.")
-    # Everything that can be got without parameters is what it says.
-    got = 0
-    for path, operations in description["paths"].items():
-        read = operations.get("get")
-        if read is None or any(p["required"] for p in read.get("parameters", ())):
-            continue
-        status, body = get(path)
-        assert status in (200, 409), (path, body)
-        schema = read["responses"][str(status)]["content"]["application/json"]["schema"]
-        if "$ref" in schema:
-            named = description["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
-            assert isinstance(body, dict)
-            assert set(named.get("required", ())) <= body.keys(), path
-        else:
-            assert schema["type"] == "array", path
-            assert isinstance(body, list)
-        got += 1
-    assert got >= 2
-    connection.close()
-    assert guest.run("echo still here") == "still here\n"
