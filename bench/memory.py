@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+import resource
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from bench.measurement import Measurement
 from hvhost.errors import HvHostError
 from hvhost.manager.client import MachineClient
 from hvhost.manager.memory import MemoryClient
 from hvhost.manager.probe import connect_probe
+from hvhost.memory.host import Commons
 from hvhost.memory.policy import Claim, Pace, share, step
 from hvhost.units import GIB, MIB
 
@@ -36,22 +40,49 @@ def policy() -> list[Measurement]:
         )
         for _ in range(MACHINES)
     ]
-    start = time.perf_counter()
+    start = time.process_time()
+    parts = [claim.part for claim in claims]
     for _ in range(TICKS):
-        share(claims, 2048 * GIB)
-    shared = (time.perf_counter() - start) / TICKS / TICK_SECONDS
+        share(parts, 2048 * GIB)
+    shared = (time.process_time() - start) / TICKS / TICK_SECONDS
     pace = Pace()
-    start = time.perf_counter()
+    start = time.process_time()
     for tick in range(TICKS * MACHINES):
         claim = claims[tick % MACHINES]
+        share([claim.part], 0)
         step(replace(claim, assigned=GIB), 2 * GIB, pace, tick * TICK_SECONDS)
-    own = (time.perf_counter() - start) / (TICKS * MACHINES) / TICK_SECONDS
+    own = (time.process_time() - start) / (TICKS * MACHINES) / TICK_SECONDS
     return [
         Measurement(
             "memory", f"policy a machine a second, {MACHINES} machines", (shared + own) * 1e6, "µs"
         ),
+        Measurement(
+            "memory",
+            f"the same with reading the notices of {MACHINES}",
+            (_noticed(claims) + own) * 1e6,
+            "µs",
+        ),
         Measurement("memory", "policy a machine a second, alone", own * 1e6, "µs"),
     ]
+
+
+def _noticed(claims: list[Claim]) -> float:
+    """As above, of one machine that reads what all others wrote."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        machines = [Commons(place) for _ in range(MACHINES)]
+        for machine, claim in zip(machines, claims, strict=True):
+            machine.tell(claim, claim.assigned)
+        start = time.process_time()
+        for _ in range(TICKS):
+            machines[0].target(claims[0], claims[0].assigned)
+        taken = (time.process_time() - start) / TICKS / TICK_SECONDS
+        for machine in machines:
+            machine.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return taken
 
 
 def _await(condition: Callable[[], bool]) -> None:
@@ -62,12 +93,8 @@ def _await(condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def resize(client: MachineClient) -> list[Measurement]:
-    """GiB/s of hot-add, balloon inflate and deflate on a running guest with fixed memory.
-
-    Inflating is measured twice: with pages that the guest never touched, and with such as it had
-    before; Linux clears them first, and in the rig each first touch costs a fault.
-    """
+def _prepare(client: MachineClient) -> MemoryClient:
+    """A guest that reports at once and uses what it is given."""
     memory = MemoryClient(client)
     _await(lambda: memory.info().driver == "ready")
     probe = connect_probe(client.directory)
@@ -78,6 +105,16 @@ def resize(client: MachineClient) -> list[Measurement]:
     finally:
         probe.close()
     _await(lambda: memory.info().demand is not None)
+    return memory
+
+
+def resize(client: MachineClient) -> list[Measurement]:
+    """GiB/s of hot-add, balloon inflate and deflate on a running guest with fixed memory.
+
+    Inflating is measured twice: with pages that the guest never touched, and with such as it had
+    before; Linux clears them first, and in the rig each first touch costs a fault.
+    """
+    memory = _prepare(client)
     start = memory.info().assigned
     figures = []
     for name, size in (

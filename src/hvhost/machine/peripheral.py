@@ -67,7 +67,7 @@ def build_peripherals(around: Surroundings) -> list[Peripheral]:
     from hvhost.storage.controller import Storage
 
     config = around.config
-    commons = Commons(runtime_dir("memory"), config.name)
+    commons = Commons(runtime_dir("memory"))
     storage = Storage(around)
     return [
         MemoryPeripheral(config, commons, around.event),

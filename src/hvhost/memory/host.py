@@ -1,27 +1,33 @@
 """The host's memory, and what the machines of this user tell each other about their part of it.
 
-Every worker writes what its machine has and needs into a file of its own, reads those of the
-others, and comes to the same shares: nobody has to be in charge. A file counts while its worker
-keeps it locked.
+Every worker writes what its machine has and needs into a record of a file that all of them share,
+reads those of the others, and comes to the same shares: nobody has to be in charge. A record
+belongs to who holds the lock on its bytes, and counts while it is fresh.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import os
+import struct
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from hvhost.memory.policy import Claim, reserve, share
+from hvhost.memory.policy import Claim, Part, reserve, share
 from hvhost.units import KIB, parse_size
 
 RESERVE_VARIABLE = "HVHOST_MEMORY_RESERVE"
 
-_STALE_SECONDS = 60.0
+#: So old a record is of a worker that is gone, or stands still.
+STALE_SECONDS = 15.0
+# Nanoseconds of CLOCK_MONOTONIC when it was written; Part.kept, .needed, .wanted and .weight; what
+# the host holds for the machine. All in bytes but for the weight, which is 0 where nobody is.
+_RECORD = struct.Struct("<6Q")
+# struct flock ([linux] fcntl.h): type, whence, start, length, process.
+_LOCK = struct.Struct("hhqqi4x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,63 +57,67 @@ def kept_by_host(total: int) -> int:
 
 
 class Commons:
-    """The host's memory as one machine, *name*, sees it; its notice lies in *directory*."""
+    """The host's memory as one machine sees it; the file with all records lies in *directory*.
+
+    *clock* gives nanoseconds and is the same for all machines.
+    """
 
     def __init__(
         self,
         directory: Path,
-        name: str,
         host: Callable[[], HostMemory] = read_host_memory,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self._directory = directory
-        self._path = directory / f"{name}.json"
         self._host = host
+        self._clock = clock
         self._kept = kept_by_host(host().total)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._descriptor = os.open(
+            directory / "shares", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        self._place = next(place for place in count(0, _RECORD.size) if self._take(place))
+
+    def _take(self, place: int) -> bool:
+        """Whether the record at *place* is this machine's from now on."""
+        lock = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, _RECORD.size, 0)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, lock)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
 
     def target(self, claim: Claim, resident: int) -> int:
         """What this machine should have; *resident* is what the host holds for it already."""
-        notice = json.dumps({**asdict(claim), "resident": resident}).encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, notice, 0)
-        others = self._others()
+        parts, held = [self.tell(claim, resident)], resident
+        for part, its in self._others():
+            parts.append(part)
+            held += its
         host = self._host()
-        held = resident + sum(each for _, each in others)
-        capacity = host.available + held - self._kept
-        return share([claim, *(each for each, _ in others)], capacity)[0]
+        return share(parts, host.available + held - self._kept)[0]
+
+    def tell(self, claim: Claim, resident: int) -> Part:
+        """Write for the others what this machine claims; what of it counts."""
+        part = claim.part
+        record = (self._clock(), part.kept, part.needed, part.wanted, part.weight, resident)
+        os.pwrite(self._descriptor, _RECORD.pack(*record), self._place)
+        return part
 
     def room(self) -> int:
         """How much more a machine may be given now, in bytes."""
         host = self._host()
         return max(0, host.available - self._kept)
 
-    def _others(self) -> list[tuple[Claim, int]]:
-        found = []
-        for path in sorted(self._directory.glob("*.json")):
-            if path != self._path:
-                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    notice = _read_locked(path)
-                    if notice is not None:
-                        resident = notice.pop("resident")
-                        found.append((Claim(**notice), resident))
-        return found
+    def _others(self) -> list[tuple[Part, int]]:
+        size = os.fstat(self._descriptor).st_size // _RECORD.size * _RECORD.size
+        data = bytearray(os.pread(self._descriptor, size, 0))
+        data[self._place : self._place + _RECORD.size] = bytes(_RECORD.size)
+        oldest = self._clock() - int(STALE_SECONDS * 1e9)
+        return [
+            (Part(kept, needed, wanted, weight), resident)
+            for written, kept, needed, wanted, weight, resident in _RECORD.iter_unpack(data)
+            if weight and written >= oldest
+        ]
 
     def close(self) -> None:
         """The machine is over."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        os.pwrite(self._descriptor, bytes(_RECORD.size), self._place)
         os.close(self._descriptor)
-
-
-def _read_locked(path: Path) -> dict[str, int] | None:
-    """What the file says; ``None`` when nobody holds it any more."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notice: dict[str, int] = json.loads(file.read())
-            return notice
-        if time.time() - os.fstat(file.fileno()).st_mtime > _STALE_SECONDS:
-            path.unlink(missing_ok=True)  # its worker was killed
-        return None

@@ -48,10 +48,12 @@ def least(demand: int) -> int:
 
     Its floor falls as memory is taken from it, so this is less than demand and floor of now.
     """
-    size = demand
-    while (needed := demand + guest_floor(size)) - size >= STEP:
-        size = needed
-    return -(-needed // STEP) * STEP
+    for start, base, part in _FLOOR:
+        # Where the size is what is demanded and the floor of just that size.
+        size = -(-(demand + base) * part // (part - 1))
+        if size >= start:
+            break
+    return -(-size // STEP) * STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,29 @@ class Claim:
             return needed
         return max(needed, self._within(self.demand * (100 + self.buffer) // 100))
 
+    @property
+    def part(self) -> Part:
+        """What of this counts for the others."""
+        needed = self.needed
+        return Part(
+            max(self.minimum, min(self.assigned, needed)),
+            needed,
+            self.wanted_beyond(needed),
+            self.weight,
+        )
+
     def _within(self, size: int) -> int:
         return min(max(size, self.minimum), self.maximum)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A claim as :func:`share` needs it: *kept* is what the machine has in any case."""
+
+    kept: int
+    needed: int
+    wanted: int
+    weight: int
 
 
 def reserve(total: int) -> int:
@@ -114,19 +137,15 @@ def reserve(total: int) -> int:
     return min(max(_RESERVE_MIN, total // _RESERVE_PART), _RESERVE_MAX)
 
 
-def share(claims: Sequence[Claim], capacity: int) -> list[int]:
-    """What each machine should have of *capacity*; never less than what it is guaranteed."""
-    needed = [claim.needed for claim in claims]
-    wanted = [claim.wanted_beyond(need) for claim, need in zip(claims, needed, strict=True)]
-    shares = [
-        max(claim.minimum, min(claim.assigned, need))
-        for claim, need in zip(claims, needed, strict=True)
-    ]
-    left = capacity - sum(shares)
-    if left >= sum(wanted) - sum(shares):
+def share(parts: Sequence[Part], capacity: int) -> list[int]:
+    """What each machine should have of *capacity*; never less than what it keeps."""
+    wanted = [part.wanted for part in parts]
+    if capacity >= sum(wanted):
         return wanted
-    weights = [claim.weight for claim in claims]
-    left -= _pour(shares, needed, weights, left)
+    shares = [part.kept for part in parts]
+    left = capacity - sum(shares)
+    weights = [part.weight for part in parts]
+    left -= _pour(shares, [part.needed for part in parts], weights, left)
     _pour(shares, wanted, weights, left)
     return shares
 
@@ -137,11 +156,11 @@ def _pour(shares: list[int], goals: Sequence[int], weights: Sequence[int], amoun
     poured = 0
     while thirsty and amount - poured > 0:
         left, weight = amount - poured, sum(weights[index] for index in thirsty)
-        full = [
+        full = {
             index
             for index in thirsty
             if (goals[index] - shares[index]) * weight <= left * weights[index]
-        ]
+        }
         for index in full or thirsty:
             gain = min(goals[index] - shares[index], left * weights[index] // weight)
             gain = goals[index] - shares[index] if full else gain

@@ -15,7 +15,7 @@ import pytest
 from hvhost.errors import HvHostError
 from hvhost.firmware.layout import memory_layout
 from hvhost.machine.model import MachineConfig
-from hvhost.memory.host import Commons, HostMemory, read_host_memory
+from hvhost.memory.host import STALE_SECONDS, Commons, HostMemory, read_host_memory
 from hvhost.memory.peripheral import MemoryPeripheral
 from hvhost.memory.policy import Claim, guest_floor, reserve
 from hvhost.memory.settings import DynamicMemory, check_dynamic
@@ -50,7 +50,7 @@ class World:
         self.events: list[str] = []
         self.peripheral = MemoryPeripheral(
             config,
-            Commons(directory, "m", self.host),
+            Commons(directory, self.host),
             lambda kind, detail: self.events.append(detail),
             aside=lambda work: work(),
         )
@@ -363,36 +363,48 @@ def a_claim(**values: int) -> Claim:
 
 def test_machines_know_of_each_other(tmp_path: Path) -> None:
     host = Host(reserve(64 * GIB) + 2 * GIB)
-    one, two = (Commons(tmp_path, name, host) for name in ("one", "two"))
+    one, two = (Commons(tmp_path, host) for _ in range(2))
     assert one.target(a_claim(), GIB // 2) == a_claim().wanted  # it is alone
     rich, poor = two.target(a_claim(weight=1000), GIB // 2), one.target(a_claim(), GIB // 2)
     assert rich < poor and rich + poor == pytest.approx(3 * GIB, abs=8)
     two.close()
     assert one.target(a_claim(), GIB // 2) > poor
     one.close()
-    assert not list(tmp_path.iterdir())
+    three = Commons(tmp_path, host)
+    assert three.target(a_claim(), GIB // 2) == a_claim().wanted, "it took the first one's place"
+    assert (tmp_path / "shares").stat().st_size <= 2 * 48
 
 
 def test_the_reserve_may_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVHOST_MEMORY_RESERVE", "31.5G")
-    assert Commons(tmp_path, "one", Host(32 * GIB)).room() == GIB // 2
-    poor = Commons(tmp_path, "two", Host(GIB))
+    assert Commons(tmp_path, Host(32 * GIB)).room() == GIB // 2
+    poor = Commons(tmp_path, Host(GIB))
     assert poor.room() == 0
     claim = Claim(GIB, 2 * GIB, 256 * MIB, 8 * GIB, 20, 5000)
     assert poor.target(claim, GIB) == GIB, "there is nothing to give"
     monkeypatch.setenv("HVHOST_MEMORY_RESERVE", "much")
     with pytest.raises(HvHostError, match="HVHOST_MEMORY_RESERVE 'much' is not a size"):
-        Commons(tmp_path, "three", Host())
+        Commons(tmp_path, Host())
 
 
-def test_notices_of_the_dead_and_rubbish_do_not_count(tmp_path: Path) -> None:
-    host = Host(reserve(64 * GIB) + 2 * GIB)
-    one, two = (Commons(tmp_path, name, host) for name in ("one", "two"))
+def test_a_worker_that_was_killed_does_not_count_for_long(tmp_path: Path) -> None:
+    host, now = Host(reserve(64 * GIB) + 2 * GIB), [10**12]
+    one, two = (Commons(tmp_path, host, lambda: now[0]) for _ in range(2))
     two.target(a_claim(), GIB)
     os.close(two._descriptor)  # as when its worker is killed
-    (tmp_path / "three.json").write_text("not JSON")
+    assert one.target(a_claim(), GIB) < a_claim().wanted
+    now[0] += int(STALE_SECONDS * 1e9) + 1
     assert one.target(a_claim(), GIB) == a_claim().wanted
-    one.close()
+    three = Commons(tmp_path, host, lambda: now[0])
+    three.target(a_claim(), GIB)
+    assert (tmp_path / "shares").stat().st_size == 2 * 48, "in the dead one's place"
+
+
+def test_rubbish_does_not_count(tmp_path: Path) -> None:
+    host = Host(reserve(64 * GIB) + 2 * GIB)
+    (tmp_path / "shares").write_bytes(bytes(48) + b"\0" * 40 + b"\xff" * 17)
+    one = Commons(tmp_path, host)
+    assert one.target(a_claim(), GIB) == a_claim().wanted
 
 
 def test_the_hosts_own_figures(tmp_path: Path) -> None:
