@@ -408,6 +408,13 @@ def test_what_the_daemon_on_uio_cannot_take() -> None:
     assert Daemon().copy(b"", "/ä") == []
 
 
+def test_linuxs_ring_holds_one_fragment_and_no_second() -> None:
+    """What docs/sockets.md says of throughput: HV_UTIL_RING_RECV_SIZE is 3 pages of data."""
+    descriptor, header, trailer = 16, 28, 8
+    packet = descriptor + header + len(write_body(0, b"x")) + trailer
+    assert packet < 3 * 4096 < 2 * packet
+
+
 @given(st.integers(0, 2**64 - 1), st.binary(min_size=1, max_size=DATA_FRAGMENT))
 def test_every_fragment_is_sent_whole(offset: int, data: bytes) -> None:
     # struct hv_do_fcopy: guests take all of it, whatever size says
