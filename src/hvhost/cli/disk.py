@@ -154,9 +154,12 @@ def convert(
 ) -> None:
     """Copy a disk into a new image, of another format perhaps; parents are copied into it.
 
+    A qcow2 or vmdk image can be copied where qemu-img is at hand.
+
     \b
-    Example:
+    Examples:
       hvhost disk convert debian.img debian.vhdx
+      hvhost disk convert debian.qcow2 debian.vhdx
     """
     from hvhost.cli import output
     from hvhost.storage.operations import NewImage

@@ -187,7 +187,7 @@ def run(
     if disk or dvd or fibre_channel:
         from hvhost.manager.storage import with_storage
 
-        config = with_storage(config, disk or (), dvd or (), fibre_channel or ())
+        config = with_storage(config, disk or (), dvd or (), fibre_channel or (), _say)
     if detach:
         from hvhost.manager.launcher import launch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -72,14 +72,31 @@ def parse_adapter(text: str, machine: str, number: int) -> FibreChannelConfig:
     return names
 
 
+def _ours(drive: DriveConfig, progress: Callable[[str], None]) -> DriveConfig:
+    """*drive*, or one with a VHDX in place of an image of another format."""
+    from hvhost.storage.foreign import foreign_format, prepare_foreign
+
+    if not drive.temporary or drive.path is None or drive.image_format is not None:
+        return drive
+    kind = foreign_format(Path(drive.path))
+    if kind is None:
+        return drive
+    return replace(drive, path=str(prepare_foreign(Path(drive.path), kind, progress)))
+
+
 def with_storage(
     config: MachineConfig,
     disks: Sequence[str] = (),
     dvds: Sequence[str] = (),
     adapters: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda step: None,
 ) -> MachineConfig:
-    """*config* with drives and fibre channel adapters as people write them."""
+    """*config* with drives and fibre channel adapters as people write them.
+
+    A temporary disk may be an image that ``qemu-img`` makes a VHDX of, which can take a while.
+    """
     drives = [parse_drive(each, DriveKind.DISK) for each in disks]
+    drives = [_ours(each, progress) for each in drives]
     drives += [parse_drive(each, DriveKind.DVD) for each in dvds]
     names = [parse_adapter(each, config.name, number) for number, each in enumerate(adapters)]
     return replace(

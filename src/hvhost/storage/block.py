@@ -4,8 +4,8 @@ Order and durability, as the guest sees them: commands of a unit take effect one
 the order in which they were sent on a channel. A write that was answered with GOOD is seen by every
 later read. It survives the death of this process and a loss of power of the host once a SYNCHRONIZE
 CACHE sent after its answer was answered, or at once if it carried FUA or the guest turned the write
-cache off (caching mode page). The death of this process alone it survives at once, unless it went to
-a block that a dynamic or differencing image did not have before.
+cache off (caching mode page). The death of this process alone it survives at once, unless it went
+to a block that a dynamic or differencing image did not have before.
 """
 
 from __future__ import annotations

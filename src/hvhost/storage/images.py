@@ -15,6 +15,7 @@ from uuid import UUID
 from hvhost.errors import DiskError, HvHostError
 from hvhost.storage.disk import ImageDisk
 from hvhost.storage.file import HostFile, read_exactly
+from hvhost.storage.foreign import foreign_format
 from hvhost.storage.raw import RawDisk
 from hvhost.storage.vhd import VhdDisk
 from hvhost.storage.vhd_create import VhdOptions, VhdParent, create_vhd
@@ -44,7 +45,6 @@ _SUFFIXES = {
     ".img": ImageFormat.RAW,
     ".iso": ImageFormat.RAW,
 }
-_OTHERS = {b"QFI\xfb": "qcow2", b"KDMV": "vmdk"}
 
 
 def format_of(path: Path) -> ImageFormat:
@@ -64,11 +64,11 @@ def format_of(path: Path) -> ImageFormat:
         return ImageFormat.VHDX
     if FOOTER_COOKIE in (start, end):
         return ImageFormat.VHD
-    other = _OTHERS.get(start[:4])
+    other = foreign_format(path)
     if other is not None:
         raise HvHostError(
-            f"{path} is a {other} image; make a VHDX of it with: qemu-img convert -O vhdx {path} "
-            "NEW.vhdx"
+            f"{path} is a {other} image; make a VHDX of it with `hvhost disk convert {path} "
+            "NEW.vhdx`, or run a machine with it as it is by adding ,temporary."
         )
     raise HvHostError(
         f"{path} may be a raw image, but nothing says so; name the format (raw), or name the file "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from uuid import UUID, uuid4
 from hvhost.errors import HvHostError
 from hvhost.storage.buffers import only_zeros
 from hvhost.storage.disk import Disk, ImageDisk, Progress
+from hvhost.storage.foreign import convert_foreign, foreign_format
 from hvhost.storage.images import (
     ImageFormat,
     check_parent,
@@ -202,7 +204,16 @@ def convert(
     *,
     image_format: ImageFormat | None = None,
 ) -> DiskInfo:
-    """Copy a disk, parents and all, into a new image, whose name says its format."""
+    """Copy a disk, parents and all, into a new image, whose name says its format.
+
+    ``qemu-img`` helps with images of other formats than ours.
+    """
+    foreign = None if image_format is not None else foreign_format(source)
+    if foreign is not None:
+        with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".incoming-") as directory:
+            middle = Path(directory) / "middle.vhdx"
+            convert_foreign(source, foreign, middle)
+            return convert(middle, destination, new, progress)
     disk = open_disk(source, read_only=True, image_format=image_format)
     try:
         copy = create_disk(destination, new.options(destination, disk.size))

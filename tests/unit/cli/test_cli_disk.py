@@ -149,7 +149,7 @@ def test_refusals(hvhost: Hvhost, image: Path, tmp_path: Path) -> None:
     assert "No such file" in hvhost.sentence("disk", "info", new)
     other = tmp_path / "q"
     other.write_bytes(b"QFI\xfb" + bytes(1024))
-    assert "qemu-img convert" in hvhost.sentence("disk", "info", str(other))
+    assert "hvhost disk convert" in hvhost.sentence("disk", "info", str(other))
     disk = open_disk(image)
     assert "because this process" in hvhost.sentence("disk", "resize", str(image), "1G")
     disk.close()
