@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -78,6 +78,9 @@ def examine(computer: Computer | None = None) -> Diagnosis:
     computer = computer or Computer()
     kvm = [_check_device(computer), _check_virtualization(computer), _check_capabilities(computer)]
     local = all(check.status is CheckStatus.OK for check in kvm)
+    device, virtualization, _ = kvm
+    if not computer.kvm_device.exists() and virtualization.status is not CheckStatus.OK:
+        kvm[0] = replace(device, fix="mend virtualization first")  # no module would load
     if not local:
         # The rig takes over, so nothing about /dev/kvm keeps hvhost from working.
         kvm = [_with_status(check, CheckStatus.WARNING) for check in kvm]
@@ -120,6 +123,14 @@ def examine(computer: Computer | None = None) -> Diagnosis:
             needed=False,
         ),
     ]
+    # What only some features need: without it they say so themselves.
+    for identity, program, package, purpose in (
+        ("passt", "passt", "passt", "takes machines to the network (hvhost run --nic nat)"),
+        ("ip", "ip", "iproute2", "makes host-only networks"),
+        ("mmdebstrap", "mmdebstrap", "mmdebstrap", "builds complete guests (debian-12-full)"),
+        ("mke2fs", "mke2fs", "e2fsprogs", "makes their disks"),
+    ):
+        packages.append(_check_program(computer, identity, program, package, purpose, needed=False))
     checks = [*kvm, *rig, *packages, _check_memory(computer), _check_disk(computer)]
     usable = all(check.status is not CheckStatus.MISSING for check in checks)
     transport = "local" if local else "rig" if usable else None

@@ -99,6 +99,30 @@ def test_no_device(computer: Computer, kvm: Kvm) -> None:
     assert not str(of(examine(replace(computer, is_root=True)), "kvm-device").fix).startswith("su")
 
 
+def test_no_device_on_a_processor_without_virtualization(computer: Computer, kvm: Kvm) -> None:
+    """No module would load, so none is named."""
+    computer.kvm_device.unlink()
+    computer.cpuinfo.write_text(NESTED)
+    diagnosis = examine(computer)
+    assert of(diagnosis, "kvm-device").fix == "mend virtualization first"
+    assert "nested" in str(of(diagnosis, "virtualization").fix)
+
+
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [("passt", "passt"), ("ip", "iproute2"), ("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs")],
+)
+def test_what_only_some_features_need(
+    computer: Computer, kvm: Kvm, program: str, package: str
+) -> None:
+    without = replace(computer, which=lambda name: None if name == program else f"/bin/{name}")
+    diagnosis = examine(without)
+    assert diagnosis.usable
+    check = of(diagnosis, program)
+    assert check.status == "warning"
+    assert str(check.fix).endswith(f"apt-get install --no-install-recommends {package}")
+
+
 def test_a_device_one_may_not_open(
     computer: Computer, kvm: Kvm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,4 +210,4 @@ def test_every_problem_comes_with_a_remedy(computer: Computer, kvm: Kvm, tmp_pat
 
 
 def test_this_computer_can_be_examined() -> None:
-    assert len(examine().checks) == 10
+    assert len(examine().checks) == 14
