@@ -170,12 +170,12 @@ def _await_gone(session: Session, probe: Probe, before: int) -> None:
     """Wait for the guest to let go of closed connections, as long as it goes on doing so."""
     left, moved_at = _guest_connections(probe), time.monotonic()
     while left > before:
-        if time.monotonic() - moved_at > session.timing.event:
-            raise RowFailed(f"{left} connections are left in the guest after the host closed them")
         time.sleep(session.timing.poll)
         now = _guest_connections(probe)
         if now < left:
             left, moved_at = now, time.monotonic()
+        elif time.monotonic() - moved_at > session.timing.event:
+            raise RowFailed(f"{left} connections are left in the guest after the host closed them")
 
 
 def _nobody(session: Session, probe: Probe) -> Iterator[str]:
