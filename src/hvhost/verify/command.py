@@ -96,6 +96,11 @@ def verify_guest(
     if options.guest in FULL_GUESTS:
         from hvhost.verify.complete import TIMING, provable
 
+        if options.daemons is not None:
+            raise HvHostError(
+                f"The complete guest {options.guest} has the daemons of its own packages; leave "
+                "--daemons out, or name a guest without -full."
+            )
         rows = provable(rows, options.guest, named=bool(options.rows))
         timing = timing or TIMING
     allowed = _allowed_lacks(options)

@@ -9,6 +9,7 @@ import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.guests.full import FullGuest
+from hvhost.verify.command import verify_guest
 from hvhost.verify.complete import CompleteGuest, provable
 from hvhost.verify.contract import ROWS, find_rows
 from hvhost.verify.options import VerifyOptions
@@ -39,3 +40,11 @@ def test_its_kernel_is_that_of_its_packages_and_it_has_the_script(tmp_path: Path
     assert (guest.os_name, guest.release) == ("Debian 12, complete", "6.1.0-56-cloud-amd64")
     (row,) = find_rows(["static-ip"], option="--rows")
     assert what_guest_lacks(row, guest.modules, guest.daemons) is None
+
+
+def test_its_daemons_are_its_own() -> None:
+    def prepare(options: VerifyOptions, progress: object) -> CompleteGuest:
+        raise AssertionError("nothing is prepared")
+
+    with pytest.raises(HvHostError, match="has the daemons of its own packages"):
+        verify_guest(VerifyOptions(guest="debian-12-full", daemons="sid"), prepare)
