@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -54,9 +55,15 @@ def hvhost_commands(page: Path) -> list[list[str]]:
     return [words[1:] for words in shell_commands(page) if words[0] == "hvhost"]
 
 
+@cache
+def commands() -> Any:
+    """The whole command line; made once, which takes its time."""
+    return typer.main.get_command(app)
+
+
 def check_command(words: list[str]) -> None:
     """*words* name a command of the CLI, and only options that it has."""
-    command: Any = typer.main.get_command(app)
+    command = commands()
     own = words[: words.index("--")] if "--" in words else words
     position = 0
     for position, word in enumerate(own):  # noqa: B007
