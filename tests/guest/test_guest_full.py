@@ -1,4 +1,4 @@
-"""A complete Debian, built from packages, boots from Hyper-V storage alone.
+"""A complete Debian, built from packages, boots from Hyper-V storage alone, and dumps its memory.
 
 Building and booting it takes minutes on emulated processors, so it is not among the tests that
 always run: ``HVHOST_TEST_FULL`` names the guests, as ``make test-matrix`` does.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 
 import pytest
 
@@ -47,5 +48,37 @@ def test_a_complete_debian_boots_from_its_disk(guest: str) -> None:
             )
             await machine.shut_down()
             assert await machine.wait_stopped(timeout=180) == "the guest powered off"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("guest", FULL)
+def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
+    """NMI, panic, crash kernel (which meets a bus that another kernel used), dump, restart."""
+
+    async def scenario() -> None:
+        append = "crashkernel=192M unknown_nmi_panic=1"
+        async with await Machine.start(guest=guest, memory="1G", command_line=append) as machine:
+
+            async def output(script: str) -> str:
+                result = await machine.execute(["sh", "-c", script], timeout=180)
+                assert result.status == 0, result
+                return result.text
+
+            async def await_login() -> None:
+                await machine.console.expect(r"hvhost-guest login: ", timeout=2 * BOOT_SECONDS)
+
+            await await_login()
+            assert await output("cat /sys/kernel/kexec_crash_loaded; ls /var/crash; sync") == (
+                "1\nkexec_cmd"
+            )
+            await machine.nmi()
+            await await_login()
+            told = await output(
+                "cd /var/crash/2* && makedumpfile -R /tmp/core <dump.* >/tmp/log "
+                "&& makedumpfile --dump-dmesg /tmp/core /tmp/told >/tmp/log && cat /tmp/told"
+            )
+            assert re.search(r"Kernel panic - not syncing: .*NMI", told), told[-2000:]
 
     asyncio.run(scenario())

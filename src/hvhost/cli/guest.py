@@ -25,6 +25,9 @@ app = typer.Typer(
 @app.command()
 def build(
     guest: Annotated[str, typer.Argument(metavar="GUEST", help="As in debian-12-full.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="The complete system: debian-12 means debian-12-full.")
+    ] = False,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Make it anew, of the newest packages.")
     ] = False,
@@ -36,23 +39,26 @@ def build(
     write. Copy it with `hvhost disk convert` to have one of your own.
 
     \b
-    Example:
+    Examples:
       hvhost guest build debian-12-full --refresh
+      hvhost guest build debian-12 --full --refresh
     """
     from hvhost.cli import output
     from hvhost.guests.build import prepare_guest
     from hvhost.guests.catalog import FULL_GUESTS
 
+    if full and not guest.endswith("-full"):
+        guest += "-full"
     parts: dict[str, str]
-    if guest in FULL_GUESTS:
+    if full or guest in FULL_GUESTS:
         from hvhost.guests.full import prepare_full
 
-        full = prepare_full(guest, refresh=refresh, progress=_say)
+        system = prepare_full(guest, refresh=refresh, progress=_say)
         parts = {
-            "kernel": str(full.kernel),
-            "initrd": str(full.initrd),
-            "append": full.command_line,
-            "disk": str(full.disk),
+            "kernel": str(system.kernel),
+            "initrd": str(system.initrd),
+            "append": system.command_line,
+            "disk": str(system.disk),
         }
     else:
         images = prepare_guest(guest, refresh=refresh, progress=_say)
