@@ -24,6 +24,7 @@ OTHER4 = "192.168.77.130"
 #: Where ``hv_kvp_daemon`` of Debian keeps what it was told, for the script.
 WISH = "/var/lib/hyperv/ifcfg-"
 _SECONDS = 45.0
+DHCP_SECONDS = 60.0
 
 
 def _addresses(wire: Cable) -> set[str]:
@@ -139,7 +140,9 @@ def _changed(wire: Cable) -> Iterator[str]:
 
 def _dhcp(wire: Cable) -> Iterator[str]:
     wire.session.step("setting it back to DHCP")
-    server = wire.witness.begin("dhcp", interface="tap0", server=HOST4, offer=LEASE, timeout=60.0)
+    server = wire.witness.begin(
+        "dhcp", interface="tap0", server=HOST4, offer=LEASE, timeout=DHCP_SECONDS
+    )
     wire.session.machine.network.set_ip(wire.info.name, Addresses())
     leased = server.result()
     if leased["client"] != wire.info.mac:
