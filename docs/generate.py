@@ -9,7 +9,9 @@ import contextlib
 import io
 import os
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,20 +26,24 @@ anew.
 """
 
 
-def help_page(words: list[str]) -> str:
-    """What ``hvhost WORDS --help`` prints, 80 columns wide."""
+@cache
+def command_line() -> Any:
+    """All commands; made once, which takes its time."""
     from hvhost.cli.main import app
 
+    return typer.main.get_command(app)
+
+
+def help_page(words: list[str]) -> str:
+    """What ``hvhost WORDS --help`` prints, 80 columns wide."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        app([*words, "--help"], prog_name="hvhost")
+        command_line()([*words, "--help"], prog_name="hvhost")
     return "\n".join(line.rstrip() for line in output.getvalue().strip().splitlines())
 
 
 def command_words() -> list[list[str]]:
     """The words of every command, groups before their members."""
-    from hvhost.cli.main import app
-
     found: list[list[str]] = [[]]
 
     def walk(command: object, words: list[str]) -> None:
@@ -45,7 +51,7 @@ def command_words() -> list[list[str]]:
             found.append([*words, name])
             walk(member, [*words, name])
 
-    walk(typer.main.get_command(app), [])
+    walk(command_line(), [])
     return found
 
 

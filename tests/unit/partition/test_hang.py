@@ -209,6 +209,21 @@ def test_every_level_may_forbid_execution(level: int) -> None:
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
 
 
+def test_an_entry_that_is_not_present_names_no_page() -> None:
+    """The rest of it is the guest's own: where it swapped the page to, say."""
+    guest = Guest()
+    guest.map(TEXT, 0x10000, JUMP)
+    table = TABLES
+    for shift in (39, 30, 21, 12):
+        place = table + 8 * (TEXT >> shift & 511)
+        entry = guest.entry(place)
+        guest.write_entry(place, entry & ~1)
+        assert find_self_jump(guest.vcpus[0], guest.memory) is None, shift
+        guest.write_entry(place, entry)
+        table = entry & 0xFFFFFFFFFF000
+    assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT
+
+
 def test_no_jump_and_no_kernel() -> None:
     guest = Guest()
     guest.map(TEXT, 0x10000)
@@ -254,6 +269,22 @@ def test_every_started_processor_spins_with_interrupts_off(
         assert registers.r15 == 15, "the others are as they were"
         assert vcpu.mp_state() == k.KVM_MP_STATE_RUNNABLE
     assert guest.vcpus[2].registers().rip == 0x1000
+
+
+def test_a_kernel_without_a_jump_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processor is asked a few times, and left where it was."""
+    monkeypatch.setattr(module, "_ATTEMPTS", 3)
+    monkeypatch.setattr(module, "_RING_SECONDS", 0.0)
+    guest = Guest()
+    guest.map(TEXT, 0x10000)
+    before = guest.vcpus[0].registers()
+    guest.processors[0].start()
+    try:
+        with pytest.raises(HvHostError, match=r"processor 0 was never caught .* try again"):
+            hang(guest.processors, guest.memory)
+    finally:
+        guest.processors[0].stop()
+    assert guest.vcpus[0].registers() == before
 
 
 def test_a_processor_is_caught_when_it_comes_into_the_kernel() -> None:
