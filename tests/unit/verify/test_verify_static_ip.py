@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +24,7 @@ from hvhost.network.switch_client import Hello, SwitchConfig
 from hvhost.verify.guest import CommandResult, RowFailed
 from hvhost.verify.rows import static_ip
 from hvhost.verify.session import Timing
+from hvhost.verify.wire import GUEST4
 
 if TYPE_CHECKING:
     from hvhost.verify.session import Session
@@ -117,7 +118,7 @@ class Guest:
         if "forgets-ipv6" in self.faults:
             addresses = tuple(each for each in addresses if ":" not in each)
         if "keeps-the-old" in self.faults and not wanted.gateways:
-            addresses += (f"{static_ip.GUEST4}/24",)
+            addresses += (f"{GUEST4}/24",)
         for address in addresses:
             nodad = ("nodad",) if ":" in address else ()
             self.inside("ip", "address", "add", address, "dev", "tap0", *nodad)
@@ -140,7 +141,7 @@ class Guest:
 
 
 @pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(static_ip, "WISH", f"{tmp_path}/ifcfg-")
     monkeypatch.setattr(static_ip, "_SECONDS", 3.0)
