@@ -84,6 +84,7 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
     while position < end and count < MESSAGES_PER_PACKET:
         count += 1
         left = end - position
+        shape: Shape | None = None
         head = span.read(position, left if left < _USUAL_HEAD else _USUAL_HEAD)
         if len(head) >= rndis.PACKET_SIZE and head[:4] == _DATA_MESSAGE:
             shape = _shapes.get(head[8:12] + head[16 : rndis.PACKET_SIZE + head[32]])
@@ -107,7 +108,8 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
             if rndis.info_size(head) > _USUAL_INFO:
                 head = span.read(position, min(left, _HEAD))
         message = rndis.decode_packet(head, left)
-        _learn(head, message)
+        if shape is None:
+            _learn(head, message)
         made = _frame_buffers(state, span, position, head, message, may_spoof)
         if made is not None:
             found.append(made)
