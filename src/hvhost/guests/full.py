@@ -63,13 +63,14 @@ class FullGuest:
 
 
 # Makes the file system in a namespace (or as root) from a tar of it, and hands back a tar: files
-# cross the border of a namespace only as streams, since users inside are others outside.
+# cross the border of a namespace only as streams, since users inside are others outside. Device
+# nodes are left out: a namespace may not make them, and the kernel does when it boots.
 _MAKE_IMAGE = """
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/root" "$work/out"
-tar -C "$work/root" --numeric-owner --xattrs --xattrs-include='*' -xpif -
+tar -C "$work/root" --exclude './dev/*' --numeric-owner --xattrs --xattrs-include='*' -xpif -
 chmod 755 "$work/root"
 mkdir -p "$work/root/etc/systemd/network"
 : >"$work/root/etc/machine-id"

@@ -24,10 +24,8 @@ from hvhost.storage.session import ChannelSession, ControllerState, Phase, Surfa
 from hvhost.storage.worker import Request, UnitWorker
 from hvhost.vmbus.gpadl import GpaRange
 
-#: Larger reads go to the worker: they would keep the bus too long.
-LARGEST_AT_ONCE: Final = 64 << 10
-#: Bytes that are read at once for one look into the ring.
-MOST_AT_ONCE: Final = 1 << 20
+#: Bytes that are read at once for one look into the ring; more would keep the bus too long.
+MOST_AT_ONCE: Final = 512 << 10
 #: Pages of the largest transfer, and one for its offset.
 _MOST_PAGES: Final = 129
 _READ_10, _WRITE_10 = 0x28, 0x2A
@@ -143,7 +141,6 @@ class QuickPath:
             if (
                 read_now is not None
                 and opcode == _READ_10
-                and length <= LARGEST_AT_ONCE
                 and length <= left
                 and read_now(lba * sector, length, views)
             ):

@@ -41,6 +41,11 @@ class GpaRange(NamedTuple):
         """
         views, left, offset = [], self.byte_count, self.byte_offset
         pfns, index, count = self.pfns, 0, len(self.pfns)
+        if count > 1 and pfns[-1] - pfns[0] == count - 1:
+            first = pfns[0]
+            if pfns == array("Q", range(first, first + count)):  # all in a row, seen at C's speed
+                length = min(left, count * PAGE_SIZE - offset)
+                return [memory.view((first << PAGE_SHIFT) + offset, length)] if left else []
         while index < count and left:
             start = index
             index += 1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hvhost.storage.block import DiskUnit
 from hvhost.storage.limits import Limiter
+from hvhost.storage.quick import MOST_AT_ONCE
 from simulated.storage import MemoryDisk, StorageDriver, StorageHost
 
 SIZE = 1 << 20
@@ -126,9 +127,13 @@ def test_a_unit_attention_comes_first(side: Side) -> None:
     assert side.driver.read(0, 8).ok
 
 
-def test_a_large_read_does_not_keep_the_bus(side: Side) -> None:
-    assert side.driver.read(0, 256).data == CONTENT[: 128 << 10] and side.disk.at_once == 0
-    assert side.driver.read(0, 128).data == CONTENT[: 64 << 10] and side.disk.at_once == 1
+def test_large_reads_do_not_keep_the_bus_for_long(side: Side) -> None:
+    half = MOST_AT_ONCE // 2
+    tags = [a_read(side.driver, number, half // 512) for number in range(4)]
+    process(side)
+    assert side.disk.at_once == 2, "the others are the worker's"
+    for number, tag in enumerate(tags):
+        assert side.driver.finish(tag).data == CONTENT[number * 512 : number * 512 + half]
 
 
 def test_a_stopped_worker_reads_nothing_more(side: Side) -> None:
