@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
+from ipaddress import IPv4Interface
 
 from hvhost.errors import HvHostError, RemoteProtocolError
 from hvhost.machine.model import KvpPool
@@ -16,6 +17,7 @@ from hvhost.memory.device import MemoryDevice, Work
 from hvhost.memory.protocol import PageRange
 from hvhost.memory.protocol import decode as decode_memory
 from hvhost.network.frame import segments, unpack_offload
+from hvhost.network.leases import Leases, resolve
 from hvhost.network.rndis import decode_packet
 from hvhost.services.filecopy import Copy, FileCopy
 from hvhost.services.filecopy_protocol import CopyFlags, parse_target
@@ -40,7 +42,8 @@ from hvhost.vmbus.protocol import InitiateContact, RequestOffers, decode, encode
 from hvhost.wire import Buffer
 from simulated.devices import Echo, an_offer
 from simulated.driver import GuestService, SimulatedGuest
-from simulated.netvsc import NetvscDriver
+from simulated.frames import tcp
+from simulated.netvsc import MAC, PEER, NetvscDriver
 
 
 def pieces_of(data: bytes) -> list[bytes]:
@@ -305,11 +308,20 @@ def fuzz_sockets(data: Buffer) -> None:
     assert sink.over == 1 and len(guest.faults) <= 1
 
 
+#: An offload header (its sum is still to be made) and a segment worth merging; the start of a
+#: DHCP message, up to its options.
+_SEGMENT = bytes((1, 0, 0, 0, 0, 0, 34, 0, 16, 0)) + tcp(
+    bytes(600), flags=0x10, to=MAC, sender=PEER
+)
+_DHCP = bytes((1, 1, 6)).ljust(236, b"\0") + bytes((99, 130, 83, 99, 53, 1, 3))
+
+
 def fuzz_network(data: Buffer) -> None:
     """Pieces of *data* as a guest's packets to its network adapter, ready or not.
 
     The first byte chooses: started before (1); pieces made RNDIS frames (2) or requests (4); frames
-    of the wire in between (8).
+    of the wire in between (8), which are pieces of segments that could be merged (16). The same
+    bytes are a client's messages to the servers of a network.
     """
     raw = bytes(data)
     first = raw[0] if raw else 0
@@ -331,7 +343,8 @@ def fuzz_network(data: Buffer) -> None:
                 piece, packet_type=kinds[number % 4], header=bytes(8) if number % 4 else b""
             )
         if first & 8:
-            driver.wire.incoming.append(piece)
+            rest = b"" if first & 16 == 0 else _SEGMENT[len(piece) :]
+            driver.wire.incoming.extend([piece + rest] * (1 + (first & 16 != 0)))
             driver.adapter.readable()
         for packet in driver.channel.read():
             assert packet.type in (6, 7, 11)
@@ -341,3 +354,8 @@ def fuzz_network(data: Buffer) -> None:
         decode_packet(raw, len(raw))
     for segment in segments(raw[10:], unpack_offload(raw.ljust(10, b"\0"))):
         assert len(segment) <= len(raw)
+    leases = Leases(IPv4Interface("192.0.2.1/29"))
+    for piece in (raw, _DHCP + raw):
+        leases.answer(piece)
+        answer = resolve(piece, leases.names)
+        assert answer is None or len(answer) <= len(piece) + 16

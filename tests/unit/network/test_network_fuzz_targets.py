@@ -36,7 +36,7 @@ REQUEST = st.builds(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(0, 15),
+    st.integers(0, 31),
     st.lists(NVSP | FRAME | REQUEST | st.binary(max_size=50), max_size=10).map(
         lambda pieces: b"".join(bytes([len(piece)]) + piece for piece in pieces)
     ),
