@@ -29,7 +29,7 @@ anew.
 @cache
 def command_line() -> Any:
     """All commands; made once, which takes its time."""
-    from hvhost.cli.main import app
+    from hvhost.cli.app import app
 
     return typer.main.get_command(app)
 

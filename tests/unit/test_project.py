@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from hvhost.cli.main import app
+from hvhost.cli.app import app
 from hvhost.guests.catalog import FULL_GUESTS, GUESTS
 from hvhost.verify.contract import ROWS
 from hvhost.verify.rows import PROOFS

@@ -12,7 +12,7 @@ Source: ACPI specification 6.5, 5.2. What guests need of them:
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hvhost.chipset import aml, pm, rtc
 from hvhost.errors import LocalProtocolError
@@ -35,8 +35,7 @@ IAPC_LEGACY_DEVICES, IAPC_8042, IAPC_VGA_NOT_PRESENT = 1 << 0, 1 << 1, 1 << 2
 _SYSTEM_IO = 1
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiTables:
+class AcpiTables(NamedTuple):
     """*blob* goes to the guest address the tables were built for; both addresses in bytes."""
 
     rsdp_address: int

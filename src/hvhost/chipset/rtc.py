@@ -8,7 +8,6 @@ sheet; the century byte at 0x32 is what the FADT announces.
 from __future__ import annotations
 
 import threading
-from calendar import timegm
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
@@ -172,4 +171,6 @@ class Rtc:
             return
         if hour > 23 or minute > 59 or second > 59:
             return
+        from calendar import timegm  # rare, and its import is not
+
         state.offset = timegm((year, month, day, hour, minute, second)) - self._clock()

@@ -1,86 +1,20 @@
-"""The ``hvhost`` command: gathers the commands and turns errors into sentences.
-
-Nothing here or in the command modules imports more than typer and the plain data of
-:mod:`hvhost.machine.model` until a command runs: ``hvhost --help`` and completion stay quick.
-"""
+"""The ``hvhost`` command's entry: runs it and turns errors into sentences."""
 
 from __future__ import annotations
 
 import sys
 
-import typer
-
-from hvhost.cli import (
-    backup,
-    disk,
-    doctor,
-    drive,
-    guest,
-    kvp,
-    machines,
-    memory,
-    net,
-    rig,
-    run,
-    services,
-    time,
-    verify,
-    version,
-)
+from hvhost.cli import plain
 from hvhost.errors import HvHostError
-
-HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
-
-\b
-Prove what a kernel can do on Hyper-V:
-  hvhost verify --deb linux-image-6.12.deb
-Boot one and look around:
-  hvhost run --name demo --kernel vmlinuz --initrd initrd.img --append quiet
-  hvhost info demo
-  hvhost stop demo
-See what this computer can do, and how to teach it the rest:
-  hvhost doctor
-"""
-
-app = typer.Typer(
-    name="hvhost",
-    help=HELP,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(verify.verify)
-app.command()(run.run)
-app.command()(machines.ps)
-app.command()(machines.info)
-app.command()(machines.console)
-app.command()(machines.stop)
-app.command()(machines.restart)
-app.command()(machines.pause)
-app.command()(machines.resume)
-app.command()(machines.nmi)
-app.command()(machines.rm)
-app.command("exec")(services.execute)
-app.command()(services.copy)
-app.command()(services.services)
-app.add_typer(time.app, name="time")
-app.add_typer(kvp.app, name="kvp")
-app.command()(memory.memory)
-app.command()(backup.backup)
-app.add_typer(guest.app, name="guest")
-app.add_typer(disk.app, name="disk")
-app.add_typer(drive.app, name="drive")
-app.add_typer(net.app, name="net")
-app.command()(doctor.doctor)
-app.add_typer(rig.app, name="rig")
-app.command()(version.version)
 
 
 def main() -> None:
     """Entry point; ends the process with 0, 1 (an error, in one sentence), 2 (usage) or 130."""
     try:
-        app(prog_name="hvhost")
+        if not plain.run(sys.argv[1:]):
+            from hvhost.cli.app import app
+
+            app(prog_name="hvhost")
     except HvHostError as error:
         print(f"hvhost: {error}", file=sys.stderr)
         sys.exit(1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from hvhost.cli.progress import say
 from hvhost.machine.kinds import Transport
 
 
@@ -176,7 +176,7 @@ def run(
             dynamic_memory=limits,
             mmio_low=low,
             mmio_high=high,
-            progress=_say,
+            progress=say,
         )
     if nic or publish:
         from dataclasses import replace
@@ -187,17 +187,13 @@ def run(
     if disk or dvd or fibre_channel:
         from hvhost.manager.storage import with_storage
 
-        config = with_storage(config, disk or (), dvd or (), fibre_channel or (), _say)
+        config = with_storage(config, disk or (), dvd or (), fibre_channel or (), say)
     if detach:
         from hvhost.manager.launcher import launch
 
-        launch(config, detach=True, progress=_say)
+        launch(config, detach=True, progress=say)
         print(config.name)
     else:
         from hvhost.manager import foreground
 
-        foreground.run(config, progress=_say)
-
-
-def _say(message: str) -> None:
-    print(f"hvhost: {message}…", file=sys.stderr)
+        foreground.run(config, progress=say)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from hvhost.firmware.layout import GDT_ADDRESS
 
@@ -22,8 +22,7 @@ EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 CODE_SELECTOR, DATA_SELECTOR, TASK_SELECTOR = 0x10, 0x18, 0x20
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One segment register with its hidden part ([Intel SDM] 3.4.5); *limit* in bytes.
 
     *type* is the descriptor type, *s* tells code and data (1) from system segments (0), *db* and
@@ -62,8 +61,7 @@ _DATA = Segment(DATA_SELECTOR, type=0x3, db=1)
 _TASK = Segment(TASK_SELECTOR, type=0xB, limit=0x67, s=0, g=0)
 
 
-@dataclass(frozen=True, slots=True)
-class BootState:
+class BootState(NamedTuple):
     """The boot VP's first state. Registers not named here are 0, interrupts are off.
 
     The GDT at *gdt_address* was written by the loader and matches the segments; *cr3* is 0 in

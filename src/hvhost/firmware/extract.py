@@ -10,7 +10,6 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from hvhost.errors import HvHostError
@@ -36,7 +35,8 @@ def open_for_boot(path: Path) -> KernelImage:
     if image.setup is None:
         return image
     try:
-        return replace(open_kernel(cached_vmlinux(path, image)), name=image.name, setup=image.setup)
+        vmlinux = open_kernel(cached_vmlinux(path, image))
+        return vmlinux._replace(name=image.name, setup=image.setup)
     except (HvHostError, OSError) as error:
         logger.warning("%s boots compressed, which is slower: %s", path, error)
         return image

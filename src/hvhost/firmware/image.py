@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvhost.errors import HvHostError
-from hvhost.wire import Buffer
+from hvhost.firmware.content import Content, FileContent
+
+if TYPE_CHECKING:
+    from hvhost.wire import Buffer
 
 SETUP_HEADER_OFFSET = 0x1F1
 # The boot_params field behind the header; the header may not reach into it.
@@ -38,8 +41,7 @@ class ImageKind(StrEnum):
     ELF32 = "ELF32"
 
 
-@dataclass(frozen=True, slots=True)
-class _ElfClass:
+class _ElfClass(NamedTuple):
     """How one class of ELF file is laid out, and for which machine it must be.
 
     *order* has the places of offset, physical address, size in the file and in memory among the
@@ -71,8 +73,7 @@ _ELF_CLASSES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """The fields of a Linux setup header that a loader needs; addresses and sizes in bytes.
 
     *raw* is the header as it lies in the file from offset 0x1f1, to be copied into the zero page.
@@ -97,8 +98,7 @@ class SetupHeader:
         return self.version >= 0x20C and bool(self.xloadflags & XLF_KERNEL_64)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadSegment:
+class LoadSegment(NamedTuple):
     """One PT_LOAD: *file_size* bytes at *offset* go to *address*, zeros up to *memory_size*."""
 
     address: int
@@ -107,9 +107,8 @@ class LoadSegment:
     file_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class KernelImage:
-    """A parsed kernel; *data* is the whole file, usually a mapping of it.
+class KernelImage(NamedTuple):
+    """A parsed kernel; *data* is the whole file, usually a mapping of it, *file* the same as file.
 
     A bzImage has *setup*; an ELF file has *segments* and *entry*, *pvh_entry* if it carries the
     PVH note, and *setup* too if it came out of a bzImage.
@@ -122,6 +121,12 @@ class KernelImage:
     segments: tuple[LoadSegment, ...] = ()
     entry: int = 0
     pvh_entry: int | None = None
+    file: FileContent | None = None
+
+    @property
+    def content(self) -> Content:
+        """The whole file as what is copied fastest."""
+        return self.data if self.file is None else self.file
 
     @property
     def is_64_bit(self) -> bool:
@@ -145,15 +150,15 @@ class KernelImage:
 def open_kernel(path: Path) -> KernelImage:
     """Map the file at *path* and parse it; :class:`HvHostError` if it is not a kernel."""
     try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        file = FileContent(path)
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise HvHostError(
             f"{path} cannot be read as a kernel: {error.strerror}; check the path."
         ) from None
     except ValueError:
         raise HvHostError(f"{path} is empty; give a Linux kernel (bzImage or vmlinux).") from None
-    return parse_kernel(data, str(path))
+    return parse_kernel(data, str(path))._replace(file=file)
 
 
 def parse_kernel(data: Buffer, name: str) -> KernelImage:

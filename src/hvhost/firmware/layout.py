@@ -9,8 +9,8 @@ always above 4 GiB.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from hvhost.errors import HvHostError
 from hvhost.memory.settings import HIGH_MMIO_DEFAULT, LOW_MMIO_DEFAULT
@@ -52,8 +52,7 @@ class E820Type(IntEnum):
     RESERVED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class E820Entry:
+class E820Entry(NamedTuple):
     """One line of the guest's memory map, in bytes."""
 
     address: int
@@ -61,8 +60,7 @@ class E820Entry:
     type: E820Type
 
 
-@dataclass(frozen=True, slots=True)
-class RamRegion:
+class RamRegion(NamedTuple):
     """One KVM memory slot to be: guest address, size and offset in the backing memory, in bytes."""
 
     guest_address: int
@@ -70,8 +68,7 @@ class RamRegion:
     backing_offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryLayout:
+class MemoryLayout(NamedTuple):
     """A machine's map; windows as ranges of byte addresses, possibly empty.
 
     *hot_add* is where memory may be added later; its backing lies behind that of the regions.

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from hvhost.errors import HvHostError
 from hvhost.firmware import layout
 from hvhost.firmware.boot_state import BootState, CpuMode
+from hvhost.firmware.content import Content, copy
 from hvhost.firmware.image import (
     SETUP_HEADER_OFFSET,
     ImageKind,
@@ -29,7 +30,6 @@ from hvhost.firmware.image import (
 from hvhost.firmware.layout import E820Entry
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory
 from hvhost.units import MIB, format_size
-from hvhost.wire import Buffer
 
 ENTRY_64_OFFSET = 0x200
 
@@ -57,13 +57,13 @@ def load_linux(
     image: KernelImage,
     *,
     command_line: str,
-    initrd: Buffer | None,
+    initrd: Content | None,
     e820: Sequence[E820Entry],
     rsdp_address: int,
 ) -> BootState:
     """Put *image*, *initrd*, command line, zero page, GDT and page tables into *memory*.
 
-    *initrd* may be a mapping; it and the kernel are copied once. Whatever lies in memory from an
+    *initrd* and the kernel are copied once. Whatever lies in memory from an
     earlier boot is overwritten where the kernel could mistake it. :class:`HvHostError` if something
     does not fit, with the numbers, or if the kernel has no Linux entry point.
     """
@@ -141,8 +141,7 @@ def load_segments(memory: GuestMemory, image: KernelImage, segments: Sequence[Lo
                 f"{format_size(ram)} there; give it more memory."
             )
         view = memory.view(segment.address, segment.memory_size)
-        file_end = segment.offset + segment.file_size
-        view[: segment.file_size] = image.data[segment.offset : file_end]
+        copy(image.content, view[: segment.file_size], segment.offset)
         _clear(view[segment.file_size :])
 
 
@@ -158,7 +157,7 @@ def _bzimage_segment(setup: SetupHeader) -> LoadSegment:
     return LoadSegment(setup.load_address, size, setup.protected_mode_offset, size)
 
 
-def place_initrd(memory: GuestMemory, initrd: Buffer, *, kernel_end: int, limit: int) -> int:
+def place_initrd(memory: GuestMemory, initrd: Content, *, kernel_end: int, limit: int) -> int:
     """Copy *initrd* as high as it may lie, below *limit* and in low RAM; returns its address."""
     top = min(low_ram_end(memory), limit)
     address = (top - len(initrd)) & ~(PAGE_SIZE - 1)
@@ -168,7 +167,7 @@ def place_initrd(memory: GuestMemory, initrd: Buffer, *, kernel_end: int, limit:
             f"ends at {format_size(kernel_end)}, and {format_size(top)}; "
             "give the machine more memory."
         )
-    memory.write(address, memoryview(initrd))
+    copy(initrd, memory.view(address, len(initrd)))
     return address
 
 

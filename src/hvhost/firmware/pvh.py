@@ -15,11 +15,11 @@ from itertools import chain
 from hvhost.errors import HvHostError
 from hvhost.firmware import layout
 from hvhost.firmware.boot_state import BootState, CpuMode
+from hvhost.firmware.content import Content
 from hvhost.firmware.image import KernelImage
 from hvhost.firmware.layout import E820Entry
 from hvhost.firmware.linux import load_segments, place_initrd, write_command_line
 from hvhost.partition.memory import GuestMemory
-from hvhost.wire import Buffer
 
 START_INFO_MAGIC = 0x336EC578
 START_INFO_VERSION = 1
@@ -39,7 +39,7 @@ def load_pvh(
     image: KernelImage,
     *,
     command_line: str,
-    initrd: Buffer | None,
+    initrd: Content | None,
     e820: Sequence[E820Entry],
     rsdp_address: int,
 ) -> BootState:

@@ -10,8 +10,8 @@ from pathlib import Path
 from hvhost.errors import HvHostError
 from hvhost.kvm.constants import KVM_CHECK_EXTENSION, Capability
 from hvhost.kvm.transport import Transport
-from hvhost.machine.model import MachineConfig
-from hvhost.machine.model import Transport as Choice
+from hvhost.machine.config import MachineConfig
+from hvhost.machine.kinds import Transport as Choice
 
 NEEDED = (
     Capability.HYPERV_SYNIC2,

@@ -8,9 +8,8 @@ rig). Everything above speaks to this protocol through the typed objects of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Handle = int
 """A KVM object or eventfd: a file descriptor here, or its stand-in in the rig."""
@@ -27,8 +26,7 @@ class FixupKind(IntEnum):
     """Address of an offset into the argument buffer itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fixup:
+class Fixup(NamedTuple):
     """Put *value*, as *kind* says, at byte *offset* of the argument buffer."""
 
     offset: int

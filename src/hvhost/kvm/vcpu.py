@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hvhost.kvm import constants as k
 from hvhost.kvm.transport import Handle, Transport
@@ -25,8 +25,7 @@ _MSR = struct.Struct("<IIQ")
 _EVENTS_SIZE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Registers:
+class Registers(NamedTuple):
     """``struct kvm_regs``."""
 
     rax: int = 0
@@ -49,8 +48,7 @@ class Registers:
     rflags: int = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """``struct kvm_segment``."""
 
     base: int
@@ -68,8 +66,7 @@ class Segment:
     padding: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SpecialRegisters:
+class SpecialRegisters(NamedTuple):
     """``struct kvm_sregs`` without the interrupt bitmap, which is kept as it was."""
 
     segments: tuple[Segment, ...]
@@ -92,7 +89,7 @@ class SpecialRegisters:
             changes.get(name, segment)
             for name, segment in zip(_SEGMENT_NAMES, self.segments, strict=True)
         ]
-        return replace(self, segments=tuple(segments))
+        return self._replace(segments=tuple(segments))
 
 
 class Vcpu:
@@ -132,8 +129,7 @@ class Vcpu:
         return Registers(*_REGS.unpack(buffer))
 
     def set_registers(self, registers: Registers) -> None:
-        values = [getattr(registers, name) for name in Registers.__slots__]
-        self._transport.ioctl(self._handle, k.KVM_SET_REGS, bytearray(_REGS.pack(*values)))
+        self._transport.ioctl(self._handle, k.KVM_SET_REGS, bytearray(_REGS.pack(*registers)))
 
     def special_registers(self) -> SpecialRegisters:
         buffer = bytearray(_SREGS_SIZE)
@@ -152,7 +148,7 @@ class Vcpu:
     def set_special_registers(self, s: SpecialRegisters) -> None:
         buffer = bytearray()
         for g in s.segments:
-            buffer += _SEGMENT.pack(*(getattr(g, name) for name in Segment.__slots__))
+            buffer += _SEGMENT.pack(*g)
         buffer += _TABLE.pack(*s.gdt) + _TABLE.pack(*s.idt)
         buffer += _CONTROL.pack(s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base)
         buffer += s.interrupt_bitmap

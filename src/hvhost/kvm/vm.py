@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hvhost.errors import HvHostError
 from hvhost.kvm import constants as k
@@ -23,8 +23,7 @@ _MSR_FILTER_RANGES = 16
 _MSR_FILTER_RANGE = struct.Struct("<IIIIQ")
 
 
-@dataclass(frozen=True, slots=True)
-class SintRoute:
+class SintRoute(NamedTuple):
     """An interrupt line that raises a synthetic interrupt source on a virtual processor."""
 
     gsi: int
@@ -157,9 +156,10 @@ class Vm:
             bytearray(struct.pack("<III12x", connection_id, 0, k.KVM_HYPERV_EVENTFD_DEASSIGN)),
         )
 
-    def coalesce_port(self, port: int) -> None:
-        """Collect writes to an I/O port instead of leaving the guest for each."""
-        self._call(k.KVM_REGISTER_COALESCED_MMIO, bytearray(struct.pack("<QII", port, 1, 1)))
+    def coalesce_ports(self, ports: range) -> None:
+        """Collect writes to I/O ports instead of leaving the guest for each."""
+        zone = struct.pack("<QII", ports.start, len(ports), 1)
+        self._call(k.KVM_REGISTER_COALESCED_MMIO, bytearray(zone))
 
     def irq_line(self, irq: int, level: int) -> None:
         """Set the level of a PIC/IOAPIC line."""

@@ -15,13 +15,13 @@ _HEADER_SIZE = 8
 class CoalescedPorts:
     """The machine's ring of port writes that KVM has not left the guest for."""
 
-    def __init__(self, vm: Vm, ports: Sequence[int]) -> None:
+    def __init__(self, vm: Vm, ports: Sequence[range]) -> None:
         self._transport = vm.transport
         self._active = bool(ports) and vm.check_extension(Capability.COALESCED_PIO) > 0
         if not self._active:
             return
-        for port in ports:
-            vm.coalesce_port(port)
+        for zone in ports:
+            vm.coalesce_ports(zone)
         self._ring = vm.transport.coalesced_ring()
         self._indices = self._ring[:_HEADER_SIZE].cast("I")
         self._capacity = (len(self._ring) - _HEADER_SIZE) // _ENTRY.size

@@ -1,4 +1,4 @@
-"""One power-on of a machine: the rooms wired together, from reset vector to power-off.
+"""One power-on of a machine: its board, and the bus in the board's socket.
 
 A reset makes a new computer: nothing of the old one is left, as on real hardware.
 """
@@ -8,36 +8,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from hvhost.chipset.acpi import build_acpi_tables
-from hvhost.chipset.pm import attach_power_management
-from hvhost.chipset.ports import PortBus
-from hvhost.chipset.rtc import Rtc
-from hvhost.chipset.uart import Uart
 from hvhost.errors import HvHostError
-from hvhost.firmware.boot import load_kernel
-from hvhost.firmware.boot_state import BootState
-from hvhost.firmware.image import KernelImage
-from hvhost.firmware.layout import ACPI_ADDRESS, memory_layout
 from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
-from hvhost.kvm.transport import Handle, OutEvent, Transport
-from hvhost.kvm.vcpu import Registers, Segment, Vcpu
+from hvhost.kvm.transport import Handle
+from hvhost.kvm.vcpu import Vcpu
 from hvhost.kvm.vm import SintRoute, Vm
-from hvhost.machine.coalesced import CoalescedPorts
+from hvhost.machine.board import Board, Plug
 from hvhost.machine.loop import Loop
-from hvhost.machine.model import CrashReport, MachineConfig, ProcessorInfo, ProcessorState
-from hvhost.partition.cpuid import address_bits, build_cpuid
-from hvhost.partition.crash import CRASH_MSR_COUNT, HV_X64_MSR_CRASH_P0, CrashRegisters
+from hvhost.machine.model import CrashReport, ProcessorInfo, ProcessorState
+from hvhost.partition.crash import CrashRegisters
 from hvhost.partition.hang import hang
 from hvhost.partition.hypercall import Hypercalls
-from hvhost.partition.memory import GuestMemory, MemoryRegion
-from hvhost.partition.processor import Handlers, Processor
+from hvhost.partition.memory import MemoryRegion
+from hvhost.partition.msrs import HV_X64_MSR_GUEST_OS_ID
 from hvhost.partition.standstill import Standstill
 from hvhost.partition.synic import VMBUS_MESSAGE_SINT, Synic
 from hvhost.vmbus.channel import Channel, ChannelDevice
@@ -47,10 +35,7 @@ log = logging.getLogger(__name__)
 
 #: Channels whose signals KVM takes itself; a guest with hundreds of sockets has more channels.
 MAXIMUM_SIGNALS = 256
-RTC_PORTS = range(0x70, 0x72)
-SERIAL_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 FIRST_SYNIC_GSI = 32
-HV_X64_MSR_GUEST_OS_ID = 0x40000000
 _SLEEP_S5 = 5
 _PROCESSOR_STATES = {
     KVM_MP_STATE_RUNNABLE: ProcessorState.RUNNING,
@@ -107,128 +92,56 @@ class BusPort:
 
 
 class Computer:
-    """One boot of one machine; built by :meth:`__init__`, running after :meth:`start`."""
+    """One boot of one machine: a board and its bus, in touch after :meth:`start`."""
 
     def __init__(
         self,
-        config: MachineConfig,
-        kernel: KernelImage,
-        transport: Transport,
+        board: Board,
         loop: Loop,
         devices: Sequence[ChannelDevice],
         serial_sinks: Sequence[Callable[[bytes], None]],
         notices: Notices,
     ) -> None:
-        self.config = config
-        self.lock = threading.RLock()
-        self.started = time.monotonic()
+        self.config = board.config
+        self.lock = board.lock
+        self.memory = board.memory
+        self.uarts = board.uarts
+        self.processors = board.processors
+        self.hot_add = board.layout.hot_add
+        self._board = board
+        self._vm = board.vm
         self._notices = notices
-        self._vm = Vm(transport)
         self._loop = loop
         self._over = False
         #: Bytes that were given back to the computer, and of them those the guest told to be free.
         self.discarded_bytes = self.reported_bytes = 0
-        layout = memory_layout(
-            config.memory,
-            low_mmio_bytes=config.low_mmio,
-            high_mmio_bytes=config.high_mmio,
-            hot_add_bytes=config.backing - config.memory,
-        )
-        self.hot_add = layout.hot_add
-        self._plugged = layout.hot_add.start
-        self.memory = GuestMemory(
-            [
-                MemoryRegion(
-                    region.guest_address,
-                    transport.memory[region.backing_offset : region.backing_offset + region.size],
-                    region.backing_offset,
-                )
-                for region in layout.regions
-            ]
-        )
-        for region in layout.regions:
-            self._vm.add_memory(region.guest_address, region.size, region.backing_offset)
-
-        self.ports = PortBus()
-        self.ports.register(RTC_PORTS, Rtc(time.time))
-        attach_power_management(
-            self.ports, on_sleep=self._sleep, on_reset=lambda: self._reset("reset register")
-        )
-        self.uarts = [
-            self._add_uart(index, sink)
-            for index, sink in enumerate(serial_sinks[: config.serial_ports])
-        ]
-
-        vcpus = [self._vm.create_vcpu(index) for index in range(config.cpus)]
-        supported, hyperv = self._vm.supported_cpuid(), self._vm.supported_hyperv_cpuid()
-        layout.check_address_width(address_bits(supported))
-        for vcpu in vcpus:
-            vcpu.set_cpuid(
-                build_cpuid(
-                    supported,
-                    hyperv,
-                    vp_index=vcpu.index,
-                    processors=config.cpus,
-                    extended_hypercalls=True,
-                )
-            )
-        self._coalesced = CoalescedPorts(self._vm, [p for p, _ in SERIAL_PORTS[: len(self.uarts)]])
-        self._vm.filter_msrs(HV_X64_MSR_CRASH_P0, CRASH_MSR_COUNT)
+        self._plugged = self.hot_add.start
+        self.memory_written = self._vm.transport.memory_written
 
         port = BusPort(self._vm, loop, self.lock)
         port.synics += self._wire_synics()
-        self.bus = VmbusServer(self.memory, port, on_event=notices.event, processors=config.cpus)
+        self.bus = VmbusServer(
+            self.memory, port, on_event=notices.event, processors=self.config.cpus
+        )
         for device in devices:
             self.bus.add_device(device)
-
-        handlers = Handlers(
-            lock=self.lock,
-            ports=self.ports,
-            msrs=CrashRegisters(self.memory, notices.crashed),
+        self._plug = Plug(
             hypercall=Hypercalls(
                 self.memory, self.bus.post_message, self.bus.signal, self._discarded
             ).call,
             synic=lambda vp, control, flags, messages: port.synics[vp].registers_changed(
                 control, flags, messages
             ),
-            before_port=self.drain_ports,
-            stopped=self._processor_stopped,
+            msrs=CrashRegisters(self.memory, notices.crashed),
+            sleep=self._sleep,
+            reset=self._reset,
+            failed=self._failed,
+            serial=serial_sinks[: self.config.serial_ports],
         )
-        self.processors = [Processor(vcpu, handlers) for vcpu in vcpus]
         #: Pauses the computer; without :attr:`lock`, which a processor may be waiting for.
         self.standstill = Standstill(self.processors, self._vm)
-        tables = build_acpi_tables(
-            address=ACPI_ADDRESS,
-            processors=config.cpus,
-            low_mmio=layout.low_mmio,
-            high_mmio=layout.high_mmio,
-            serial_ports=len(self.uarts),
-        )
-        self.memory_written = transport.memory_written
-        self.memory.write(ACPI_ADDRESS, tables.blob)
-        initrd = Path(config.initrd).read_bytes() if config.initrd else None
-        _set_boot_state(
-            vcpus[0],
-            load_kernel(
-                self.memory,
-                kernel,
-                command_line=config.command_line,
-                initrd=initrd,
-                e820=layout.e820,
-                rsdp_address=tables.rsdp_address,
-            ),
-        )
-        transport.code_loaded()
 
     # --- building ------------------------------------------------------------------------------
-
-    def _add_uart(self, index: int, sink: Callable[[bytes], None]) -> Uart:
-        base, irq = SERIAL_PORTS[index]
-        line: OutEvent = self._vm.irq_event(irq)
-        # ISA lines are edges to the guest: a rising level is one raise.
-        uart = Uart(lambda level: line.trigger() if level else None, sink)
-        self.ports.register(range(base, base + 8), uart)
-        return uart
 
     def _wire_synics(self) -> list[Synic]:
         """Two lines a VP; KVM reports a message's end on the one with the higher number."""
@@ -297,34 +210,20 @@ class Computer:
     # --- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Run the guest."""
-        for processor in self.processors:
-            processor.start()
+        """Let the guest have the bus."""
+        self._board.plug(self._plug)
 
     def close(self) -> None:
         """Stop for good and give everything back; what the guest wrote last still comes out."""
         self._over = True
-        for processor in self.processors:
-            processor.stop()
-        with self.lock:
-            self.drain_ports()
-            for uart in self.uarts:
-                uart.flush()
-            with contextlib.suppress(OSError, HvHostError):
-                self.bus.reset()
-        self._vm.close()
-
-    def drain_ports(self) -> None:
-        """Hand coalesced writes to their devices; with the lock held."""
-        self._coalesced.drain(self.ports.write)
+        self._board.stop()
+        with self.lock, contextlib.suppress(OSError, HvHostError):
+            self.bus.reset()
+        self._board.close()
 
     def tick(self) -> None:
         """Now and then: output that the guest left behind without another exit."""
-        with self.lock:
-            self._coalesced.refresh()
-            self.drain_ports()
-            for uart in self.uarts:
-                uart.flush()
+        self._board.flush()
 
     def nmi(self) -> None:
         """A non-maskable interrupt on VP 0."""
@@ -368,15 +267,10 @@ class Computer:
             self._over = True
             self._notices.reset(why)
 
-    def _processor_stopped(self, reason: str) -> None:
-        with self.lock:  # several processors may stop at once: the first one tells
-            if self._over:
-                return
-            if reason == "reset":
-                self._reset("triple fault")
-            else:
-                self._over = True
-                self._notices.failed(reason)
+    def _failed(self, why: str) -> None:
+        if not self._over:  # several processors may stop at once: the first one tells
+            self._over = True
+            self._notices.failed(why)
 
 
 def _where(vcpu: Vcpu) -> ProcessorInfo:
@@ -387,35 +281,4 @@ def _where(vcpu: Vcpu) -> ProcessorInfo:
         rip=registers.rip,
         rflags=registers.rflags,
         ring=vcpu.special_registers().segment("cs").selector & 3,
-    )
-
-
-def _set_boot_state(vcpu: Vcpu, boot: BootState) -> None:
-    special = vcpu.special_registers()
-
-    def segment(wanted: object) -> Segment:
-        names = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g")
-        return Segment(**{name: getattr(wanted, name) for name in names})
-
-    data = segment(boot.data)
-    vcpu.set_special_registers(
-        replace(
-            special.with_segments(
-                cs=segment(boot.code),
-                ds=data,
-                es=data,
-                fs=data,
-                gs=data,
-                ss=data,
-                tr=segment(boot.task),
-            ),
-            gdt=(boot.gdt_address, boot.gdt_limit),
-            cr0=boot.cr0,
-            cr3=boot.cr3,
-            cr4=boot.cr4,
-            efer=boot.efer,
-        )
-    )
-    vcpu.set_registers(
-        Registers(rip=boot.rip, rsp=boot.rsp, rsi=boot.rsi, rbx=boot.rbx, rflags=boot.rflags)
     )

@@ -11,7 +11,12 @@ from enum import Enum
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hvhost.machine.model import MachineConfig
+from hvhost.machine.config import MachineConfig
+from hvhost.machine.storage_model import DriveConfig, FibreChannelConfig
+from hvhost.network.config import AdapterConfig
+
+FAMILIES = {each.__name__: each for each in (AdapterConfig, DriveConfig, FibreChannelConfig)}
+"""Types that a configuration names without importing them."""
 
 
 def dump_config(config: MachineConfig) -> str:
@@ -36,7 +41,7 @@ def _build(kind: Any, value: Any) -> Any:
         return tuple(_build(get_args(kind)[0], each) for each in value)
     if isinstance(kind, type):
         if is_dataclass(kind):
-            hints = get_type_hints(kind)
+            hints = get_type_hints(kind, localns=FAMILIES)
             return kind(**{name: _build(hints[name], each) for name, each in value.items()})
         if issubclass(kind, Enum):
             return kind(value)

@@ -15,11 +15,13 @@ from typing import TypeVar
 from hvhost.errors import HvHostError
 from hvhost.firmware.image import KernelImage
 from hvhost.kvm.transport import Transport
+from hvhost.machine.board import Board
 from hvhost.machine.clock_watch import watch_clock
 from hvhost.machine.computer import Computer, Notices
 from hvhost.machine.copier import Copier
 from hvhost.machine.exchange import KvpExchange
 from hvhost.machine.host_items import host_items
+from hvhost.machine.loading import build_board, not_built
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import (
     ChannelInfo,
@@ -62,7 +64,11 @@ _Service = Heartbeat | Shutdown | TimeSync | Kvp | FileCopy | Vss
 
 
 class Machine:
-    """Implements :class:`hvhost.machine.model.LiveMachine`; its loop is the main thread's."""
+    """Implements :class:`hvhost.machine.model.LiveMachine`; its loop is the main thread's.
+
+    *board* is that of the first boot, if there is one already; those of later boots, and without
+    it the first, are built over what *connect* gives.
+    """
 
     def __init__(
         self,
@@ -72,6 +78,7 @@ class Machine:
         loop: Loop,
         serial_sinks: list[Callable[[bytes], None]],
         sockets: SocketBridge | None = None,
+        board: Board | None = None,
     ) -> None:
         self._config = config
         self._kernel = kernel
@@ -79,6 +86,7 @@ class Machine:
         self._loop = loop
         self._serial_sinks = serial_sinks
         self._sockets = sockets
+        self._board = board
         self._born = time.monotonic()
         self._state = MachineState.STARTING
         self._events: deque[MachineEvent] = deque(maxlen=MAXIMUM_EVENTS)
@@ -115,14 +123,14 @@ class Machine:
         try:
             self._power_on()
         except OSError as error:
-            raise HvHostError(
-                f"machine {self._config.name!r} could not be built ({error}); "
-                "run `hvhost doctor` to see what this computer can do."
-            ) from error
+            raise not_built(self._config, error) from error
 
     def _power_on(self) -> None:
-        transport = self._connect()
-        self._transport_name = transport.name
+        board, self._board = self._board, None
+        if board is None:
+            board = build_board(self._config, self._kernel, self._connect)
+            board.start()
+        self._transport_name = board.vm.transport.name
         self._heartbeat = Heartbeat(on_status=self._heartbeat_changed)
         self._shutdown = Shutdown()
         boot = self._boots + 1
@@ -137,16 +145,15 @@ class Machine:
         )
         try:
             self._computer = Computer(
-                self._config,
-                self._kernel,
-                transport,
+                board,
                 self._loop,
                 [each for each in self._services if each.offer.name not in self._switched_off],
                 self._serial_sinks,
                 notices,
             )
         except BaseException:
-            transport.close()
+            board.stop()
+            board.close()
             raise
         self._boots = boot
         self._crash = None
@@ -219,6 +226,9 @@ class Machine:
     def close(self) -> None:
         """Whatever happened, leave nothing behind; after the loop has ended."""
         self._power_down()
+        if self._board is not None:
+            self._board.stop()
+            self._board.close()
         for peripheral in self._peripherals:
             peripheral.close()
 

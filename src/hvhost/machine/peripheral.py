@@ -22,7 +22,7 @@ class Peripheral(Protocol):
     """
 
     def attach(self, computer: Computer) -> None:
-        """A new boot whose processors do not run yet: offer devices on ``computer.bus``.
+        """A new boot whose guest has not got the bus yet: offer devices on ``computer.bus``.
 
         From now on whoever touches a device or its channel holds ``computer.lock``.
         """

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import MachineConfig, Transport
-from hvhost.machine.storage_model import DriveConfig
+from hvhost.machine.config import MachineConfig
+from hvhost.machine.kinds import Transport
 from hvhost.manager.directory import check_name
 from hvhost.memory.settings import (
     BUFFER_DEFAULT,
@@ -24,6 +24,7 @@ from hvhost.units import parse_size
 if TYPE_CHECKING:
     from hvhost.guests.build import GuestImages
     from hvhost.guests.full import FullGuest
+    from hvhost.machine.storage_model import DriveConfig
 
 CONSOLE = "console=ttyS0"
 """Added to a command line that names no console, so that the guest can be heard."""
@@ -125,6 +126,7 @@ def define_guest(
     images: FullGuest | GuestImages
     if guest in FULL_GUESTS:
         from hvhost.guests.full import prepare_full
+        from hvhost.machine.storage_model import DriveConfig
 
         images = prepare_full(guest, progress=progress)
         command_line = f"{images.command_line} {command_line}".rstrip()

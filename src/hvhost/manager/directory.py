@@ -15,7 +15,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,7 +158,9 @@ class MachineDirectory:
                 )
             for stale in self.path.iterdir():
                 if stale.is_dir():
-                    shutil.rmtree(stale)
+                    from shutil import rmtree
+
+                    rmtree(stale)
                 elif stale != self.lock_file:
                     stale.unlink()
             yield
@@ -209,7 +210,9 @@ class MachineDirectory:
             # A start that comes now waits for the lock, and makes the directory anew.
             if self._worker_state() is NameState.ALIVE or not self._is_here(directory):
                 return False
-            shutil.rmtree(self.path, ignore_errors=True)
+            from shutil import rmtree
+
+            rmtree(self.path, ignore_errors=True)
             return True
         finally:
             os.close(directory)

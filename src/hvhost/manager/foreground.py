@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError
-from hvhost.machine.model import MachineConfig
-from hvhost.manager.launcher import Worker, launch
-from hvhost.manager.terminal import Ending, attach
+from hvhost.machine.config import MachineConfig
+from hvhost.manager.launcher import Worker, launch_forked
+
+if TYPE_CHECKING:
+    from hvhost.manager.terminal import Ending
 
 _END_SECONDS = 5.0
 
@@ -33,7 +35,7 @@ def run(
     # Ends the blocks below in order, which gives the terminal back its modes.
     before = signal.signal(signal.SIGTERM, _exit)
     try:
-        worker = launch(config, detach=False, progress=progress)
+        worker = launch_forked(config, progress)
         try:
             ending = _attend(worker, source, sink)
         finally:
@@ -46,29 +48,22 @@ def run(
 
 
 def _attend(worker: Worker, source: int, sink: int) -> Ending:
+    from hvhost.manager.terminal import Ending, attach  # while the guest boots
+
     try:
         ending = attach(worker.directory.serial_socket(1), source, sink)
     except HvHostError:
-        if not _ended(worker):
+        if not worker.ended(_END_SECONDS):
             raise
         ending = Ending.CLOSED  # it was quicker than we
     if ending is Ending.CLOSED:
-        if not _ended(worker):
+        if not worker.ended(_END_SECONDS):
             raise HvHostError(
                 f"the worker of machine {worker.directory.name!r} closed its console but did not"
                 f" end; it was killed, and {worker.directory.log_file} has its log."
             )
         worker.check_ended_well()
     return ending
-
-
-def _ended(worker: Worker) -> bool:
-    """Whether the worker has ended, or does so within a few seconds."""
-    try:
-        worker.process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _exit(number: int, _: FrameType | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import subprocess
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -489,14 +488,12 @@ class Machine:
         return self._directory.state() is NameState.ALIVE
 
     async def _wait_gone(self) -> None:
-        if self._worker is not None:
-            try:
-                await asyncio.to_thread(self._worker.process.wait, _STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                raise HvHostError(
-                    f"the worker of machine {self.name!r} stopped its guest but does not end;"
-                    f" {self.log_file} has its log."
-                ) from None
+        worker = self._worker
+        if worker is not None and not await asyncio.to_thread(worker.ended, _STOP_SECONDS):
+            raise HvHostError(
+                f"the worker of machine {self.name!r} stopped its guest but does not end;"
+                f" {self.log_file} has its log."
+            )
         while self._alive():
             await asyncio.sleep(_POLL_SECONDS)
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import IntEnum, IntFlag
+from enum import IntEnum
+from typing import NamedTuple
 
 from hvhost.errors import HvHostError
 
@@ -25,12 +25,11 @@ HYPERVISOR_INTERFACE = b"Hv#1"
 HOST_BUILD, HOST_MAJOR, HOST_MINOR, HOST_SERVICE_NUMBER = 20348, 10, 0, 1
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidEntry:
+class CpuidEntry(NamedTuple):
     """One leaf as in ``struct kvm_cpuid_entry2``; *index* counts only with SIGNIFICANT_INDEX."""
 
     function: int
-    index: int = 0
+    index: int = 0  # type: ignore[assignment] # not the tuple's method
     flags: int = 0
     eax: int = 0
     ebx: int = 0
@@ -50,7 +49,7 @@ class HypervisorLeaf(IntEnum):
     HARDWARE_FEATURES = 0x40000006
 
 
-class HvPartitionPrivilege(IntFlag):
+class HvPartitionPrivilege:
     """HV_PARTITION_PRIVILEGE_MASK ([TLFS] 4.2.2): leaf 0x40000003, EAX (low) and EBX (high)."""
 
     ACCESS_VP_RUN_TIME_REG = 1 << 0
@@ -86,7 +85,7 @@ class HvPartitionPrivilege(IntFlag):
     ISOLATION = 1 << 54
 
 
-class HvFeature(IntFlag):
+class HvFeature:
     """Leaf 0x40000003, EDX: what the hypervisor offers beyond privileges."""
 
     MWAIT_AVAILABLE = 1 << 0
@@ -110,7 +109,7 @@ class HvFeature(IntFlag):
     USE_DIRECT_SYNTHETIC_TIMERS = 1 << 19
 
 
-class HvRecommendation(IntFlag):
+class HvRecommendation:
     """Leaf 0x40000004, EAX: what the guest had better do."""
 
     HYPERCALL_FOR_ADDRESS_SPACE_SWITCH = 1 << 0
@@ -132,7 +131,7 @@ class HvRecommendation(IntFlag):
     NO_NON_ARCHITECTURAL_CORE_SHARING = 1 << 18
 
 
-class HvHardwareFeature(IntFlag):
+class HvHardwareFeature:
     """Leaf 0x40000006, EAX: hardware the hypervisor makes use of."""
 
     APIC_OVERLAY_ASSIST = 1 << 0
@@ -283,8 +282,7 @@ def _adapt(entry: CpuidEntry, vp_index: int, processors: int, *, amd: bool) -> C
         return None
     if function == 1:
         logical = min(1 << id_bits, 255)
-        return replace(
-            entry,
+        return entry._replace(
             ebx=entry.ebx & 0xFFFF | logical << 16 | (vp_index & 0xFF) << 24,
             ecx=entry.ecx & ~(_LEAF1_ECX_VMX | _LEAF1_ECX_OSXSAVE) | _LEAF1_ECX_HYPERVISOR,
             edx=_with(entry.edx, _LEAF1_EDX_HTT, processors > 1),
@@ -296,18 +294,18 @@ def _adapt(entry: CpuidEntry, vp_index: int, processors: int, *, amd: bool) -> C
             return entry  # the end of the list
         sharing = min((1 << id_bits) - 1, 0xFFF) if level >= 3 else 0
         cores = min((1 << id_bits) - 1, 0x3F) if function == 4 else 0
-        return replace(entry, eax=entry.eax & 0x3FFF | sharing << 14 | cores << 26)
+        return entry._replace(eax=entry.eax & 0x3FFF | sharing << 14 | cores << 26)
     if function == 0x80000001:
         ecx = _with(entry.ecx & ~_EXTENDED1_ECX_SVM, _EXTENDED1_ECX_CMP_LEGACY, amd)
         if processors == 1:
             ecx &= ~_EXTENDED1_ECX_CMP_LEGACY
-        return replace(entry, ecx=ecx)
+        return entry._replace(ecx=ecx)
     if function == 0x80000008 and amd:
         cores = min(processors - 1, 0xFF)
-        return replace(entry, ecx=entry.ecx & ~0xF0FF | cores | min(id_bits, 15) << 12)
+        return entry._replace(ecx=entry.ecx & ~0xF0FF | cores | min(id_bits, 15) << 12)
     if function == 0x8000001E:
         # Extended APIC id; core id with one thread per core; one node per package.
-        return replace(entry, eax=vp_index, ebx=vp_index & 0xFF, ecx=0, edx=0)
+        return entry._replace(eax=vp_index, ebx=vp_index & 0xFF, ecx=0, edx=0)
     return entry
 
 
@@ -319,22 +317,20 @@ def _without_xsave(entry: CpuidEntry) -> CpuidEntry | None:
     if entry.function == _LEAF_XSAVE:
         return None
     if entry.function == 1:
-        return replace(entry, ecx=entry.ecx & ~_LEAF1_ECX_NEEDING_XSAVE)
+        return entry._replace(ecx=entry.ecx & ~_LEAF1_ECX_NEEDING_XSAVE)
     if entry.function == 7 and entry.index == 0:
-        return replace(
-            entry,
+        return entry._replace(
             ebx=entry.ebx & ~_LEAF7_EBX_NEEDING_XSAVE,
             ecx=entry.ecx & ~_LEAF7_ECX_NEEDING_XSAVE,
             edx=entry.edx & ~_LEAF7_EDX_NEEDING_XSAVE,
         )
     if entry.function == 7 and entry.index == 1:
-        return replace(
-            entry,
+        return entry._replace(
             eax=entry.eax & ~_LEAF7_1_EAX_NEEDING_XSAVE,
             edx=entry.edx & ~_LEAF7_1_EDX_NEEDING_XSAVE,
         )
     if entry.function == 0x80000001:
-        return replace(entry, ecx=entry.ecx & ~_EXTENDED1_ECX_NEEDING_XSAVE)
+        return entry._replace(ecx=entry.ecx & ~_EXTENDED1_ECX_NEEDING_XSAVE)
     return entry
 
 
@@ -367,9 +363,10 @@ def _hypervisor_leaves(
     given = {entry.function: entry for entry in hyperv}
     none = CpuidEntry(0)
     features = given.get(HypervisorLeaf.FEATURES, none)
-    offered = HvPartitionPrivilege(features.eax | features.ebx << 32)
+    offered = features.eax | features.ebx << 32
     if missing := REQUIRED_PRIVILEGES & ~offered:
-        names = ", ".join(flag.name or hex(flag) for flag in missing)
+        flags = vars(HvPartitionPrivilege).items()
+        names = ", ".join(name for name, bit in flags if isinstance(bit, int) and bit & missing)
         raise HvHostError(
             f"this KVM cannot play Hyper-V: it lacks {names}; "
             "use a newer kernel, or --kvm rig to run on a KVM in software."
@@ -381,7 +378,7 @@ def _hypervisor_leaves(
         # KVM offers the control everywhere; with it Linux would trust a TSC that may change its
         # rate, and keep time by it instead of by the reference TSC page.
         allowed &= ~HvPartitionPrivilege.ACCESS_TSC_INVARIANT_CONTROLS
-    privileges = int(offered & allowed)
+    privileges = offered & allowed
     recommendations = given.get(HypervisorLeaf.ENLIGHTENMENT_INFORMATION, none)
     limits = given.get(HypervisorLeaf.IMPLEMENTATION_LIMITS, none)
     vendor = struct.unpack("<III", HYPERVISOR_VENDOR)
@@ -404,11 +401,11 @@ def _hypervisor_leaves(
             HypervisorLeaf.FEATURES,
             eax=privileges & 0xFFFFFFFF,
             ebx=privileges >> 32,
-            edx=int(features.edx & GUEST_FEATURES | HvFeature.GUEST_CRASH_REGS_AVAILABLE),
+            edx=features.edx & GUEST_FEATURES | HvFeature.GUEST_CRASH_REGS_AVAILABLE,
         ),
         CpuidEntry(
             HypervisorLeaf.ENLIGHTENMENT_INFORMATION,
-            eax=int(recommendations.eax & GUEST_RECOMMENDATIONS),
+            eax=recommendations.eax & GUEST_RECOMMENDATIONS,
             ebx=recommendations.ebx,
         ),
         CpuidEntry(

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from hvhost.errors import GuestMemoryError
 from hvhost.machine.model import CrashReport
 from hvhost.partition.memory import GuestMemory
+from hvhost.partition.msrs import CRASH_MSR_COUNT as CRASH_MSR_COUNT
+from hvhost.partition.msrs import HV_X64_MSR_CRASH_CTL as HV_X64_MSR_CRASH_CTL
+from hvhost.partition.msrs import HV_X64_MSR_CRASH_P0 as HV_X64_MSR_CRASH_P0
+from hvhost.partition.msrs import HV_X64_MSR_CRASH_P4 as HV_X64_MSR_CRASH_P4
 
-HV_X64_MSR_CRASH_P0 = 0x40000100
-HV_X64_MSR_CRASH_P4 = 0x40000104
-HV_X64_MSR_CRASH_CTL = 0x40000105
-CRASH_MSR_COUNT = 6
 HV_CRASH_CTL_CRASH_NOTIFY_MSG = 1 << 62
 HV_CRASH_CTL_CRASH_NOTIFY = 1 << 63
 MAXIMUM_REPORTS = 16

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from hvhost.errors import GuestMemoryError, HvHostError
 from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
@@ -104,7 +103,7 @@ def _hang_now(vcpu: Vcpu, memory: GuestMemory) -> int | None:
     if target is None:
         return None
     registers = vcpu.registers()
-    vcpu.set_registers(replace(registers, rip=target, rflags=registers.rflags & ~RFLAGS_IF))
+    vcpu.set_registers(registers._replace(rip=target, rflags=registers.rflags & ~RFLAGS_IF))
     vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)
     return target
 

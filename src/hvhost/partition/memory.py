@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError
 
@@ -17,8 +17,7 @@ PAGE_SIZE = 4096
 PAGE_SHIFT = 12
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryRegion:
+class MemoryRegion(NamedTuple):
     """A contiguous piece of guest RAM.
 
     ``view`` is the writable byte view of the region in this process; ``backing_offset`` its place

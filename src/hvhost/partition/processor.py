@@ -8,14 +8,15 @@ import struct
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from hvhost.errors import HvHostError
 from hvhost.kvm import constants as k
 from hvhost.kvm.constants import Exit
 from hvhost.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,8 +44,7 @@ class Msrs(Protocol):
     def write(self, msr: int, value: int) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Handlers:
+class Handlers(NamedTuple):
     """Where exits go; *lock* is held around every call into the machine."""
 
     lock: threading.RLock
@@ -96,6 +96,8 @@ class Processor:
         """
         if self._thread is threading.current_thread():
             return function()
+        from concurrent.futures import Future
+
         future: Future[object] = Future()
         with self._requests_lock:
             if not self._accepting:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hvhost.cli.main import app, main
+from hvhost.cli.app import app
+from hvhost.cli.main import main
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig, Transport
 from hvhost.manager import definition, foreground

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -148,7 +147,7 @@ def test_gdt_in_memory_matches_the_segments() -> None:
     state = load(memory, BzImage().build())
     gdt = struct.unpack("<6Q", memory.read(state.gdt_address, state.gdt_limit + 1))
     assert gdt == (0, 0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00008B0000000067, 0)
-    protected = replace(state, mode=CpuMode.PROTECTED32)
+    protected = state._replace(mode=CpuMode.PROTECTED32)
     assert struct.unpack_from("<Q", protected.gdt(), 16)[0] == 0x00CF9B000000FFFF
 
 
@@ -247,7 +246,7 @@ def test_initrd_and_kernel_do_not_meet() -> None:
 
 def test_extracted_vmlinux_keeps_the_room_its_header_asks_for() -> None:
     setup = parse_kernel(BzImage(init_size=8 * MIB).build(), "vmlinuz").setup
-    image = replace(parse_kernel(Elf().build(), "vmlinux"), setup=setup)
+    image = parse_kernel(Elf().build(), "vmlinux")._replace(setup=setup)
 
     def start(initrd: bytes) -> None:
         load_linux(guest_memory(), image, command_line="", initrd=initrd, e820=E820, rsdp_address=0)
@@ -277,7 +276,7 @@ def test_memory_above_4_gib_is_not_used_for_loading() -> None:
 
 def test_memory_that_does_not_start_at_0() -> None:
     region = guest_memory().regions[0]
-    memory = GuestMemory([replace(region, guest_address=1 << 32)])
+    memory = GuestMemory([region._replace(guest_address=1 << 32)])
     with pytest.raises(HvHostError, match="more memory"):
         load(memory, BzImage().build())
 

@@ -429,8 +429,8 @@ class FakeTransport:
                 self.signals[connection] = fixups[0].value
         elif request == k.KVM_REGISTER_COALESCED_MMIO:
             port, size, pio = struct.unpack("<QII", argument)
-            assert (size, pio) == (1, 1)
-            self.coalesced_ports.append(port)
+            assert pio == 1
+            self.coalesced_ports.extend(range(port, port + size))
         elif request == k.KVM_X86_SET_MSR_FILTER:
             _, count, first = struct.unpack_from("<III", argument, 8)
             self.filtered = first, count

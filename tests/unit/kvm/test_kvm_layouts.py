@@ -199,12 +199,12 @@ def test_special_registers(header: dict[str, int]) -> None:
     assert header["kvm_sregs interrupt_bitmap"] == header["kvm_sregs cr0"] + vcpu._CONTROL.size
     assert header["kvm_dtable limit"] == 8
     assert (header["kvm_segment selector"], header["kvm_segment type"]) == (12, 14)
-    fields = list(vcpu.Segment.__slots__)
+    fields = list(vcpu.Segment._fields)
     assert header["kvm_segment unusable"] == 14 + fields.index("unusable") - fields.index("type")
 
 
 def test_members(header: dict[str, int]) -> None:
-    registers = list(vcpu.Registers.__slots__)
+    registers = list(vcpu.Registers._fields)
     for name in ("rip", "rflags", "rsp", "r8"):
         assert header[f"kvm_regs {name}"] == 8 * registers.index(name)
     expected = {

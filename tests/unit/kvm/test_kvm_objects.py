@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from dataclasses import replace
 
 import pytest
 from fake_transport import HYPERV_ENTRIES, INTEL_ENTRIES, FakeTransport
@@ -160,8 +159,8 @@ def test_signals_are_connected_and_disconnected() -> None:
 
 def test_small_calls() -> None:
     transport, vm, vcpu = vm_and_vcpu()
-    vm.coalesce_port(0x3F8)
-    assert transport.coalesced_ports == [0x3F8]
+    vm.coalesce_ports(range(0x3F8, 0x3FA))
+    assert transport.coalesced_ports == [0x3F8, 0x3F9]
     vm.irq_line(4, 1)
     assert transport.calls[-1].argument == struct.pack("<II", 4, 1)
     assert vm.clock_nanoseconds() == 123456789
@@ -223,7 +222,7 @@ def test_special_registers_round_trip(
 def test_one_segment_of_many() -> None:
     _, _, vcpu = vm_and_vcpu()
     special = vcpu.special_registers()
-    code = replace(special.segment("cs"), selector=0x10, l=1)
+    code = special.segment("cs")._replace(selector=0x10, l=1)
     changed = special.with_segments(cs=code)
     assert changed.segment("cs") == code
     assert changed.segment("ds") == special.segment("ds")

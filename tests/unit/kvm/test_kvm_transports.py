@@ -12,7 +12,6 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,9 +83,9 @@ class Guest:
         )
         self.vcpu = Vcpu(transport, self.vm, 0)
         special = self.vcpu.special_registers()
-        flat = replace(special.segment("cs"), base=0, selector=0)
+        flat = special.segment("cs")._replace(base=0, selector=0)
         self.vcpu.set_special_registers(special.with_segments(cs=flat))
-        self.vcpu.set_registers(replace(self.vcpu.registers(), rip=0x1000, rflags=2))
+        self.vcpu.set_registers(self.vcpu.registers()._replace(rip=0x1000, rflags=2))
         self.transport.memory[0x1000 : 0x1000 + len(code)] = code
 
     def call(self, request: int, argument: int | bytearray = 0, fixups: object = ()) -> int:
@@ -157,7 +156,7 @@ def test_kicks_again_and_again(transport: Any) -> None:
 
 def test_calls_of_a_processor(transport: Any) -> None:
     guest = Guest(transport, SELF_JUMP)
-    registers = replace(guest.vcpu.registers(), r15=2**63 + 7)
+    registers = guest.vcpu.registers()._replace(r15=2**63 + 7)
     guest.vcpu.set_registers(registers)
     assert guest.vcpu.registers().r15 == 2**63 + 7
     special = guest.vcpu.special_registers()

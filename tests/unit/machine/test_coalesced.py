@@ -15,7 +15,8 @@ PORTS = [0x3F8, 0x2F8]
 
 def ports(capabilities: dict[int, int] | None = None) -> tuple[FakeTransport, CoalescedPorts]:
     transport = FakeTransport(1 << 20, capabilities=capabilities)
-    return transport, CoalescedPorts(Vm(transport), PORTS)
+    zones = [range(port, port + 1) for port in PORTS]
+    return transport, CoalescedPorts(Vm(transport), zones)
 
 
 def drained(coalesced: CoalescedPorts) -> list[tuple[int, int, int]]:

@@ -156,7 +156,7 @@ def test_what_a_computer_is_built_of() -> None:
         (transport,) = one.transports
         assert transport.slots == {0: (0, MEMORY, 0)}
         assert transport.filtered == (HV_X64_MSR_CRASH_P0, 6)
-        assert transport.coalesced_ports == [0x3F8, 0x2F8]
+        assert transport.coalesced_ports == [0x70, *range(0xCF8, 0xCFC), 0x3F8, 0x2F8]
         sints = [route for route in transport.routes if route[1] == k.KVM_IRQ_ROUTING_HV_SINT]
         assert [(gsi, vp, sint) for gsi, _, _, _, vp, sint in sints] == [
             (FIRST_SYNIC_GSI + n, n // 2, 2) for n in range(6)

@@ -129,8 +129,7 @@ def test_a_stop_while_it_starts_is_heeded_at_once(
     """Not after the minute that a rig may take; and nobody may mistake it for another failure."""
     worker.start("slow")
     worker.wait_for((worker.directory / "worker.pid").exists)
-    worker.wait_for((worker.directory / "serial2.sock").exists)
-    time.sleep(0.2)
+    time.sleep(0.5)
     started = time.monotonic()
     worker.signal(number)
     status, output = worker.end()

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fake_transport import FakeTransport, Halt, Other, Out, Script
 
@@ -36,6 +37,14 @@ def halts(kvm: FakeTransport) -> Script:
     yield Halt()
 
 
+def die(transport: FakeTransport) -> None:
+    """Once somebody can see it."""
+    while not Path(sys.argv[1]).with_name("api.sock").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    transport.die("the rig's QEMU died: no reason")
+
+
 def connect(config: MachineConfig, progress: Callable[[str], None]) -> FakeTransport:
     words = config.command_line.split()
     progress("looking for a KVM")
@@ -52,7 +61,7 @@ def connect(config: MachineConfig, progress: Callable[[str], None]) -> FakeTrans
     guest = next((guests[word] for word in words if word in guests), halts)
     transport = FakeTransport(config.memory, *[guest] * config.cpus)
     if "dies" in words:
-        threading.Timer(0.3, transport.die, ["the rig's QEMU died: no reason"]).start()
+        threading.Thread(target=die, args=(transport,)).start()
     return transport
 
 

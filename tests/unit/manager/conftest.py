@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hvhost.machine.model import MachineConfig
-from hvhost.manager import launcher
+from hvhost.manager import forked, launcher
 from hvhost.manager.control import machines
+from manager.stand_in import FAKE_WORKER, live_as
 
 
 @pytest.fixture
@@ -18,9 +19,8 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory and a worker of the test's own; nothing survives the test."""
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path / "r"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    monkeypatch.setattr(
-        launcher, "WORKER", (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-    )
+    monkeypatch.setattr(launcher, "WORKER", FAKE_WORKER)
+    monkeypatch.setattr(forked, "live", live_as(FAKE_WORKER))
     yield tmp_path / "r"
     for listing in machines():
         if listing.pid is not None:

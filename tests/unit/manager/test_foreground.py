@@ -14,9 +14,20 @@ import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig
-from hvhost.manager import foreground, launcher
+from hvhost.manager import foreground, forked
 from hvhost.manager.directory import MachineDirectory, NameState
 from hvhost.manager.terminal import Ending
+from manager.stand_in import live_as
+
+MAIN = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from manager.stand_in import FAKE_WORKER, live_as
+from hvhost.cli.main import main
+from hvhost.manager import forked
+forked.live = live_as(FAKE_WORKER)
+main()
+"""
 
 
 def run(config: MachineConfig, typed: bytes, printed: list[bytes] | None = None) -> Ending:
@@ -70,10 +81,7 @@ def test_a_machine_that_failed_before_we_looked(runtime: Path, config: MachineCo
 def test_a_signal_ends_the_machine_too(
     runtime: Path, config: MachineConfig, how: signal.Signals, status: int
 ) -> None:
-    code = (
-        "from hvhost.manager import launcher; from hvhost.cli.main import main;"
-        f"launcher.WORKER = {launcher.WORKER!r}; main()"
-    )
+    code = MAIN
     command = [sys.executable, "-c", code, "run", "--name", "m1", "--kernel", config.kernel]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -88,10 +96,7 @@ def test_a_signal_ends_the_machine_too(
 
 def test_a_terminal_is_given_back(runtime: Path, config: MachineConfig) -> None:
     """As a person does it: a shell's terminal, the escape character, and the terminal's modes."""
-    code = (
-        "from hvhost.manager import launcher; from hvhost.cli.main import main;"
-        f"launcher.WORKER = {launcher.WORKER!r}; main()"
-    )
+    code = MAIN
     command = [sys.executable, "-c", code, "run", "--name", "m1", "--kernel", config.kernel]
     for leave in (b"\x1d", b"poweroff", None):
         person, terminal = os.openpty()
@@ -121,9 +126,9 @@ def test_a_worker_that_lost_its_console_but_lives(
         "port = socket.socket(socket.AF_UNIX); port.bind(str(here / 'serial1.sock'));"
         "port.listen(); (here / 'api.sock').touch(); port.accept()[0].close(); time.sleep(60)"
     )
-    monkeypatch.setattr(launcher, "WORKER", (sys.executable, "-c", code))
+    monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code)))
     with pytest.raises(HvHostError, match="closed its console but did not end"):
         run(config, b"")
-    monkeypatch.setattr(launcher, "WORKER", (sys.executable, "-c", code.split("port =")[0]))
+    monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code.split("port =")[0])))
     with pytest.raises(HvHostError, match="without a word"):
         run(config, b"")

@@ -93,7 +93,7 @@ def test_features_are_kvms_less_debugging_plus_crash_registers() -> None:
 
 def test_a_guest_is_neither_root_nor_confidential_nor_debuggable() -> None:
     leaf = features(everything(0x40000003))[0x40000003, 0]
-    privileges = HvPartitionPrivilege(leaf.eax | leaf.ebx << 32)
+    privileges = leaf.eax | leaf.ebx << 32
     for forbidden in (
         HvPartitionPrivilege.CREATE_PARTITIONS,
         HvPartitionPrivilege.CPU_MANAGEMENT,
@@ -326,7 +326,7 @@ def test_what_freebsd_asks_for(cpu: CpuidEntry) -> None:
     assert struct.pack("<III", top.ebx, top.ecx, top.edx) == b"Microsoft Hv"
     assert top.eax >= 0x40000005
     assert interface.eax.to_bytes(4, "little") == b"Hv#1"
-    privileges = HvPartitionPrivilege(leaves[0x40000003, 0].eax)
+    privileges = leaves[0x40000003, 0].eax
     for needed in (
         HvPartitionPrivilege.ACCESS_HYPERCALL_MSRS,  # without it: no Hyper-V at all
         HvPartitionPrivilege.ACCESS_SYNIC_REGS,

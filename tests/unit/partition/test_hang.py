@@ -4,7 +4,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from fake_transport import Fails, FakeTransport, Halt, In, Script
@@ -83,7 +82,7 @@ class Guest:
     def set_control(self, cr3: int, cr4: int = 0, efer: int = EFER_LMA) -> None:
         for vcpu in self.vcpus:
             special = vcpu.special_registers()
-            vcpu.set_special_registers(replace(special, cr3=cr3, cr4=cr4, efer=efer))
+            vcpu.set_special_registers(special._replace(cr3=cr3, cr4=cr4, efer=efer))
 
     def map(
         self,
@@ -122,7 +121,7 @@ class Guest:
         vcpu = self.vcpus[index]
         special = vcpu.special_registers()
         code = special.segment("cs")
-        fields = {name: getattr(code, name) for name in type(code).__slots__}
+        fields = code._asdict()
         fields["selector"] = 0x10 | ring
         vcpu.set_special_registers(special.with_segments(cs=type(code)(**fields)))
 

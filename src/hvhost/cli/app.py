@@ -1,0 +1,74 @@
+"""The ``hvhost`` command with all its commands.
+
+Nothing here or in the command modules imports more than typer and the choices of
+:mod:`hvhost.machine.kinds` until a command runs: ``hvhost --help`` and completion stay quick.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from hvhost.cli import (
+    backup,
+    disk,
+    doctor,
+    drive,
+    guest,
+    kvp,
+    machines,
+    memory,
+    net,
+    rig,
+    run,
+    services,
+    time,
+    verify,
+    version,
+)
+
+HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
+
+\b
+Prove what a kernel can do on Hyper-V:
+  hvhost verify --deb linux-image-6.12.deb
+Boot one and look around:
+  hvhost run --name demo --kernel vmlinuz --initrd initrd.img --append quiet
+  hvhost info demo
+  hvhost stop demo
+See what this computer can do, and how to teach it the rest:
+  hvhost doctor
+"""
+
+app = typer.Typer(
+    name="hvhost",
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(verify.verify)
+app.command()(run.run)
+app.command()(machines.ps)
+app.command()(machines.info)
+app.command()(machines.console)
+app.command()(machines.stop)
+app.command()(machines.restart)
+app.command()(machines.pause)
+app.command()(machines.resume)
+app.command()(machines.nmi)
+app.command()(machines.rm)
+app.command("exec")(services.execute)
+app.command()(services.copy)
+app.command()(services.services)
+app.add_typer(time.app, name="time")
+app.add_typer(kvp.app, name="kvp")
+app.command()(memory.memory)
+app.command()(backup.backup)
+app.add_typer(guest.app, name="guest")
+app.add_typer(disk.app, name="disk")
+app.add_typer(drive.app, name="drive")
+app.add_typer(net.app, name="net")
+app.command()(doctor.doctor)
+app.add_typer(rig.app, name="rig")
+app.command()(version.version)
