@@ -226,6 +226,21 @@ def test_a_guest_that_fails_to_freeze_is_thawed_and_not_backed_up(bench: Bench) 
     assert bench.asked == [CHECK, FREEZE, THAW] and bench.left() == []
 
 
+def test_a_guest_is_thawed_whatever_goes_wrong(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for problem in (OSError(28, "No space left"), HvHostError("no."), ZeroDivisionError("a bug")):
+
+        def fail(*_: object, problem: Exception = problem) -> None:
+            raise problem
+
+        monkeypatch.setattr("hvhost.storage.backup._snapshots", fail)
+        bench.asked.clear()
+        refused(bench.run())
+        assert bench.asked == [CHECK, FREEZE, THAW] and bench.left() == []
+        assert not bench.vss.state.frozen
+
+
 def test_a_daemon_that_dies_while_frozen_is_told_of(bench: Bench) -> None:
     bench.statuses = {THAW: 0x80004005}
     info = bench.run()
