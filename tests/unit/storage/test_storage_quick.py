@@ -98,6 +98,23 @@ def test_a_read_behind_a_write_sees_it(side: Side) -> None:
     assert side.driver.finish(second).data == data == side.driver.finish(third).data
 
 
+def test_answers_that_find_no_room_wait_for_it() -> None:
+    disk = MemoryDisk(SIZE)
+    disk.content[:] = CONTENT
+    host = StorageHost.build(DiskUnit(disk))
+    side = Side(host, disk, host.connect(ring_pages=2))
+    tags = []
+    for _ in range(2):  # each fits the ring, both do not
+        tags += [a_read(side.driver, number, 1) for number in range(30)]
+        process(side)
+    assert disk.at_once == len(tags) and host.guest.server.channels[0].queued
+    for number, tag in enumerate(tags):
+        place = number % 30 * 512
+        assert side.driver.finish(tag).data == CONTENT[place : place + 512]
+    host.close()
+    assert not host.guest.faults
+
+
 def test_what_would_wait_goes_to_the_worker(side: Side) -> None:
     side.disk.instant = False
     tag = a_read(side.driver, 0, 8)
