@@ -44,7 +44,9 @@ bench: setup-dev
 	$(BIN)/python -m bench
 
 FUZZ_SECONDS ?= 60
-FUZZ := -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -verbosity=0 -print_final_stats=1
+FUZZ := -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ -verbosity=0
+# A few dozen inputs a second are too few to let them grow from one byte on.
+FUZZ += -len_control=0 -max_len=2048 -print_final_stats=1
 fuzz: setup-dev
 	$(BIN)/python -m pip --quiet install -e '.[fuzz]'
 	for target in fuzz/fuzz_*.py; do \

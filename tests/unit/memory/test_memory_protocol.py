@@ -1,4 +1,4 @@
-"""Sizes that messages of the guest give themselves."""
+"""Sizes that messages of the guest give themselves; and a device whose guest has said nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import struct
 import pytest
 
 from hvhost.errors import RemoteProtocolError
-from hvhost.memory.protocol import UnballoonResponse, decode
+from hvhost.memory.area import HotAddArea
+from hvhost.memory.device import MemoryDevice
+from hvhost.memory.protocol import PageRange, UnballoonResponse, decode
 
 
 def message(kind: int, size: int, body: bytes = b"") -> bytes:
@@ -28,3 +30,16 @@ def test_what_stands_behind_a_message_is_not_read() -> None:
     decode(message(7, 24, body))
     with pytest.raises(RemoteProtocolError, match="announces 1 page ranges and has 8 bytes"):
         decode(message(7, 16, body))
+
+
+class NoRam:
+    def is_ram(self, pages: PageRange) -> bool:
+        return False
+
+    def release(self, pages: PageRange) -> None:
+        raise AssertionError(pages)
+
+
+def test_nothing_is_offered_to_a_guest_that_did_not_say_what_it_can_take() -> None:
+    device = MemoryDevice(HotAddArea(1 << 20, 1 << 21), 1 << 22, NoRam())
+    assert device.next_range(100) is None
