@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,21 @@ def test_an_error_names_the_range() -> None:
         memory.view(0xFFF00000, 0x10)
     with pytest.raises(GuestMemoryError, match="0x2 is not aligned to 4"):
         memory.load32(2)
+
+
+@pytest.mark.parametrize("offset", range(1, 8))
+def test_a_word_between_words(offset: int) -> None:
+    memory, backing = two_regions()
+    words: list[Callable[[], object]] = [
+        lambda: memory.load64(offset),
+        lambda: memory.store64(offset, 1),
+    ]
+    if offset != 4:
+        words += [lambda: memory.load32(offset), lambda: memory.store32(offset, 1)]
+    for word in words:
+        with pytest.raises(GuestMemoryError, match="is not aligned"):
+            word()
+    assert not any(backing)
 
 
 def test_memory_that_is_added() -> None:

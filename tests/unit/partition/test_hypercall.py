@@ -211,6 +211,10 @@ def test_free_memory_is_given_back() -> None:
     struct.pack_into("<QQ", big, 0x100, 2, 2 << 21 | LARGE | 1)
     assert guest.calls.call(HINT | 1 << 32, 0x100) == OK | 1 << 32
     assert guest.discarded == [(4 << 20, 4 << 20)]
+    guest.discarded.clear()
+    struct.pack_into("<QQ", big, 0x100, 2, 2 << 21 | LARGE | 1 << 12)  # of 1 GiB, says the guest
+    assert guest.calls.call(HINT | 1 << 32, 0x100) == HypercallStatus.INVALID_PARAMETER
+    assert not guest.discarded
 
 
 def test_a_hint_of_what_is_no_memory_ends_there() -> None:
