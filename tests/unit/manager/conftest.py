@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +17,19 @@ from manager.stand_in import FAKE_WORKER, live_as
 
 
 @pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory and a worker of the test's own; nothing survives the test."""
-    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path / "r"))
+    root = Path(tempfile.mkdtemp(prefix="hv"))  # short, whatever the test's name: it holds sockets
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(root))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.setattr(launcher, "WORKER", FAKE_WORKER)
     monkeypatch.setattr(forked, "live", live_as(FAKE_WORKER))
-    yield tmp_path / "r"
+    yield root
     for listing in machines():
         if listing.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(listing.pid, 9)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def main() -> None:
         for number in range(15 if "slow" in words else 0):
             print("noise\n2026-01-02 03:04:05,678 __main__: step", end="", file=sys.stderr)
             sys.stderr.flush()
-            time.sleep(0.1)
+            time.sleep(0.3)
             print(f" {number}", file=sys.stderr, flush=True)
         if "never-open" in words:
             time.sleep(60)

@@ -124,9 +124,9 @@ def test_a_worker_that_tells_what_it_does_is_given_time(
 ) -> None:
     said: list[str] = []
     worker = launch(
-        replace(config, command_line="slow"), detach=True, timeout=1.0, progress=said.append
+        replace(config, command_line="slow"), detach=True, timeout=3.0, progress=said.append
     )
-    assert said[:14] == [f"step {number}" for number in range(14)]  # 1.5 seconds of them
+    assert said[:14] == [f"step {number}" for number in range(14)]  # 4.5 seconds of them
     worker.stop()
 
 
