@@ -239,3 +239,59 @@ def test_a_directory_that_is_removed_meanwhile(worker: WorkerProcess) -> None:
     worker.directory.rmdir()
     worker.signal(signal.SIGTERM)
     assert worker.end()[0] == 0
+
+
+def plain_run(tmp_path: Path, words: str) -> subprocess.Popen[str]:
+    """``hvhost run`` in a process of its own, its worker a fork of it over a KVM in memory."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(Elf([Segment(b"text" * 10, 0x200000), pvh_note(0x200000)]).build())
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import worker_process\n"
+        "from hvhost.machine import worker\n"
+        "worker.connect = worker_process.connect\n"
+        "from hvhost.cli.main import main\n"
+        "main()"
+    )
+    environment = python_environment()
+    paths = (HERE.parent / "kvm", HERE.parent / "firmware", environment["PYTHONPATH"])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    environment["HVHOST_RUNTIME_DIR"] = str(tmp_path / "r")
+    arguments = ["--name", "m", "--kernel", str(kernel), "--append", words, "--memory", "32M"]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_plain_run_from_the_command_line_to_its_end(tmp_path: Path) -> None:
+    with plain_run(tmp_path, "") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        output, said = process.communicate(timeout=100)
+    assert (process.returncode, output) == (130, "")
+    assert said in ("", "hvhost: looking for a KVM…\n"), "it may be too quick to be said"
+    log = (tmp_path / "r" / "machines" / "m" / "worker.log").read_text()
+    assert "stopped powered off by force" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("unreachable", "there is no KVM; run `hvhost doctor`."),
+        ("fails", "KVM stopped virtual processor 0 with INTERNAL_ERROR (detail 0x3)."),
+    ],
+)
+def test_a_plain_run_that_fails(tmp_path: Path, words: str, sentence: str) -> None:
+    with plain_run(tmp_path, words) as process:
+        output, said = process.communicate(timeout=100)
+    assert (process.returncode, output) == (1, "")
+    assert said.splitlines()[-1] == f"hvhost: {sentence}"
+    assert said.count(sentence) == 1
+    assert "Traceback" not in (tmp_path / "r" / "machines" / "m" / "worker.log").read_text()
