@@ -202,7 +202,10 @@ class RingBuffer:
 
     def index(self, word: int) -> int:
         """An index of the guest's, loaded once; :class:`RemoteProtocolError` if out of range."""
-        return self.checked(word, self.header[word])
+        value = self.header[word]
+        if value >= self.size or value & 7:  # checked() once more, for the sake of speed
+            self.checked(word, value)
+        return value
 
     def checked(self, word: int, value: int) -> int:
         """*value*, if *word* could have it; :class:`RemoteProtocolError` otherwise."""
