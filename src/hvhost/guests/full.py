@@ -14,6 +14,7 @@ import hashlib
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,6 +62,20 @@ class FullGuest:
         """What the kernel is told: its root, and to be quiet as Debian has it."""
         return f"root=UUID={self.root} ro quiet"
 
+
+# The crash kernel's initramfs is made with the system, since that takes an emulated processor
+# minutes. kdump-tools leave it to the first start where ischroot says that they are in a chroot.
+_MAKE_CRASH_INITRAMFS = """
+set -eu
+mkdir /tmp/no-chroot
+ln -s /bin/false /tmp/no-chroot/ischroot
+for kernel in /boot/vmlinuz-*; do
+    PATH=/tmp/no-chroot:$PATH /etc/kernel/postinst.d/kdump-tools "${kernel#/boot/vmlinuz-}"
+    kdump-config symlinks "${kernel#/boot/vmlinuz-}"
+done
+rm -r /tmp/no-chroot
+test -s /var/lib/kdump/initrd.img
+"""
 
 # Makes the file system in a namespace (or as root) from a tar of it, and hands back a tar: files
 # cross the border of a namespace only as streams, since users inside are others outside. Device
@@ -159,9 +174,7 @@ def install_command(
         # A test guest: root has no password.
         '--customize-hook=chroot "$1" passwd --quiet --delete root',
         '--customize-hook=chroot "$1" systemctl --quiet enable systemd-networkd',
-        # The crash kernel's initramfs: made here, since that takes an emulated processor minutes.
-        '--customize-hook=chroot "$1" sh -c '
-        "'for kernel in /boot/vmlinuz-*; do kdump-config symlinks ${kernel#/boot/vmlinuz-}; done'",
+        f'--customize-hook=chroot "$1" sh -c {shlex.quote(_MAKE_CRASH_INITRAMFS)}',
         # A kernel that could not reach its disk would say so only after the boot's time limit.
         '--customize-hook=chroot "$1" sh -c '
         "'lsinitramfs /boot/initrd.img-* | grep -q \"/hv_storvsc\\.ko\"'",
