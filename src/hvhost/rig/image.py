@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from hvhost.guests.modules import ModuleTree, find_tree, read_module
 from hvhost.paths import cache_dir
 from hvhost.rig import layout
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str], None]
 
 SUITES = ("bookworm-backports", "bookworm")
@@ -27,6 +31,11 @@ AGENT_MODULES = {
     "vfio_iommu_type1": "allow_unsafe_interrupts=1",
     "vfio_pci": "ids=1af4:1110",
 }
+
+# `or $0x1e6, %r64` in load_pdptrs(): the reserved bits of an entry of the top table of PAE paging.
+_PDPT_RESERVED = re.compile(rb"(?:\x48\x0d|[\x48\x49]\x81[\xc8-\xcf])\xe6\x01\x00\x00")
+_PDPT_ACCESSED = 1 << 5
+_SIGNATURE_MARK, _SIGNATURE_SIZE = b"~Module signature appended~\n", 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,44 @@ def build_archive(name: str, entries: Sequence[cpio.Entry]) -> Path:
     return path
 
 
+def bear_accessed_pdpt(kvm: bytes) -> bytes:
+    """KVM's module such that it takes the accessed bit in top table entries of a 32-bit guest.
+
+    QEMU's emulated processors set it (``mmu_translate()`` in ``target/i386/tcg``), real ones do
+    not and reserve it ([AMD64] volume 2, 5.2.3). KVM looks whenever a guest changes CR0 or CR4,
+    and faults a guest whose own processor, as it seems, broke its table. The module as it is where
+    that place is not found: 32-bit guests do not start on such a rig then.
+    """
+    places = list(_PDPT_RESERVED.finditer(kvm))
+    if len(places) != 1:
+        log.warning("32-bit guests will not start here: the rig's KVM is an unknown one")
+        return kvm
+    content, place = bytearray(kvm), places[0].end() - 4
+    content[place] &= ~_PDPT_ACCESSED
+    return without_signature(bytes(content))
+
+
+def without_signature(module: bytes) -> bytes:
+    """A module without the signature behind it: Linux takes none before it takes a wrong one.
+
+    Source: ``struct module_signature`` in ``linux/module_signature.h``; its last field is the
+    length of what lies before it.
+    """
+    if not module.endswith(_SIGNATURE_MARK):
+        return module
+    end = len(module) - len(_SIGNATURE_MARK) - _SIGNATURE_SIZE
+    return module[: end - int.from_bytes(module[end + 8 : end + 12], "big")]
+
+
 def module_entries(tree: ModuleTree, parameters: dict[str, str]) -> list[cpio.Entry]:
     """Modules, decompressed, and ``/modules``: their files and parameters in load order."""
     entries, lines = [], []
     for module in tree.closure(parameters):
         path = f"{module.name}.ko"
-        entries.append(cpio.file(path, read_module(tree.root / module.path)))
+        content = read_module(tree.root / module.path)
+        if module.name == "kvm":
+            content = bear_accessed_pdpt(content)
+        entries.append(cpio.file(path, content))
         lines.append(f"/{path} {parameters.get(module.name, '')}".rstrip())
     entries.append(cpio.file("modules", ("\n".join(lines) + "\n").encode()))
     return entries
