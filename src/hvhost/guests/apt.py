@@ -36,12 +36,16 @@ KEYRING_NAMES = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
 # Suites whose keyring package may know keys that are newer than this computer's keyring.
 KEYRING_SUITES = ("trixie", "bookworm")
 LISTS_FRESH_SECONDS = 3600
+NATIVE, I386 = "amd64", "i386"
 UPDATE_TIMEOUT = 300
 DOWNLOAD_TIMEOUT = 900
 # Meta packages name the real kernel by its version; newer suites split it into several packages.
 _VERSIONED_KERNEL = re.compile(r"linux-(?:image|binary|modules|base)-\d\S*")
 _UNTRUSTED = re.compile(
     r"NO_PUBKEY|EXPKEYSIG|REVKEYSIG|BADSIG|is not signed|couldn't be verified|no longer signed"
+)
+_UNREACHABLE = re.compile(
+    r"Could not (?:connect|resolve)|Temporary failure|timed out|gave up after"
 )
 _INHERITED_SETTINGS = re.compile(
     r"^Acquire::(?:(?:https?|ftp)::\S*|Check-Date|Check-Valid-Until|Retries|ForceIPv[46])$",
@@ -215,11 +219,18 @@ class _UntrustedError(HvHostError):
     """A suite is signed by keys that the keyring does not have, or not signed."""
 
 
-class _PrivateApt:
-    """apt with its root in one directory; one suite each."""
+class _SecurityArchiveError(HvHostError):
+    """What failed is the suite's security archive, which a mirror may carry half of."""
 
-    def __init__(self, suite: str, directory: Path, progress: Progress) -> None:
+
+class _PrivateApt:
+    """apt with its root in one directory; one suite and one architecture each."""
+
+    def __init__(
+        self, suite: str, directory: Path, progress: Progress, architecture: str = NATIVE
+    ) -> None:
         self.suite = suite
+        self.architecture = architecture
         self.root = directory
         self.packages = directory / "packages"
         self._progress = progress
@@ -231,7 +242,7 @@ class _PrivateApt:
             "LC_ALL": "C",
         }
 
-    def configure(self, mirror: Mirror, keys: Path) -> None:
+    def configure(self, mirror: Mirror, keys: Path, *, security: bool = True) -> None:
         for name in ("etc/none", "lists/partial", "cache/archives/partial", "packages"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         (self.root / "status").touch()
@@ -250,8 +261,8 @@ class _PrivateApt:
             f'Dir::State::Status "{self.root}/status";',
             f'Dir::Cache "{self.root}/cache";',
             'Dir::Bin::Methods "/usr/lib/apt/methods";',
-            'APT::Architecture "amd64";',
-            'APT::Architectures "amd64";',
+            f'APT::Architecture "{self.architecture}";',
+            f'APT::Architectures "{self.architecture}";',
             # The directory is its owner's alone, so apt's own unprivileged user cannot enter it.
             'APT::Sandbox::User "";',
             'APT::Update::Error-Mode "any";',
@@ -268,6 +279,7 @@ class _PrivateApt:
             f"Types: deb\nURIs: {source.uri}\nSuites: {' '.join(source.suites)}\n"
             f"Components: main\nSigned-By: {keys}\n"
             for source in suite_sources(self.suite, mirror)
+            if security or source.uri == mirror.archive
         ]
         (self.root / "apt.conf").write_text("\n".join(settings) + "\n")
         (self.root / "etc/suite.sources").write_text("\n".join(sources))
@@ -325,8 +337,8 @@ class _PrivateApt:
         )
         if status != 0:
             raise HvHostError(
-                f"Debian's {self.suite} has no package {package} for amd64; check its name, or "
-                "choose another suite."
+                f"Debian's {self.suite} has no package {package} for {self.architecture}; check "
+                "its name, or choose another suite."
             )
         match = re.search(r"^Depends: (.*)$", output, re.MULTILINE)
         return match[1] if match else ""
@@ -396,6 +408,10 @@ def _explain_update(suite: str, output: str) -> HvHostError:
             f"The keyring of this computer cannot verify Debian's {suite} ({reason}); install the "
             "newest debian-archive-keyring."
         )
+    if "-security" in reason and not _UNREACHABLE.search(output):
+        return _SecurityArchiveError(
+            f"The security archive of Debian's {suite} could not be read ({reason})."
+        )
     if re.search(r"404 +Not Found|does not have a Release file", output):
         return HvHostError(
             f"The mirror does not carry Debian's {suite}, which may have moved to the archive of "
@@ -461,6 +477,13 @@ def _update(apt: _PrivateApt, mirror: Mirror, progress: Progress, *, only_our_ke
     try:
         apt.update()
         return
+    except _SecurityArchiveError as error:
+        # A guest to test with is better than none; its packages are verified all the same.
+        log.warning("%s Its packages are taken as they were released.", error)
+        progress(f"{apt.suite}'s security archive cannot be read, going on without it")
+        apt.configure(mirror, keyring(), security=False)
+        apt.update()
+        return
     except _UntrustedError as error:
         if only_our_keys:
             raise
@@ -482,6 +505,7 @@ def download(
     suite: str,
     package_names: Sequence[str],
     *,
+    architecture: str = NATIVE,
     refresh: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
@@ -491,7 +515,14 @@ def download(
     downloaded is returned without asking the mirror, unless ``refresh``. Raises HvHostError when
     the suite or a package cannot be had, or cannot be verified.
     """
-    return _download(suite, package_names, refresh=refresh, progress=progress, only_our_keys=False)
+    return _download(
+        suite,
+        package_names,
+        refresh=refresh,
+        progress=progress,
+        only_our_keys=False,
+        architecture=architecture,
+    )
 
 
 def verified_sources(suite: str, progress: Progress = silent) -> list[Source]:
@@ -516,15 +547,16 @@ def _download(
     refresh: bool,
     progress: Progress,
     only_our_keys: bool,
+    architecture: str = NATIVE,
 ) -> list[Path]:
-    directory = cache_dir("apt") / suite
+    directory = cache_dir("apt") / (suite if architecture == NATIVE else f"{suite}-{architecture}")
     directory.mkdir(exist_ok=True)
     key = " ".join(package_names)
     with _locked(directory):
         cached = None if refresh else _cached(directory, key)
         if cached is not None:
             return cached
-        apt = _PrivateApt(suite, directory, progress)
+        apt = _PrivateApt(suite, directory, progress, architecture)
         mirror = debian_mirror()
         apt.configure(mirror, keyring())
         if refresh or apt.lists_age() > LISTS_FRESH_SECONDS:

@@ -9,19 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvhost.compiler import build_static
 from hvhost.errors import HvHostError
+from hvhost.firmware.image import open_kernel
 from hvhost.guests import apt, deb
-from hvhost.guests.catalog import DEFAULT_GUEST, GuestRecipe, recipe
+from hvhost.guests.catalog import DEFAULT_GUEST, DEFAULT_GUEST_32, GuestRecipe, recipe
 from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
 from hvhost.guests.lsvmbus import lsvmbus_script, python_files
 from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
-from hvhost.guests.probe import build_probe
+from hvhost.guests.programs import build_programs
 from hvhost.paths import cache_dir
-
-CLOCK_SOURCE = Path(__file__).with_name("clock.c")
-DSYNC_SOURCE = Path(__file__).with_name("dsync.c")
-FRAME_SOURCE = Path(__file__).with_name("frame.c")
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
@@ -30,7 +26,10 @@ _BANNER = re.compile(rb"Linux version (\d[^\s\0]*) \(")
 
 @dataclass(frozen=True, slots=True)
 class GuestImages:
-    """What a machine boots: ``modules`` is ``None`` if the kernel's modules are not at hand."""
+    """What a machine boots: ``modules`` is ``None`` if the kernel's modules are not at hand.
+
+    ``architecture`` is Debian's name for what its programs are made for.
+    """
 
     kernel: Path
     initrd: Path
@@ -38,6 +37,7 @@ class GuestImages:
     title: str
     release: str
     daemons: tuple[str, ...]
+    architecture: str = apt.NATIVE
 
 
 def kernel_release(path: Path) -> str:
@@ -99,6 +99,11 @@ def _programs(packages: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
     return busybox, daemons
 
 
+def kernel_architecture(path: Path) -> str:
+    """What a kernel's user space is made for; :class:`HvHostError` if it is no kernel."""
+    return apt.NATIVE if open_kernel(path).is_64_bit else apt.I386
+
+
 def _assemble(
     kernel: Path,
     modules: ModuleTree | None,
@@ -107,6 +112,8 @@ def _assemble(
     progress: apt.Progress,
     kernel_source: Path | None = None,
 ) -> GuestImages:
+    architecture = kernel_architecture(kernel)
+    programs = build_programs(architecture, progress)
     busybox, daemons = _programs(packages)
     extra: list[tuple[str, Path]] = []
     if kernel_source is not None:
@@ -115,17 +122,12 @@ def _assemble(
         extra.append(("usr/sbin/lsvmbus", lsvmbus_script(kernel_source, progress)))
     spec = InitramfsSpec(
         busybox=busybox,
-        probe=build_probe(),
+        probe=programs.probe,
         modules=modules,
         daemons=daemons,
         library_roots=tuple(packages),
         title=title,
-        extra_files=(
-            ("usr/bin/hvhost-clock", build_static(CLOCK_SOURCE)),
-            ("usr/bin/hvhost-dsync", build_static(DSYNC_SOURCE)),
-            ("usr/bin/hvhost-frame", build_static(FRAME_SOURCE)),
-            *extra,
-        ),
+        extra_files=(*programs.others, *extra),
     )
     return GuestImages(
         kernel,
@@ -134,6 +136,7 @@ def _assemble(
         title,
         kernel_release(kernel),
         tuple(path.name for path in daemons),
+        architecture,
     )
 
 
@@ -146,18 +149,38 @@ def _userland(
 ) -> list[Path]:
     """Extracted packages of a guest other than its kernel; *daemons* of another one, if given."""
     names = [name for name in chosen.userland if daemons is None or name != chosen.daemons]
-    paths = list(apt.download(chosen.suite, names, refresh=refresh, progress=progress))
+    sources = [(chosen.suite, names)]
     if daemons is not None:
-        paths += apt.download(daemons.suite, (daemons.daemons,), refresh=refresh, progress=progress)
+        sources.append((daemons.suite, [daemons.daemons]))
+    paths: list[Path] = []
+    for suite, packages in sources:
+        paths += apt.download(
+            suite,
+            packages,
+            architecture=chosen.architecture,
+            refresh=refresh,
+            progress=progress,
+        )
     return [deb.extract([path], progress) for path in paths]
+
+
+def _default_userland(
+    kernel: Path, progress: apt.Progress, *, daemons: GuestRecipe | None = None
+) -> list[Path]:
+    """The default guest's programs, for a kernel that comes without any."""
+    is_native = kernel_architecture(kernel) == apt.NATIVE
+    chosen = recipe(DEFAULT_GUEST if is_native else DEFAULT_GUEST_32)
+    return _userland(chosen, progress, daemons=daemons)
 
 
 def _from_packages(
     paths: Sequence[Path],
-    userland: Sequence[Path],
+    userland: Sequence[Path] | None,
     title: str | None,
     progress: apt.Progress,
     kernel_source: Path | None = None,
+    *,
+    daemons: GuestRecipe | None = None,
 ) -> GuestImages:
     root = deb.extract(paths, progress)
     source = ", ".join(path.name for path in paths)
@@ -174,6 +197,8 @@ def _from_packages(
         raise HvHostError(
             f"There are no modules of {release} in {source}; give the package that holds them too."
         )
+    if userland is None:
+        userland = _default_userland(kernel, progress, daemons=daemons)
     title = title or f"Linux {release}"
     return _assemble(kernel, ModuleTree(trees[0]), userland, title, progress, kernel_source)
 
@@ -187,7 +212,13 @@ def prepare_named(
 ) -> GuestImages:
     """A guest of the catalogue, downloaded if it is not cached."""
     chosen: GuestRecipe = recipe(guest)
-    kernel = apt.download(chosen.suite, (chosen.kernel,), refresh=refresh, progress=progress)
+    kernel = apt.download(
+        chosen.suite,
+        (chosen.kernel,),
+        architecture=chosen.architecture,
+        refresh=refresh,
+        progress=progress,
+    )
     userland = _userland(chosen, progress, daemons=daemons, refresh=refresh)
     source: Path | None = None
     if chosen.kernel_source:
@@ -200,8 +231,7 @@ def prepare_debs(
     paths: Sequence[Path], *, daemons: GuestRecipe | None = None, progress: apt.Progress
 ) -> GuestImages:
     """A guest from linux-image packages that a person has, with the default guest's userspace."""
-    userland = _userland(recipe(DEFAULT_GUEST), progress, daemons=daemons)
-    return _from_packages(paths, userland, None, progress)
+    return _from_packages(paths, None, None, progress, daemons=daemons)
 
 
 def prepare_kernel(
@@ -218,7 +248,7 @@ def prepare_kernel(
         tree = ModuleTree(find_tree(modules, release))
     elif (installed := Path("/lib/modules") / release).is_dir():
         tree = ModuleTree(installed)
-    userland = _userland(recipe(DEFAULT_GUEST), progress, daemons=daemons)
+    userland = _default_userland(kernel, progress, daemons=daemons)
     return _assemble(kernel, tree, userland, f"Linux {release}", progress)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hvhost.errors import HvHostError
+from hvhost.guests.apt import I386, NATIVE
 
 
 @dataclass(frozen=True, slots=True)
 class GuestRecipe:
-    """One guest: ``suite`` is Debian's, the rest are package names in it."""
+    """One guest: ``suite`` is Debian's, the rest are package names in it.
+
+    ``pae`` names the guest of the same distribution that has a 32-bit kernel, if there is one.
+    """
 
     name: str
     title: str
@@ -24,6 +28,8 @@ class GuestRecipe:
     #: Packages of a Python, and of the kernel source whose ``lsvmbus`` it runs.
     python: tuple[str, ...] = ()
     kernel_source: str = ""
+    architecture: str = NATIVE
+    pae: str | None = None
 
     @property
     def userland(self) -> tuple[str, ...]:
@@ -55,6 +61,8 @@ _SUITES = (
 )
 
 DEFAULT_GUEST = "debian-12"
+DEFAULT_GUEST_32 = "debian-12-pae"
+_PAE_SUITES = ("debian-12",)  # the last with 32-bit kernels
 GUESTS: dict[str, GuestRecipe] = {
     recipe.name: recipe
     for name, title, suite, libraries in _SUITES
@@ -65,11 +73,15 @@ GUESTS: dict[str, GuestRecipe] = {
             suite,
             kernel,
             libraries=_LIBRARIES + libraries,
+            architecture=architecture,
+            pae=f"{name}-pae" if name in _PAE_SUITES else None,
         )
-        for variant, kind, kernel in (
-            ("", "cloud", "linux-image-cloud-amd64"),
-            ("-generic", "full", "linux-image-amd64"),
+        for variant, kind, kernel, architecture in (
+            ("", "cloud", "linux-image-cloud-amd64", NATIVE),
+            ("-generic", "full", "linux-image-amd64", NATIVE),
+            ("-pae", "32-bit", "linux-image-686-pae", I386),
         )
+        if architecture == NATIVE or name in _PAE_SUITES
     )
 }
 # For what the kernel source has as a script: its lsvmbus. The source is a large download.

@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -195,6 +196,28 @@ class ModuleTree:
     def is_builtin(self, name: str) -> bool:
         """Whether the kernel itself contains ``name``."""
         return module_name(name) in self._builtin
+
+    def option(self, name: str) -> bool | None:
+        """Whether the kernel was built with an option such as ``CONFIG_MEMORY_HOTPLUG``.
+
+        ``None`` where its configuration is not at hand: distributions put it into ``/boot`` or
+        beside the modules.
+        """
+        text = self._configuration()
+        if text is None:
+            return None
+        return re.search(rf"^{re.escape(name)}=[ym]$", text, re.MULTILINE) is not None
+
+    def _configuration(self) -> str | None:
+        boots = [
+            self.root.parents[len(Path(base).parts)] / "boot" / f"config-{self.release}"
+            for base in MODULE_DIRECTORIES
+            if len(self.root.parents) > len(Path(base).parts)
+        ]
+        for path in (self.root / "config", *boots):
+            if path.is_file():
+                return path.read_text(encoding="utf-8", errors="replace")
+        return None
 
     def path(self, name: str) -> Path:
         """The file of a loadable module; HvHostError if the kernel has no such module."""

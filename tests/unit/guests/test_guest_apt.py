@@ -285,6 +285,30 @@ def test_refresh_asks_again(repository: Repository, old_key: Signer) -> None:
     assert second.name == "busybox-static_2_amd64.deb"
 
 
+def test_a_missing_security_archive_does_not_keep_a_guest_back(
+    repository: Repository, old_key: Signer
+) -> None:
+    repository.publish_all("bookworm", [repository.package("busybox-static")], old_key)
+    shutil.rmtree(repository.root.with_name("debian-security"))
+    said: list[str] = []
+    (path,) = download("bookworm", ["busybox-static"], progress=said.append)
+    assert path.is_file()
+    assert any("security archive cannot be read" in line for line in said)
+    # The archive itself has to be there.
+    shutil.rmtree(repository.root / "dists")
+    with pytest.raises(HvHostError, match="does not carry Debian's bookworm"):
+        download("bookworm", ["busybox-static"], refresh=True)
+
+
+def test_other_architectures_have_their_own_lists(repository: Repository, old_key: Signer) -> None:
+    native = repository.package("busybox-static")
+    repository.publish_all("bookworm", [native], old_key)
+    (path,) = download("bookworm", ["busybox-static"])
+    with pytest.raises(HvHostError, match="no package busybox-static for i386"):
+        download("bookworm", ["busybox-static"], architecture=apt.I386)
+    assert download("bookworm", ["busybox-static"]) == [path]
+
+
 def test_backports_are_preferred_only_there(repository: Repository, old_key: Signer) -> None:
     repository.publish_all("bookworm", [repository.package("linux-image-amd64", "1")], old_key)
     newer = repository.package("linux-image-amd64", "2")

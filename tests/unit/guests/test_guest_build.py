@@ -11,13 +11,18 @@ import tiny_elf
 from hvhost.errors import HvHostError
 from hvhost.guests import apt, build, catalog
 from hvhost.guests.build import kernel_release, prepare_guest
+from hvhost.guests.programs import Programs
 
 RELEASE = "6.1.0-test"
 
 
-def bzimage(release: str = RELEASE) -> bytes:
+def bzimage(release: str = RELEASE, *, bits: int = 64) -> bytes:
     data = bytearray(0x800)
+    data[0x1F1], data[0x1F4] = 1, 0x40  # one sector of setup code, 1 KiB of kernel behind it
+    data[0x1FE:0x202] = b"\x55\xaa\xeb\x66"
     data[0x202:0x206] = b"HdrS"
+    data[0x206:0x208] = (0x20F).to_bytes(2, "little")
+    data[0x211], data[0x236] = 1, bits == 64
     data[0x20E:0x210] = (0x400).to_bytes(2, "little")
     text = f"{release} (builder@host) #1 SMP".encode() + b"\0"
     data[0x600 : 0x600 + len(text)] = text
@@ -39,6 +44,7 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     daemon = tiny_elf.program("/lib64/ld-linux-x86-64.so.2", ("libc.so.6",))
     contents = {
         "linux-image-cloud-amd64": kernel_files(),
+        "linux-image-686-pae": kernel_files() | {f"boot/vmlinuz-{RELEASE}": bzimage(bits=32)},
         "busybox-static": {"bin/busybox": b"#!/bin/sh\necho sh\n"},
         "hyperv-daemons": {"usr/sbin/hv_kvp_daemon": daemon, "usr/sbin/other": b"x"},
         "chrony": {"usr/sbin/chronyd": daemon, "usr/bin/chronyc": b"x"},
@@ -50,11 +56,17 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
 
     def download(
-        suite: str, names: Sequence[str], *, refresh: bool = False, progress: apt.Progress
+        suite: str,
+        names: Sequence[str],
+        *,
+        architecture: str = apt.NATIVE,
+        refresh: bool = False,
+        progress: apt.Progress,
     ) -> list[Path]:
         paths = []
         for name in names:
-            asked.append(f"{suite} {name}")
+            kind = "" if architecture == apt.NATIVE else f":{architecture}"
+            asked.append(f"{suite} {name}{kind}")
             path = tmp_path / f"mirror/{name}_1_amd64.deb"
             if not path.exists():
                 tiny_deb.write(path, tiny_deb.files(contents.get(name, {})))
@@ -62,7 +74,14 @@ def packages_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return paths
 
     monkeypatch.setattr(apt, "download", download)
+    monkeypatch.setattr(build, "build_programs", programs)
     return asked
+
+
+def programs(architecture: str, progress: apt.Progress = apt.silent) -> Programs:
+    """No compiler needed; the real ones have tests of their own."""
+    source = Path(__file__)
+    return Programs(source, ((f"usr/bin/hvhost-clock-{architecture}", source),))
 
 
 def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
@@ -76,7 +95,29 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     assert images.modules.driver_for("acpi:VMBUS:") == "hv_vmbus"
     items = read_cpio.read(images.initrd.read_bytes())
     assert f"lib/modules/{RELEASE}/hv_vmbus.ko" in items
-    assert {"sbin/hvhost-probe", "usr/sbin/chronyd", "usr/bin/hvhost-clock"} <= items.keys()
+    assert {"sbin/hvhost-probe", "usr/sbin/chronyd", "usr/bin/hvhost-clock-amd64"} <= items.keys()
+
+
+def test_a_32_bit_guest(packages_without_network: list[str]) -> None:
+    images = prepare_guest("debian-12-pae")
+    assert packages_without_network[:2] == [
+        "bookworm linux-image-686-pae:i386",
+        "bookworm hyperv-daemons:i386",
+    ]
+    assert all(each.endswith(":i386") for each in packages_without_network)
+    assert (images.architecture, images.title) == ("i386", "Debian 12, 32-bit kernel")
+    assert "usr/bin/hvhost-clock-i386" in read_cpio.read(images.initrd.read_bytes())
+
+
+def test_a_32_bit_kernel_of_ones_own_gets_32_bit_programs(
+    tmp_path: Path, packages_without_network: list[str]
+) -> None:
+    files = kernel_files() | {f"boot/vmlinuz-{RELEASE}": bzimage(bits=32)}
+    package = tiny_deb.write(tmp_path / "linux-image-x_1_i386.deb", tiny_deb.files(files))
+    assert prepare_guest(debs=[package]).architecture == "i386"
+    (tmp_path / "vmlinuz").write_bytes(bzimage(bits=32))
+    assert prepare_guest(kernel=tmp_path / "vmlinuz").architecture == "i386"
+    assert all(each.endswith(":i386") for each in packages_without_network)
 
 
 def test_daemons_of_another_distribution(packages_without_network: list[str]) -> None:
@@ -99,7 +140,9 @@ def test_the_catalogue_has_cloud_and_full_kernels_of_every_suite() -> None:
         f"{name}{variant}"
         for name in ("debian-11", "debian-12", "debian-13", "sid")
         for variant in ("", "-generic")
-    } | {"debian-12-python"}
+    } | {"debian-12-python", "debian-12-pae"}
+    assert catalog.recipe("debian-12").pae == catalog.recipe("debian-12-pae").name
+    assert catalog.recipe("debian-13").pae is None
     assert catalog.recipe("sid-generic").kernel == "linux-image-amd64"
     assert catalog.recipe("debian-13").suite == "trixie"
 

@@ -183,3 +183,17 @@ def test_the_tree_is_found_from_above(tree: Path, tmp_path: Path) -> None:
 @given(st.binary())
 def test_any_bytes_are_parsed_as_modinfo(content: bytes) -> None:
     assert all("\0" not in key + value for key, value in parse_modinfo(content))
+
+
+@pytest.mark.parametrize("place", ["boot/config-{}", "lib/modules/{}/config"])
+def test_options_are_read_from_the_configuration(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "lib/modules/6.1.0"
+    (root / "kernel").mkdir(parents=True)
+    (root / "modules.builtin").write_text("")
+    tree = ModuleTree(root)
+    assert tree.option("CONFIG_MEMORY_HOTPLUG") is None
+    config = tmp_path / place.format("6.1.0")
+    config.parent.mkdir(exist_ok=True)
+    config.write_text("CONFIG_A=y\nCONFIG_B=m\n# CONFIG_C is not set\nCONFIG_AB=n\n")
+    options = [f"CONFIG_{name}" for name in ("A", "B", "C", "AB", "D")]
+    assert [tree.option(name) for name in options] == [True, True, False, False, False]
