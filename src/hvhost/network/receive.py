@@ -212,7 +212,7 @@ class Receiver:
             state.merging
             and not merged
             and where is not None
-            and MERGE_LEAST <= size <= buffer.capacity
+            and size >= MERGE_LEAST
             and mergeable(head, where, size - skip)
             and (flags or self._sum_is_right(section, head, where, size, skip))
         ):

@@ -207,6 +207,14 @@ def test_a_frame_has_an_end() -> None:
     assert b"".join(each.data[54:] for each in got) == payload
 
 
+def test_a_frame_has_no_more_pieces_than_a_packet_to_the_guest() -> None:
+    payload = os.urandom(600 * 100)
+    frames = [segment(payload[at : at + 600], 1 + at) for at in range(0, len(payload), 600)]
+    got = received(started(), frames)
+    assert [each.fragments for each in got] == [SEGMENT_LIMIT, 100 - SEGMENT_LIMIT]
+    assert b"".join(each.data[54:] for each in got) == payload
+
+
 def test_small_ones_are_not_worth_it() -> None:
     frames = [segment(b"x" * 100, 1 + 100 * number) for number in range(4)]
     assert MERGE_LEAST > 154

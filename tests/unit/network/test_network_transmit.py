@@ -113,6 +113,46 @@ def test_a_known_shape_with_other_lengths_is_checked(
         assert isinstance(bad, tuple) and bad[0] == [] and bad[1].transmit_errors == 1
 
 
+def raw(length: int, offset: int, size: int, info: tuple[int, int], body: bytes) -> bytes:
+    """A data message whose parts are where they are said to be; offsets from its ninth byte."""
+    head = struct.pack("<11I", 1, length, offset, size, 0, 0, 0, *info, 0, 0)
+    return (head + body).ljust(length, b"\0")
+
+
+def test_information_has_to_end_inside_a_message_of_a_known_shape() -> None:
+    item = struct.pack("<4I", 16, HASH, 12, 1)
+    transmit._shapes.clear()
+    good = raw(200, 36, 100, (36, 16), item)
+    outcome(good, 0, may_spoof=True)
+    assert len(transmit._shapes) == 1
+    short = bytearray(raw(200, 36, 14, (36, 16), item))
+    struct.pack_into("<I", short, 4, 58)  # the information would end at 60
+    assert "leaves the message" in str(outcome(bytes(short), 0, may_spoof=True))
+
+
+def test_information_elsewhere_is_read_each_time() -> None:
+    data = tcp(b"x" * 100)
+    filler = bytes(16)
+    plain, tagged = (
+        raw(76 + len(data), 68, len(data), (52, 16), filler + struct.pack("<4I", *item) + data)
+        for item in ((16, HASH, 12, 5 << 4), (16, VLAN, 12, 5 << 4))
+    )
+    transmit._shapes.clear()
+    first, second = (outcome(each, 0, may_spoof=False) for each in (plain, tagged))
+    assert isinstance(first, tuple) and isinstance(second, tuple)
+    assert first[0] == [bytes(10) + data]
+    assert second[0] == [bytes(10) + data[:12] + b"\x81\0\0\5" + data[12:]]
+
+
+def test_a_frame_far_behind_its_header_is_found_each_time() -> None:
+    data = tcp(b"x" * 1000)
+    far = raw(508 + len(data), 500, len(data), (36, 0), bytes(464) + data)
+    transmit._shapes.clear()
+    for _ in range(2):
+        got = outcome(far, 0, may_spoof=False)
+        assert isinstance(got, tuple) and got[0] == [bytes(10) + data]
+
+
 def test_what_is_remembered_is_bounded() -> None:
     for number in range(2 * transmit.SHAPE_LIMIT):
         outcome(message(20, [(HASH, number)], [], MAC), 0, may_spoof=False)
