@@ -51,6 +51,13 @@ class CompleteGuest:
     def daemons(self) -> frozenset[str]:
         return _DAEMONS
 
+    @property
+    def is_64_bit(self) -> bool:
+        return True
+
+    def pae_sibling(self) -> None:
+        """No row that needs it is proved on a complete guest."""
+
     def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
         words = (COMMAND_LINE, "ignore_loglevel" if verbose else "", self.options.append)
         config = define_guest(

@@ -50,7 +50,8 @@ class Driver:
 class Row:
     """One row of the contract.
 
-    ``daemons`` are alternatives: a guest needs one of them where any is named.
+    ``daemons`` are alternatives: a guest needs one of them where any is named. ``options`` are
+    what the kernel must be built with beside its drivers.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Row:
     title: str
     drivers: tuple[Driver, ...]
     daemons: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def vmbus_alias(interface_type: str) -> str:
@@ -162,7 +164,13 @@ ROWS: tuple[Row, ...] = (
     Row("wwn", "Storage", "Stable SCSI identity", (VMBUS, _STORAGE)),
     Row("pae", "Memory", "32-bit kernel with more than 4 GiB", (VMBUS,)),
     Row("mmio-gap", "Memory", "MMIO windows set per machine", (VMBUS,)),
-    Row("hot-add", "Memory", "Memory grows while running", (VMBUS, _BALLOON)),
+    Row(
+        "hot-add",
+        "Memory",
+        "Memory grows while running",
+        (VMBUS, _BALLOON),
+        options=("CONFIG_MEMORY_HOTPLUG",),
+    ),
     Row("ballooning", "Memory", "Unused memory goes back to the host", (VMBUS, _BALLOON)),
     Row("memory-resize", "Memory", "Fixed memory set up and down", (VMBUS, _BALLOON)),
     Row("video", "Video, others", "Synthetic display", (VMBUS, _VIDEO)),

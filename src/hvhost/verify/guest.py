@@ -46,6 +46,10 @@ class HostLacks(HvHostError):  # noqa: N818 — an outcome, not an accident
     """The host's hardware or kernel cannot do what a row needs; the message names it."""
 
 
+class GuestLacks(HvHostError):  # noqa: N818 — an outcome, not an accident
+    """The guest or its distribution does not have what a row needs; the message names it."""
+
+
 @dataclass(frozen=True, slots=True)
 class CommandResult:
     """What a command in the guest did; ``output`` is stdout and stderr together."""
@@ -271,6 +275,10 @@ class Modules(Protocol):
         """Whether ``modules.builtin`` lists it."""
         ...
 
+    def option(self, name: str) -> bool | None:
+        """Whether the kernel was built with it; ``None`` if its configuration is not at hand."""
+        ...
+
     def __contains__(self, name: str) -> bool:
         """Whether the kernel has it, built in or as a loadable module."""
         ...
@@ -295,6 +303,18 @@ class PreparedGuest(Protocol):
     @property
     def daemons(self) -> frozenset[str]:
         """Hyper-V daemons that the distribution ships for this guest."""
+        ...
+
+    @property
+    def is_64_bit(self) -> bool:
+        """Whether the kernel runs in long mode."""
+        ...
+
+    def pae_sibling(self) -> PreparedGuest | None:
+        """The same distribution with a 32-bit kernel, downloaded and built; itself if it is one.
+
+        ``None`` if the distribution has none, or the kernel is nobody's.
+        """
         ...
 
     def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:

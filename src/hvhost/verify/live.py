@@ -10,12 +10,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from hvhost.errors import HvHostError
+from hvhost.guests.apt import NATIVE
 from hvhost.guests.build import GuestImages, prepare_guest
+from hvhost.guests.catalog import DEFAULT_GUEST, recipe
 from hvhost.guests.probe import ProbeClient, ProbeTimeout
 from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import (
@@ -405,6 +407,21 @@ class LiveGuest:
     @property
     def daemons(self) -> frozenset[str]:
         return frozenset(self.images.daemons)
+
+    @property
+    def is_64_bit(self) -> bool:
+        return self.images.architecture == NATIVE
+
+    def pae_sibling(self) -> LiveGuest | None:
+        if not self.is_64_bit:
+            return self
+        if self.options.kernel is not None or self.options.debs:
+            return None
+        name = recipe(self.options.guest or DEFAULT_GUEST).pae
+        if name is None:
+            return None
+        options = replace(self.options, guest=name)
+        return LiveGuest(prepare_guest(name, progress=self.progress), options, self.progress)
 
     def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
         return LiveMachine(

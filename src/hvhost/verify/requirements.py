@@ -22,9 +22,10 @@ def has_driver(driver: Driver, modules: Modules) -> bool:
 
 
 def what_guest_lacks(row: Row, modules: Modules | None, daemons: AbstractSet[str]) -> str | None:
-    """A sentence naming the first driver or daemon that the guest lacks for *row*, or ``None``.
+    """A sentence naming the first driver, option or daemon that *row*'s guest lacks, or ``None``.
 
-    Of a kernel whose modules are not at hand no driver is said to be lacking.
+    Of a kernel whose modules are not at hand no driver is said to be lacking, of one whose
+    configuration is not, no option.
     """
     for driver in row.drivers if modules is not None else ():
         assert modules is not None
@@ -33,6 +34,10 @@ def what_guest_lacks(row: Row, modules: Modules | None, daemons: AbstractSet[str
                 f"kernel {modules.release} has no driver {driver}: "
                 "neither modules.alias nor modules.builtin names it"
             )
+    for option in row.options if modules is not None else ():
+        assert modules is not None
+        if modules.option(option) is False:
+            return f"kernel {modules.release} is built without {option}, says its configuration"
     if row.daemons and not daemons & set(row.daemons):
         return f"the distribution has no {' or '.join(row.daemons)}"
     return None

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from hvhost.errors import HvHostError
 from hvhost.verify.contract import VMBUS, Row, Status
-from hvhost.verify.guest import HostLacks, PreparedGuest, RowFailed
+from hvhost.verify.guest import GuestLacks, HostLacks, PreparedGuest, RowFailed
 from hvhost.verify.requirements import has_driver, what_guest_lacks
 from hvhost.verify.results import RowResult
 from hvhost.verify.rows import PROOFS, Proof
@@ -24,6 +24,7 @@ from hvhost.verify.session import BootFailed, Session, Timing
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 2.0
+_LACKS = {HostLacks: Status.HOST_LACKS, GuestLacks: Status.GUEST_LACKS}
 
 
 class Observer(Protocol):
@@ -95,7 +96,9 @@ def _prove(proof: Proof, row: Row, session: Session) -> RowResult:
     else:
         error = failure[0]
         further = error.evidence if isinstance(error, RowFailed) else ()
-        status = Status.HOST_LACKS if isinstance(error, HostLacks) else Status.FAILS
+        status = next(
+            (outcome for kind, outcome in _LACKS.items() if isinstance(error, kind)), Status.FAILS
+        )
         sentence = str(error)
         if not isinstance(error, HvHostError):
             logger.error("row %s broke", row.id, exc_info=error)

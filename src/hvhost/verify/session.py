@@ -124,6 +124,7 @@ class Session:
         self._probe: Probe | None = None
         self._state = GuestState.NONE
         self._shape = ANY_SHAPE
+        self._booting = guest
         self._heard = 0
         self._hung_at: Sequence[ProcessorInfo] = ()
         self._owner = get_ident()
@@ -156,16 +157,18 @@ class Session:
 
     # States a row can ask for.
 
-    def running(self, shape: Shape = ANY_SHAPE) -> Probe:
+    def running(self, shape: Shape = ANY_SHAPE, guest: PreparedGuest | None = None) -> Probe:
         """A guest in user space on a bus, with the probe answering, in a machine of that *shape*.
 
+        It is the guest under test unless a row brings another *guest*.
         :class:`BootFailed` with the finding when the guest does not come up.
         """
         if self._owner != get_ident():
             raise RowFailed("this row's time is up; its guest was taken away.")
-        if shape != self._shape:
+        guest = guest or self.guest
+        if shape != self._shape or guest is not self._booting:
             self.drop()
-            self._shape = shape
+            self._shape, self._booting = shape, guest
         if self._state is GuestState.RUNNING and self._probe is not None:
             if self._probe.answers(self.timing.silence):
                 return self._probe
@@ -173,7 +176,7 @@ class Session:
             self.spoil()
         if self._machine is None:
             self.step("starting the guest")
-            self._machine = self.guest.start(verbose=self.verbose, shape=shape)
+            self._machine = guest.start(verbose=self.verbose, shape=shape)
             self.machines.append(self._machine)
             self._heard = 0
             mark = 0
@@ -294,8 +297,8 @@ class Session:
         finding = explain(
             Sighting(
                 console=machine.console()[mark:],
-                release=self.guest.release,
-                modules=self.guest.modules,
+                release=self._booting.release,
+                modules=self._booting.modules,
                 probe_answered=probe is not None,
                 seconds=seconds,
                 info=info,

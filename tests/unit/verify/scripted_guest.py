@@ -72,6 +72,7 @@ _UNSCRIPTED = (
     "live-backup",
     "hvsocket",
     "mmio-gap",
+    "pae",
     "memory-resize",
     "hot-add",
     "ballooning",
@@ -106,12 +107,16 @@ class ScriptedModules:
     aliases: dict[str, str] = field(default_factory=dict)
     builtin: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
+    options: frozenset[str] | None = None
 
     def drivers_for(self, modalias: str) -> Sequence[str]:
         return [self.aliases[modalias]] if modalias in self.aliases else []
 
     def is_builtin(self, name: str) -> bool:
         return name in self.builtin
+
+    def option(self, name: str) -> bool | None:
+        return None if self.options is None else name in self.options
 
     def __contains__(self, name: str) -> bool:
         return name in self.builtin or name in self.names or name in self.aliases.values()
@@ -135,6 +140,7 @@ class ScriptedGuest:
         self.machines: list[ScriptedMachine] = []
         self.verbose: list[bool] = []
         self.shapes: list[Shape] = []
+        self.sibling: ScriptedGuest | None = None
         self._modules = modules or full_modules()
 
     @property
@@ -152,6 +158,13 @@ class ScriptedGuest:
     @property
     def release(self) -> str:
         return RELEASE
+
+    @property
+    def is_64_bit(self) -> bool:
+        return True
+
+    def pae_sibling(self) -> ScriptedGuest | None:
+        return self.sibling
 
     def start(self, *, verbose: bool, shape: Shape = ANY_SHAPE) -> Machine:
         self.shapes.append(shape)

@@ -15,10 +15,10 @@ from scripted_guest import FAST, SCRIPTED_PROOFS, ScriptedGuest, full_modules
 from hvhost.errors import HvHostError
 from hvhost.verify import command
 from hvhost.verify.command import verify_guest
-from hvhost.verify.contract import GROUPS, ROWS
+from hvhost.verify.contract import GROUPS, ROWS, Status
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.results import VerifyReport
-from hvhost.verify.rows import heartbeat
+from hvhost.verify.rows import PROOFS, heartbeat
 from hvhost.verify.runner import run_rows
 
 NEED_HV_UTILS = ["smp", "heartbeat", "shutdown", "kvp", "time-sync", "accurate-time"]
@@ -120,6 +120,21 @@ def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
     options = VerifyOptions(rows=["lsvmbus"], json_path=tmp_path / "file" / "r.json")
     with pytest.raises(HvHostError, match="cannot be written"):
         run(options)
+
+
+@pytest.mark.parametrize(("is_64_bit", "wanted"), [(True, 0), (False, 1)])
+def test_only_a_64_bit_kernel_may_lack_a_32_bit_one_beside_it(
+    is_64_bit: bool, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs = [proof for proof in PROOFS if proof.row_id == "pae"]
+    monkeypatch.setattr(command, "run_rows", functools.partial(run_rows, proofs=proofs))
+    monkeypatch.setattr(ScriptedGuest, "is_64_bit", is_64_bit)
+    quiet = Console(file=io.StringIO())
+    options = VerifyOptions(kernel=Path("/k"), rows=["pae"])
+    status, report = verify_guest(
+        options, lambda *_: ScriptedGuest(), timing=FAST, out=quiet, progress=quiet
+    )
+    assert (status, report.results[0].status) == (wanted, Status.GUEST_LACKS)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,10 @@ class Guest:
     def set(self, size: int) -> MemoryInfo:
         if size < 200 * MIB and "careless" not in self.faults:
             raise HvHostError("it is too little.")
+        if size > START and "no-hot-plug" in self.faults:
+            if "grows-unseen" in self.faults:
+                self.now = replace(self.now, assigned=size)
+            raise HvHostError("the guest did not add all the memory it was offered.")
         self._move(size - self.now.assigned)
         return self.now
 
@@ -96,6 +100,8 @@ class Guest:
                 f"{device}/device_id": "{1eccfd72-4b41-45ef-b73a-4a6e44c12924}",
                 f"{device}/state": "3",
             }
+        if "auto_online" in patterns[0]:
+            return {} if "no-hot-plug" in self.faults else {patterns[0]: "offline"}
         layout = memory_layout(768 * MIB, low_mmio_bytes=3584 * MIB)
         files = {}
         for number, entry in enumerate(layout.e820):
@@ -164,6 +170,17 @@ def test_resize() -> None:
 def test_resizes_that_fail(fault: str, said: str) -> None:
     with pytest.raises(RowFailed, match=said):
         prove(rows.prove_memory_resize, Guest(fault))
+
+
+def test_resize_of_a_kernel_without_hot_plug() -> None:
+    *lines, last = prove(rows.prove_memory_resize, Guest("no-hot-plug"))
+    assert "keeps what it was started with: the guest did not add" in " ".join(lines)
+    assert "from 512 MiB down by 128 and 77 MiB" in last
+
+
+def test_a_kernel_without_hot_plug_whose_host_counts_wrong() -> None:
+    with pytest.raises(RowFailed, match=r"the machine has 640\.0 MiB after"):
+        prove(rows.prove_memory_resize, Guest("no-hot-plug", "grows-unseen"))
 
 
 def test_hot_add() -> None:

@@ -74,16 +74,22 @@ def look(session: Session, probe: Probe) -> Seen:
     raise RowFailed("the guest's memory does not come to rest", [str(memory.info())])
 
 
-def prepare(session: Session, probe: Probe) -> None:
-    """A guest whose driver reports, and that uses what is added by itself."""
+def prepare(session: Session, probe: Probe) -> bool:
+    """A guest whose driver reports, and that uses what is added by itself.
+
+    Whether memory can be added to it at all.
+    """
     for device in read_devices(probe):
         if device.interface_type == HV_DM_GUID and device.driver is None:
             raise RowFailed("no driver of the guest bound to the dynamic memory device")
     session.step("waiting for the guest's first memory report")
     await_memory(session, lambda info: info.driver == "ready", _DRIVER_SECONDS, "a memory driver")
     probe.write(_DELAY, "0")  # by itself it waits 45 seconds before it reports
-    probe.write(_ONLINE, "online")
+    hot_plug = bool(probe.read_all(_ONLINE))  # of kernels with CONFIG_MEMORY_HOTPLUG
+    if hot_plug:
+        probe.write(_ONLINE, "online")
     await_memory(session, lambda info: info.demand is not None, _DRIVER_SECONDS, "a report")
+    return hot_plug
 
 
 def await_memory(
@@ -268,17 +274,29 @@ def _resize(session: Session, probe: Probe, before: Seen, size: int) -> Seen:
     return after
 
 
+def _refused_growth(session: Session, start: int) -> str:
+    """A kernel that cannot be given more than it started with is not, and the host knows it."""
+    try:
+        session.machine.memory.set(start + _STEP)
+    except HvHostError as refusal:
+        if (assigned := session.machine.memory.info().assigned) != start:
+            raise RowFailed(f"the machine has {_mib(assigned)} after {refusal}") from None
+        return f"this kernel has no memory hot-plug and keeps what it was started with: {refusal}"
+    raise RowFailed("a kernel without memory hot-plug was given more memory")
+
+
 def prove_memory_resize(session: Session) -> Iterator[str]:
     """The memory of a machine with fixed memory is set up and down, by even and odd sizes."""
     probe = session.running()
-    prepare(session, probe)
+    hot_plug = prepare(session, probe)
     first = look(session, probe)
     start = first.info.assigned
     if first.info.dynamic is not None:
         raise RowFailed("the machine's memory is not fixed; this is a bug of hvhost's verify.")
     yield f"at first: {first}"
     now, totals = first, []
-    for size in (start + _STEP, start + _STEP + _ODD, start + _ODD, start - _ODD, start):
+    steps = (_STEP, _STEP + _ODD, _ODD, -_ODD, 0) if hot_plug else (-_STEP, -_STEP - _ODD, -_ODD, 0)
+    for size in (start + step for step in steps):
         now = _resize(session, probe, now, size)
         totals.append(now.total)
         yield f"set to {size / MIB:.0f} MiB: {now}"
@@ -294,8 +312,12 @@ def prove_memory_resize(session: Session) -> Iterator[str]:
     else:
         raise RowFailed("the guest could be given less than it needs")
     yield check_none_killed(probe)
+    path = "up by 128 and 77 MiB and down by 128 and 154 MiB"
+    if not hot_plug:
+        yield _refused_growth(session, start)
+        path = "down by 128 and 77 MiB and up by 128 and 77 MiB"
     yield (
-        f"from {start / MIB:.0f} MiB up by 128 and 77 MiB and down by 128 and 154 MiB; the "
+        f"from {start / MIB:.0f} MiB {path}; the "
         f"guest's MemTotal followed within {TOLERANCE // MIB} MiB: "
         + ", ".join(_mib(total) for total in totals)
     )
