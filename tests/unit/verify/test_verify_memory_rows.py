@@ -41,6 +41,8 @@ class Guest:
         self.filled = 0
         self.written: dict[str, str] = {}
         self.shape: object = None
+        modules = SimpleNamespace(option=lambda name: "no-reporting" not in faults)
+        self.guest = SimpleNamespace(modules=modules)
         self._owner = threading.get_ident()
 
     # session
@@ -197,6 +199,17 @@ def test_hot_add() -> None:
 def test_hot_add_that_fails(fault: str, said: str) -> None:
     with pytest.raises(RowFailed, match=said):
         prove(rows.prove_hot_add, Guest(fault))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("no-reporting", "the guest's kernel is built without CONFIG_PAGE_REPORTING"),
+        ("nothing", "host-lacks KVM extended hypercalls"),
+    ],
+)
+def test_who_lacks_what_cold_discard_needs(fault: str, said: str) -> None:
+    assert any(said in line for line in prove(rows.prove_ballooning, Guest(fault)))
 
 
 def test_ballooning() -> None:

@@ -250,9 +250,12 @@ def _cold_discard(session: Session, probe: Probe, info: MemoryInfo) -> str:
         )
     if any("hypercall 0x8001" in reason for reason in session.machine.info().exits):
         return "the guest asked for cold memory discard and did not switch it on"
+    modules = session.guest.modules
+    if modules is not None and modules.option("CONFIG_PAGE_REPORTING") is False:
+        return "no cold memory discard: the guest's kernel is built without CONFIG_PAGE_REPORTING"
     return (
-        "no cold memory discard: the guest's kernel lacks it (CONFIG_PAGE_REPORTING), or the "
-        "host's KVM lacks extended hypercalls (Linux 6.3)"
+        "no cold memory discard: host-lacks KVM extended hypercalls (Linux 6.3), or the guest's "
+        "kernel lacks CONFIG_PAGE_REPORTING"
     )
 
 
