@@ -66,10 +66,11 @@ class Shape:
     dynamic_memory: DynamicMemory | None = None
     low_mmio: int | None = None
     high_mmio: int | None = None
+    cpus: int | None = None
 
     def apply(self, config: MachineConfig) -> MachineConfig:
         """*config*, with what is set here in place of its own."""
-        named = ("memory", "dynamic_memory", "low_mmio", "high_mmio")
+        named = ("memory", "dynamic_memory", "low_mmio", "high_mmio", "cpus")
         given = {name: getattr(self, name) for name in named}
         return replace(config, **{key: each for key, each in given.items() if each is not None})
 
