@@ -31,6 +31,8 @@ from hvhost.verify.sysfs import GuestDevice, read_devices
 log = logging.getLogger(__name__)
 
 BOOT_SECONDS = 75.0
+# Debian's 32-bit kernels look for ISA cards and old controllers, port by port, each an exit.
+PATIENCE_32 = 3
 STALL_SECONDS = 25.0
 HEARTBEAT_SECONDS = 20.0
 NO_CONTACT_SECONDS = 40.0
@@ -155,6 +157,11 @@ class Session:
         self.doing = text
         self._announce(text)
 
+    @property
+    def boot_limit(self) -> float:
+        """Seconds that the guest which is started now may take to user space."""
+        return self.timing.boot * (1 if self._booting.is_64_bit else PATIENCE_32)
+
     # States a row can ask for.
 
     def running(self, shape: Shape = ANY_SHAPE, guest: PreparedGuest | None = None) -> Probe:
@@ -264,7 +271,8 @@ class Session:
         worker_error: str | None = None
         panicked = 0
         said, said_at = 0, started
-        while probe is None and time.monotonic() - started < self.timing.boot and panicked < 3:
+        limit = self.boot_limit
+        while probe is None and time.monotonic() - started < limit and panicked < 3:
             if len(machine.console()) > said:
                 said, said_at = len(machine.console()), time.monotonic()
             elif self.verbose and time.monotonic() - said_at > self.timing.stall:

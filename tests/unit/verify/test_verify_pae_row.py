@@ -11,10 +11,17 @@ import pytest
 from hvhost.memory.host import HostMemory
 from hvhost.units import GIB, MIB
 from hvhost.verify.contract import HV_HEART_BEAT_GUID, Status, find_rows, vmbus_alias
-from hvhost.verify.guest import CommandResult, GuestLacks, HostLacks, RowFailed, Shape
+from hvhost.verify.guest import (
+    CommandResult,
+    GuestLacks,
+    HostLacks,
+    PreparedGuest,
+    RowFailed,
+    Shape,
+)
 from hvhost.verify.rows import Proof, pae
 from hvhost.verify.runner import _LACKS, _prove
-from hvhost.verify.session import Session
+from hvhost.verify.session import Session, Timing
 from hvhost.verify.sysfs import DEVICES
 
 IOMEM = """\
@@ -168,3 +175,13 @@ def test_what_guest_and_host_lack_is_told_apart() -> None:
     (row,) = find_rows(["pae"], option="")
     result = _prove(Proof("pae", pae.prove, 5.0), row, cast("Session", session))
     assert result.status is Status.GUEST_LACKS
+
+
+def test_a_32_bit_kernel_may_take_longer() -> None:
+    guest = SimpleNamespace(is_64_bit=True)
+    session = Session(
+        cast("PreparedGuest", guest), 1, lambda text: None, Timing(boot=10.0, stretch=lambda: 1.0)
+    )
+    assert session.boot_limit == 10.0
+    guest.is_64_bit = False
+    assert session.boot_limit == 30.0
