@@ -208,8 +208,15 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     }
 
 
-def dhcp(interface: str, server: str, offer: str, timeout: float = 30.0) -> dict[str, Any]:
-    """A DHCP server ([RFC 2131]) for one client and one lease: *offer*, of a /24."""
+def dhcp(
+    interface: str, server: str, offer: str, timeout: float = 30.0, linger: float = 0.0
+) -> dict[str, Any]:
+    """A DHCP server ([RFC 2131]) for one client and one lease: *offer*, of a /24.
+
+    It ends with the first lease, or once nobody has asked for *linger* seconds after one: a client
+    that is configured twice asks twice.
+    """
+    leased: dict[str, Any] = {}
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -219,7 +226,12 @@ def dhcp(interface: str, server: str, offer: str, timeout: float = 30.0) -> dict
     print("ready", flush=True)
     with sock:
         while True:
-            message = sock.recv(2048)
+            try:
+                message = sock.recv(2048)
+            except TimeoutError:
+                if leased:
+                    return leased
+                raise
             options, position = {}, 240
             while position < len(message) and message[position] != 255:
                 if message[position]:
@@ -238,7 +250,10 @@ def dhcp(interface: str, server: str, offer: str, timeout: float = 30.0) -> dict
             answer += bytes((51, 4, 0, 0, 14, 16, 1, 4, 255, 255, 255, 0, 255))
             sock.sendto(bytes(head) + answer, ("255.255.255.255", 68))
             if kind == 3:
-                return {"client": head[28:34].hex(":"), "address": offer}
+                leased = {"client": head[28:34].hex(":"), "address": offer}
+                if not linger:
+                    return leased
+                sock.settimeout(linger)
 
 
 ACTIONS = {

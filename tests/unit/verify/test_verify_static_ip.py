@@ -81,7 +81,7 @@ class Guest:
     def run(self, command: Sequence[str], timeout: float) -> CommandResult:
         if command[0] == "systemctl":
             return CommandResult(0, "")
-        script = command[-1].replace("/etc/resolv.conf", f"{self.directory}/resolv.conf")
+        script = command[-1].replace(static_ip.RESOLVER, f"{self.directory}/resolv.conf")
         return self.inside(*command[:-1], script)
 
     def read_all(self, *patterns: str) -> dict[str, str]:
@@ -178,6 +178,7 @@ def test_a_guest_that_does_not(
     fault: str, sentence: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(static_ip, "DHCP_SECONDS", 2.0)
+    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 0.5)
     with pytest.raises(HvHostError, match=sentence) as caught:
         prove(Guest(directory, fault))
     assert isinstance(caught.value, RowFailed) or fault == "refuses"

@@ -23,8 +23,11 @@ LEASE = "192.168.77.50"
 OTHER4 = "192.168.77.130"
 #: Where ``hv_kvp_daemon`` of Debian keeps what it was told, for the script.
 WISH = "/var/lib/hyperv/ifcfg-"
+#: The name servers in use, as systemd-resolved lists them; /etc/resolv.conf may name itself alone.
+RESOLVER = "/run/systemd/resolve/resolv.conf"
 _SECONDS = 45.0
 DHCP_SECONDS = 60.0
+LINGER_SECONDS = 12.0
 
 
 def _addresses(wire: Cable) -> set[str]:
@@ -111,9 +114,9 @@ def _static(wire: Cable) -> Iterator[str]:
         wire.guest(f"bash -c 'echo across > /dev/tcp/{beyond}/5003'")
         if sink.result()["size"] != len("across\n"):
             raise RowFailed(f"what the guest sent to {beyond} did not arrive")
-    resolver = wire.guest("cat /etc/resolv.conf")
+    resolver = wire.guest(f"cat {RESOLVER}")
     if missing := [each for each in DNS if f"nameserver {each}" not in resolver]:
-        raise RowFailed(f"the guest's resolv.conf has no {missing}", resolver.splitlines())
+        raise RowFailed(f"the guest's {RESOLVER} has no {missing}", resolver.splitlines())
     told = wire.guest(f"cat {WISH}$I")
     for line in (f"IPADDR0={GUEST4}", "NETMASK0=255.255.255.0", f"GATEWAY={HOST4}"):
         if line not in told:
@@ -140,8 +143,14 @@ def _changed(wire: Cable) -> Iterator[str]:
 
 def _dhcp(wire: Cable) -> Iterator[str]:
     wire.session.step("setting it back to DHCP")
+    # The script has systemd-networkd read its files anew, and then take up the interface anew.
     server = wire.witness.begin(
-        "dhcp", interface="tap0", server=HOST4, offer=LEASE, timeout=DHCP_SECONDS
+        "dhcp",
+        interface="tap0",
+        server=HOST4,
+        offer=LEASE,
+        timeout=DHCP_SECONDS,
+        linger=LINGER_SECONDS,
     )
     wire.session.machine.network.set_ip(wire.info.name, Addresses())
     leased = server.result()
