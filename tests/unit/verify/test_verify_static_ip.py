@@ -51,7 +51,7 @@ class Guest:
 
     def __init__(self, directory: Path, *faults: str) -> None:
         self.faults, self.directory = set(faults), directory
-        self.timing = Timing(boot=2.0, event=3.0, poll=0.05)
+        self.timing = Timing(boot=2.0, event=3.0 if faults else 60.0, poll=0.05)
         self.machine = self.network = self
         self.namespace: Namespace | None = None
         self.servers: tuple[str, ...] = ()
@@ -156,7 +156,9 @@ def prove(guest: Guest) -> list[str]:
     return list(static_ip.prove(cast("Session", guest)))
 
 
-def test_a_guest_that_does_all_of_it(directory: Path) -> None:
+def test_a_guest_that_does_all_of_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_ip, "_SECONDS", 60.0)
+    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 2.0)
     evidence = "\n".join(prove(Guest(directory)))
     assert "IPADDR0=192.168.77.2" in evidence and "fd77::2/64" in evidence
     assert "no longer at 192.168.77.2" in evidence
