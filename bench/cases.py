@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+from bench import software_host
 from bench.inside import seconds_to_line
 from bench.measurement import Measurement
 from bench.memory import policy, resize
@@ -99,22 +99,9 @@ def rig_boot(rounds: int) -> list[Measurement]:
 def local_boot(rounds: int) -> list[Measurement]:
     """Inside a software KVM host: the local transport beside QEMU, same kernel, same memory."""
     images = guest()
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "hvhost", "rig", "exec", "--"),
-            *(sys.executable, "-m", "bench.inside", images.kernel, images.initrd, str(rounds)),
-        ],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[1],
-        check=False,
+    taken: dict[str, list[float | None]] = software_host.figures(
+        "bench.inside", str(images.kernel), str(images.initrd), str(rounds)
     )
-    try:
-        taken: dict[str, list[float | None]] = json.loads(done.stdout)
-    except ValueError:
-        raise HvHostError(
-            f"the software KVM host ended with status {done.returncode} and no figures."
-        ) from None
     ours = [seconds for seconds in taken["hvhost"] if seconds is not None]
     peers = [seconds for seconds in taken["qemu"] if seconds is not None]
     if not ours:

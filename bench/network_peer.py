@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import statistics
@@ -12,6 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from bench import software_host
 from bench.measurement import Measurement
 from hvhost.compiler import build_static
 from hvhost.errors import HvHostError
@@ -55,23 +55,9 @@ def network_peer(rounds: int) -> list[Measurement]:
     with tempfile.TemporaryDirectory() as directory:
         initrd = Path(directory, "initrd")
         _initrd(images, initrd)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "hvhost", "rig", "exec", "--"),
-                *(sys.executable, "-m", "bench.network_inside"),
-                *(str(images.kernel), str(initrd), str(rounds)),
-            ],
-            stdout=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[1],
-            check=False,
+        figures: dict[str, dict[str, list[float]]] = software_host.figures(
+            "bench.network_inside", str(images.kernel), str(initrd), str(rounds)
         )
-    try:
-        figures: dict[str, dict[str, list[float]]] = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        raise HvHostError(
-            f"the software KVM host ended with status {done.returncode} and no figures."
-        ) from None
     ours, peers = figures["hvhost"], figures.get("qemu", {})
     return [
         Measurement(
