@@ -113,6 +113,8 @@ class Computer:
         self._notices = notices
         self._loop = loop
         self._over = False
+        #: Whether it stands still by the user's wish; written with :attr:`lock` held.
+        self.paused = False
         #: Bytes that were given back to the computer, and of them those the guest told to be free.
         self.discarded_bytes = self.reported_bytes = 0
         self._plugged = self.hot_add.start
@@ -212,6 +214,12 @@ class Computer:
     def start(self) -> None:
         """Let the guest have the bus."""
         self._board.plug(self._plug)
+
+    def require_running(self) -> None:
+        """:class:`HvHostError` if the guest stands still; for what needs its answer."""
+        if self.paused:
+            name = self.config.name
+            raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
 
     def close(self) -> None:
         """Stop for good and give everything back; what the guest wrote last still comes out."""

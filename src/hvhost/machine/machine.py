@@ -97,7 +97,6 @@ class Machine:
         self._last_stop: str | None = None
         self.error: str | None = None
         self._computer: Computer | None = None
-        self._paused: Computer | None = None
         self._paused_at = 0.0
         self._pausing = threading.Lock()
         self._transport_name = ""
@@ -179,7 +178,7 @@ class Machine:
         self._loop.call_later(INTERVAL, lambda: self._tick(computer))
         now = time.monotonic()
         with computer.lock:
-            if self._paused is computer:
+            if computer.paused:
                 return  # no time passes
             self._heartbeat.tick(now)
             self._timesync.tick(now)
@@ -191,7 +190,7 @@ class Machine:
         computer.tick()
 
     def _power_down(self) -> None:
-        computer, self._computer, self._paused = self._computer, None, None
+        computer, self._computer = self._computer, None
         if self._sockets is not None:
             self._sockets.detach()
         if computer is not None:
@@ -276,9 +275,7 @@ class Machine:
     def _active(self) -> Computer:
         """The computer, for what needs its guest to run."""
         computer = self._running()
-        if self._paused is computer:
-            name = self._config.name
-            raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
+        computer.require_running()
         return computer
 
     def info(self) -> MachineInfo:
@@ -300,7 +297,7 @@ class Machine:
         )
         if computer is None:
             return info
-        if self._paused is computer:
+        if computer.paused:
             info = replace(info, state=MachineState.PAUSED)
         with computer.lock:
             round_trip = self._heartbeat.round_trip
@@ -359,7 +356,7 @@ class Machine:
             computer.standstill.begin()
             computer.tick()  # the guest's last words come out
             with computer.lock:
-                self._paused, self._paused_at = computer, time.monotonic()
+                computer.paused, self._paused_at = True, time.monotonic()
                 self._heartbeat.set_paused(True, self._paused_at)
                 if self._sockets is not None:
                     self._sockets.pause()
@@ -368,13 +365,13 @@ class Machine:
     def resume(self) -> None:
         with self._pausing:
             computer = self._running()
-            if self._paused is not computer:
+            if not computer.paused:
                 raise HvHostError(f"machine {self._config.name!r} is not paused; it runs.")
             seconds = time.monotonic() - self._paused_at
             # Before the guest runs: a shutdown it asks for must not find the machine paused.
             self.record("resumed", f"after {seconds:.1f} s")
             with computer.lock:
-                self._paused = None
+                computer.paused = False
                 self._heartbeat.set_paused(False, time.monotonic())
                 if self._sockets is not None:
                     self._sockets.resume()

@@ -2,7 +2,8 @@
 
 Every worker writes what its machine has and needs into a record of a file that all of them share,
 reads those of the others, and comes to the same shares: nobody has to be in charge. A record
-belongs to who holds the lock on its bytes, and counts while it is fresh.
+belongs to who holds the lock on its bytes. It counts while it is fresh, and after that for as long
+as its lock is held: a machine that stands still has what it has.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from hvhost.units import KIB, parse_size
 
 RESERVE_VARIABLE = "HVHOST_MEMORY_RESERVE"
 
-#: So old a record is of a worker that is gone, or stands still.
+#: So old a record is of a worker that is gone, or of a machine that stands still.
 STALE_SECONDS = 15.0
 # Nanoseconds of CLOCK_MONOTONIC when it was written; Part.kept, .needed, .wanted and .weight; what
 # the host holds for the machine. All in bytes but for the weight, which is 0 where nobody is.
 _RECORD = struct.Struct("<6Q")
 # struct flock ([linux] fcntl.h): type, whence, start, length, process.
 _LOCK = struct.Struct("hhqqi4x")
+
+
+def _lock_on(place: int) -> bytes:
+    return _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, _RECORD.size, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +83,16 @@ class Commons:
 
     def _take(self, place: int) -> bool:
         """Whether the record at *place* is this machine's from now on."""
-        lock = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, _RECORD.size, 0)
         try:
-            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, lock)
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _lock_on(place))
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    def _is_held(self, place: int) -> bool:
+        """Whether the record at *place* is another machine's."""
+        lock = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, _lock_on(place))
+        return bool(_LOCK.unpack(lock)[0] != fcntl.F_UNLCK)
 
     def target(self, claim: Claim, resident: int) -> int:
         """What this machine should have; *resident* is what the host holds for it already."""
@@ -111,10 +120,11 @@ class Commons:
         data = bytearray(os.pread(self._descriptor, size, 0))
         data[self._place : self._place + _RECORD.size] = bytes(_RECORD.size)
         oldest = self._clock() - int(STALE_SECONDS * 1e9)
+        records = enumerate(_RECORD.iter_unpack(data))
         return [
             (Part(kept, needed, wanted, weight), resident)
-            for written, kept, needed, wanted, weight, resident in _RECORD.iter_unpack(data)
-            if weight and written >= oldest
+            for index, (written, kept, needed, wanted, weight, resident) in records
+            if weight and (written >= oldest or self._is_held(index * _RECORD.size))
         ]
 
     def close(self) -> None:

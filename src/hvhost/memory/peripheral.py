@@ -288,20 +288,32 @@ class MemoryPeripheral:
 
         :class:`HvHostError` with the numbers if that cannot be, or did not come wholly.
         """
-        with self._changed:
-            _, device = self._running()
+        changed = self._changed  # of this boot
+        with changed:
+            computer, device = self._running()
+            computer.require_running()
             self._check_size(device, size)
             self._goal, self._problem, device.state.wanted = size, None, 0
             self._pursue()
             deadline = time.monotonic() + timeout
-            while self._goal is not None and self._computer is not None:
+            while self._goal is not None and self._computer is computer:
+                has = f"{in_mib(self._assigned(device))} of the {in_mib(size)}"
+                if computer.paused:
+                    raise HvHostError(
+                        f"machine {self._name!r} was paused when it had {has}; the change goes on "
+                        "when it is resumed."
+                    )
                 if time.monotonic() > deadline:
                     raise HvHostError(
-                        f"the guest has {in_mib(self._assigned(device))} of the "
-                        f"{in_mib(size)} after {timeout:.0f} seconds and is still busy; "
+                        f"the guest has {has} after {timeout:.0f} seconds and is still busy; "
                         "look again later."
                     )
-                self._changed.wait(_PATIENCE)
+                changed.wait(_PATIENCE)
+            if self._computer is not computer:
+                raise HvHostError(
+                    f"machine {self._name!r} was reset or stopped before it had {in_mib(size)}; "
+                    "see `hvhost info`."
+                )
             if self._problem is not None:
                 raise HvHostError(
                     f"{self._problem}; it has {in_mib(self._assigned(device))} now, "

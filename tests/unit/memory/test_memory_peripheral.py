@@ -75,6 +75,8 @@ class World:
             resident_memory=lambda: 100 * MIB,
             discarded_bytes=0,
             reported_bytes=0,
+            paused=False,
+            require_running=self.require_running,
         )
         self.peripheral.attach(cast("Any", self.computer))
 
@@ -82,6 +84,10 @@ class World:
         if self.plug_error is not None:
             raise HvHostError(self.plug_error)
         self.plugged.append(end)
+
+    def require_running(self) -> None:
+        if self.computer.paused:
+            raise HvHostError("machine 'm' is paused.")
 
     def connect(self) -> None:
         self.guest.connect()
@@ -251,6 +257,58 @@ def test_the_driver_leaves_while_it_is_asked(world: World) -> None:
     assert world.assigned == 640 * MIB
 
 
+def test_a_paused_machine(world: World) -> None:
+    """Its guest answers nothing: asked for nothing, and nobody waits in vain."""
+    world.computer.paused = True
+    with pytest.raises(HvHostError, match="'m' is paused"):
+        world.peripheral.set(600 * MIB, 60.0)
+    assert world.assigned == STARTUP and not world.driver.channel.read(), "it was asked"
+    world.computer.paused = False
+    failures: list[str] = []
+
+    def set_memory() -> None:
+        with pytest.raises(HvHostError) as caught:
+            world.peripheral.set(600 * MIB, 60.0)
+        failures.append(str(caught.value))
+
+    waiting = threading.Thread(target=set_memory)
+    waiting.start()
+    while world.peripheral.info().work == "idle":
+        time.sleep(0.001)
+    world.computer.paused = True
+    waiting.join(10.0)
+    assert failures == [
+        "machine 'm' was paused when it had 512 MiB of the 600 MiB; the change goes on when it is "
+        "resumed."
+    ]
+    world.computer.paused = False
+    while world.peripheral.info().target is not None:
+        world.driver.run()
+    assert world.assigned == 600 * MIB
+
+
+def test_a_reset_while_somebody_waits(world: World) -> None:
+    """What the guest has after it is not what was asked for, and is not told to be."""
+    failures: list[str] = []
+
+    def set_memory() -> None:
+        with pytest.raises(HvHostError) as caught:
+            world.peripheral.set(600 * MIB, 60.0)
+        failures.append(str(caught.value))
+
+    waiting = threading.Thread(target=set_memory)
+    waiting.start()
+    while world.peripheral.info().work == "idle":
+        time.sleep(0.001)
+    world.guest.server.reset()
+    world.peripheral.detach()
+    world.boot(MachineConfig("m", "/k", memory=STARTUP))
+    waiting.join(10.0)
+    assert failures == [
+        "machine 'm' was reset or stopped before it had 600 MiB; see `hvhost info`."
+    ]
+
+
 def test_a_reset_while_ballooned(world: World) -> None:
     """A guest that crashed with memory ballooned starts with all it had at first."""
     world.set(400 * MIB)
@@ -398,6 +456,18 @@ def test_a_worker_that_was_killed_does_not_count_for_long(tmp_path: Path) -> Non
     three = Commons(tmp_path, host, lambda: now[0])
     three.target(a_claim(), GIB)
     assert (tmp_path / "shares").stat().st_size == 2 * 48, "in the dead one's place"
+
+
+def test_a_machine_that_stands_still_counts(tmp_path: Path) -> None:
+    """Paused, it writes no more; what it has may come into use again at any time."""
+    host, now = Host(reserve(64 * GIB) + 2 * GIB), [10**12]
+    one, two = (Commons(tmp_path, host, lambda: now[0]) for _ in range(2))
+    two.target(a_claim(), GIB)
+    share = one.target(a_claim(), GIB)
+    now[0] += 1000 * int(STALE_SECONDS * 1e9)
+    assert one.target(a_claim(), GIB) == share < a_claim().wanted
+    two.close()
+    assert one.target(a_claim(), GIB) == a_claim().wanted
 
 
 def test_rubbish_does_not_count(tmp_path: Path) -> None:
