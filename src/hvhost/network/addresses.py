@@ -1,8 +1,8 @@
 """What a guest is told about an adapter's addresses: plain texts made into key-value settings.
 
 The lists of ``hv_kvp_ipaddr_value`` (``uapi/linux/hyperv.h``): addresses and masks in the same
-order. A mask of IPv6 is written as an address too, because ``hv_kvp_daemon`` since Linux 6.8
-understands no other form, and older ones hand on whatever they are given.
+order. An IPv6 mask is the prefix's length: ``hv_kvp_daemon`` since Linux 6.8 reads it as a number
+(a mask like ``ffff::`` would be 0 in its NetworkManager file), older ones hand on what they get.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Addresses:
             f"{{{instance}}}",
             sum(FAMILY[version] for version in {each.version for each in addresses}),
             addresses=_list(each.ip for each in addresses),
-            subnets=_list(each.network.netmask for each in addresses),
+            subnets=_list(map(_mask, addresses)),
             gateways=_list(gateways),
             dns_servers=_list(servers),
         )
@@ -68,6 +68,11 @@ class Addresses:
 
 def _list(items: Iterable[object]) -> str:
     return ";".join(map(str, items))
+
+
+def _mask(interface: ipaddress.IPv4Interface | ipaddress.IPv6Interface) -> str:
+    network = interface.network
+    return str(network.prefixlen if network.version == 6 else network.netmask)
 
 
 def _interface(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:

@@ -135,7 +135,7 @@ IPADDR1=10.1.0.2
 IPV6ADDR=fd00::2
 NETMASK0=255.255.255.0
 NETMASK1=255.254.0.0
-IPV6NETMASK=ffff:ffff:ffff:fffe::
+IPV6NETMASK=63
 GATEWAY=10.0.0.1
 IPV6_DEFAULTGW=fd00::1
 DNS1=10.0.0.53
@@ -157,8 +157,9 @@ def configured(tmp_path: Path, wish: str) -> tuple[list[str], list[str]]:
     return written, (tmp_path / "asked").read_text().splitlines()
 
 
-def test_static_addresses_of_both_families(tmp_path: Path) -> None:
-    written, asked = configured(tmp_path, STATIC)
+@pytest.mark.parametrize("mask", ["63", "ffff:ffff:ffff:fffe::"])
+def test_static_addresses_of_both_families(tmp_path: Path, mask: str) -> None:
+    written, asked = configured(tmp_path, STATIC.replace("=63", f"={mask}"))
     assert written == [
         *("[Match]", "Name=eth0", "", "[Network]", "DHCP=no", "IPv6AcceptRA=no"),
         *("Address=10.0.0.2/24", "Address=10.1.0.2/15", "Address=fd00::2/63"),

@@ -21,7 +21,7 @@ def test_both_families() -> None:
     assert settings.adapter == f"{{{INSTANCE}}}"
     assert (settings.family, settings.dhcp) == (3, False)
     assert settings.addresses == "192.0.2.5;2001:db8::5"
-    assert settings.subnets == "255.255.255.128;ffff:ffff:ffff:ffff::"
+    assert settings.subnets == "255.255.255.128;64"
     assert settings.gateways == "192.0.2.1;fe80::1"
     assert settings.dns_servers == "192.0.2.53;2001:db8::53"
 

@@ -5,7 +5,9 @@ hv_kvp_daemon and systemd-networkd are played; cable, kernels, pings, TCP and DH
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,6 +46,15 @@ for kind in (1, 3):
     answer = sock.recv(2000)
 print(socket.inet_ntoa(answer[16:20]))
 """
+
+
+def keyfile_length(mask: str) -> int:
+    """As ``hv_kvp_daemon`` reads it since Linux 6.8: what is no IPv4 mask by ``atoi()``."""
+    if "." in mask:
+        return ipaddress.ip_network(f"0.0.0.0/{mask}").prefixlen
+    digits = re.match(r"\d*", mask)
+    assert digits is not None
+    return int(digits[0] or 0)
 
 
 class Guest:
@@ -132,6 +143,12 @@ class Guest:
         lines = [f"IPADDR0={four.partition('/')[0]}", "NETMASK0=255.255.255.0"]
         lines += [f"GATEWAY={each}" for each in wanted.gateways if ":" not in each]
         (self.directory / "ifcfg-tap0").write_text("\n".join(lines))
+        subnets = settings.subnets
+        if "told-masks" in self.faults:
+            subnets = subnets.replace("64", "ffff:ffff:ffff:ffff::")
+        entries = zip(settings.addresses.split(";"), subnets.split(";"), strict=True)
+        text = "".join(f"address1={each}/{keyfile_length(mask)}\n" for each, mask in entries)
+        (self.directory / "tap0.nmconnection").write_text(text)
         if settings.dhcp and "no-dhcp" not in self.faults:
             self.inside("ip", "route", "add", "default", "dev", "tap0")
             lease = self.inside(sys.executable, "-c", CLIENT, self.mac).output.strip()
@@ -144,6 +161,7 @@ class Guest:
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(static_ip, "WISH", f"{tmp_path}/ifcfg-")
+    monkeypatch.setattr(static_ip, "KEYFILE", f"{tmp_path}/{{}}.nmconnection")
     monkeypatch.setattr(static_ip, "_SECONDS", 3.0)
     try:
         open_namespace([("tap0", "")]).close()
@@ -161,6 +179,7 @@ def test_a_guest_that_does_all_of_it(directory: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(static_ip, "LINGER_SECONDS", 2.0)
     evidence = "\n".join(prove(Guest(directory)))
     assert "IPADDR0=192.168.77.2" in evidence and "fd77::2/64" in evidence
+    assert "for NetworkManager: address1=192.168.77.2/24, address1=fd77::2/64" in evidence
     assert "no longer at 192.168.77.2" in evidence
     assert "it leased 192.168.77.50" in evidence
 
@@ -173,6 +192,7 @@ def test_a_guest_that_does_all_of_it(directory: Path, monkeypatch: pytest.Monkey
         ("forgets-gateways", "gateways are"),
         ("forgets-dns", "name servers are"),
         ("keeps-the-old", "addresses are"),
+        ("told-masks", "keyfile has no address=fd77::2/64"),
         ("no-dhcp", "dhcp"),
     ],
 )

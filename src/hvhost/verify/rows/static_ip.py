@@ -23,6 +23,8 @@ LEASE = "192.168.77.50"
 OTHER4 = "192.168.77.130"
 #: Where ``hv_kvp_daemon`` of Debian keeps what it was told, for the script.
 WISH = "/var/lib/hyperv/ifcfg-"
+#: The same for NetworkManager, beside it since Linux 6.8: the interface's name goes before.
+KEYFILE = "/var/lib/hyperv/{}.nmconnection"
 #: The name servers in use, as systemd-resolved lists them; /etc/resolv.conf may name itself alone.
 RESOLVER = "/run/systemd/resolve/resolv.conf"
 _SECONDS = 45.0
@@ -121,7 +123,13 @@ def _static(wire: Cable) -> Iterator[str]:
     for line in (f"IPADDR0={GUEST4}", "NETMASK0=255.255.255.0", f"GATEWAY={HOST4}"):
         if line not in told:
             raise RowFailed(f"the daemon's file does not say {line}", told.splitlines())
+    keyfile = wire.guest(f"cat {KEYFILE.format('$I')} 2>/dev/null || true")
+    for entry in (f"={GUEST4}/24", f"={GUEST6}/64") if keyfile else ():
+        if entry not in keyfile:
+            raise RowFailed(f"the daemon's keyfile has no address{entry}", keyfile.splitlines())
     yield f"hv_kvp_daemon wrote for hv_set_ifconfig: {', '.join(told.split())}"
+    if keyfile:
+        yield f"and for NetworkManager: {', '.join(keyfile.split())}"
     yield (
         f"guest: {GUEST4}/24, {GUEST6}/64, gateways {HOST4} and {HOST6}, DNS {' and '.join(DNS)}; "
         "the host's kernel reaches both addresses, the guest what lies behind both gateways"
