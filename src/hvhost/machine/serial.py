@@ -132,9 +132,14 @@ class SerialSocket:
                 self._send(client, data)
 
     def close(self) -> None:
-        """Give clients a last chance to read, then let go of them and of the path."""
+        """Give clients a last chance to read, then let go of them and of the path.
+
+        Those too that connected when the machine was about to stop.
+        """
         if self._loop is not None:
             self._loop.remove(self.fileno())
+            while self._accept():
+                pass
         self._listener.close()
         self._path.unlink(missing_ok=True)
         deadline = time.monotonic() + _FLUSH_SECONDS
@@ -148,11 +153,12 @@ class SerialSocket:
                 self._clients.discard(client)
                 self._release(client)
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take the client that waits; whether there was one."""
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
-            return
+            return False
         connection.setblocking(False)
         assert self._loop is not None
         with self._lock:
@@ -163,11 +169,12 @@ class SerialSocket:
                     "%s has %d clients; refused one more", self._path.name, MAXIMUM_CLIENTS
                 )
                 connection.close()
-                return
+                return True
             client = _Client(connection)
             self._clients.add(client)
             self._loop.add_reader(connection.fileno(), lambda: self._read(client))
             self._send(client, bytes(self._past[-self._limit :]) if self._limit else b"")
+        return True
 
     def _read(self, client: _Client) -> None:
         """The client typed, or closed its sending side."""

@@ -9,6 +9,7 @@ import http.client
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,7 @@ from hvhost.machine.model import (
     ServiceInfo,
     ShutdownAction,
 )
-from hvhost.manager.directory import MachineDirectory, running_directory
+from hvhost.manager.directory import MachineDirectory, NameState, running_directory
 from hvhost.sockets.client import connect
 from hvhost.sockets.protocol import Service
 
@@ -52,7 +53,9 @@ COPY_CANCEL_SECONDS = 50.0
 """How long the guest may take to give a copy up."""
 
 ENDING_SECONDS = 3.0
-"""How long a worker may live on after its API."""
+"""How long a worker may live on after its API, or before it."""
+
+_POLL_SECONDS = 0.02
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -244,7 +247,16 @@ class MachineClient:
     def _post(self, verb: str, body: dict[str, Any] | None = None, wait: float = 0.0) -> None:
         self._request("POST", f"/v1/machine/{verb}", body, wait)
 
+    def _await_door(self) -> None:
+        """A machine in the foreground has its console a moment before its API."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while not self.directory.api_socket.exists() and time.monotonic() < deadline:
+            if self.directory.state() is not NameState.ALIVE:
+                return
+            time.sleep(_POLL_SECONDS)
+
     def _request(self, method: str, path: str, body: object, wait: float) -> bytes:
+        self._await_door()
         connection = _UnixConnection(str(self.directory.api_socket), ANSWER_SECONDS + wait)
         try:
             connection.request(method, path, None if body is None else json.dumps(body))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError
 from hvhost.machine.config import MachineConfig
-from hvhost.manager.launcher import Worker, launch_forked
+from hvhost.manager.launcher import Worker, early_end, launch_forked
 
 if TYPE_CHECKING:
     from hvhost.manager.terminal import Ending
@@ -27,7 +27,7 @@ def run(
 ) -> Ending:
     """Run *config* with its console on two file descriptors until it stops or the person leaves.
 
-    *progress* gets what takes time before there is a console.
+    *progress* gets what takes time before there is a console, and what ended before that.
 
     Nothing of the machine is left when this returns or raises. Raises :class:`HvHostError` with
     the worker's words when the machine fails. Called in the main thread.
@@ -37,7 +37,7 @@ def run(
     try:
         worker = launch_forked(config, progress)
         try:
-            ending = _attend(worker, source, sink)
+            ending = _attend(worker, source, sink, progress)
         finally:
             if worker.process.poll() is None:
                 worker.stop()
@@ -47,7 +47,7 @@ def run(
         signal.signal(signal.SIGTERM, before)
 
 
-def _attend(worker: Worker, source: int, sink: int) -> Ending:
+def _attend(worker: Worker, source: int, sink: int, progress: Callable[[str], None]) -> Ending:
     from hvhost.manager.terminal import Ending, attach  # while the guest boots
 
     try:
@@ -55,7 +55,9 @@ def _attend(worker: Worker, source: int, sink: int) -> Ending:
     except HvHostError:
         if not worker.ended(_END_SECONDS):
             raise
-        ending = Ending.CLOSED  # it was quicker than we
+        worker.check_ended_well()
+        progress(f"{early_end(worker.directory, 'its console could be shown')}.")
+        return Ending.CLOSED
     if ending is Ending.CLOSED:
         if not worker.ended(_END_SECONDS):
             raise HvHostError(

@@ -42,6 +42,7 @@ MAXIMUM_CPUS = 1024
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.005
 _SLOW_POLL_SECONDS = 0.05
+_STOPPED = re.compile(r"^\S+ \S+ hvhost\.machine\.machine: stopped (.+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$", re.MULTILINE)
 PR_SET_PDEATHSIG = 1
 
@@ -143,7 +144,11 @@ def launch(
     with directory.claim():
         _write_config(directory, config)
         worker = Worker(directory, _spawn(directory, program or WORKER, detach=detach))
-        _wait_until_open(worker, timeout, progress, abandoned or threading.Event())
+        door = directory.api_socket
+        _wait_until_open(worker, door, timeout, progress, abandoned or threading.Event())
+        if worker.process.poll() == 0:
+            early = early_end(directory, "anybody could speak to it")
+            raise HvHostError(f"{early}; {directory.log_file} has its log.")
     return worker
 
 
@@ -153,7 +158,8 @@ def launch_forked(
     """:func:`launch` of a worker that is not detached, as a fork of this process.
 
     That saves a second interpreter's start. Only for a process with one thread that does nothing
-    else meanwhile.
+    else meanwhile. Returns as soon as there is a console, or when all is over already: a guest may
+    be quicker than the API.
     """
     from hvhost.manager.forked import ForkedWorker
 
@@ -161,7 +167,8 @@ def launch_forked(
     directory = MachineDirectory.of(config.name)
     with directory.claim():
         worker = Worker(directory, ForkedWorker(directory, config))
-        _wait_until_open(worker, START_SECONDS, progress, threading.Event())
+        door = directory.serial_socket(1)
+        _wait_until_open(worker, door, START_SECONDS, progress, threading.Event())
         _write_config(directory, config)  # for people; a busy start can do without
     return worker
 
@@ -207,26 +214,36 @@ def die_with(parent: int) -> Callable[[], None]:
 
 
 def _wait_until_open(
-    worker: Worker, timeout: float, progress: Callable[[str], None], abandoned: threading.Event
+    worker: Worker,
+    door: Path,
+    timeout: float,
+    progress: Callable[[str], None],
+    abandoned: threading.Event,
 ) -> None:
-    """Return once the worker can be spoken to; otherwise end it and raise."""
+    """Return once the worker has opened *door*, or has ended well; otherwise end it and raise."""
     try:
-        _await_sockets(worker, timeout, progress, abandoned)
+        _await_door(worker, door, timeout, progress, abandoned)
     except BaseException:
         worker.stop()
         worker.directory.pid_file.unlink(missing_ok=True)  # the name is free, not a dead machine's
         raise
 
 
-def _await_sockets(
-    worker: Worker, timeout: float, progress: Callable[[str], None], abandoned: threading.Event
+def _await_door(
+    worker: Worker,
+    door: Path,
+    timeout: float,
+    progress: Callable[[str], None],
+    abandoned: threading.Event,
 ) -> None:
     """The worker gives its sockets their names once it accepts connections."""
     started = heard = time.monotonic()
     partial = ""
     with worker.directory.log_file.open(errors="replace") as log:
-        while not worker.directory.api_socket.exists():
+        while not door.exists():
             status = worker.process.poll()
+            if status == 0:
+                return
             if status is not None:
                 raise HvHostError(_last_words(worker.directory, status))
             if abandoned.is_set():
@@ -245,6 +262,17 @@ def _await_sockets(
                 )
             # Seen at most a twentieth later than it came, at little cost meanwhile.
             time.sleep(min(max(_POLL_SECONDS, (now - started) / 20), _SLOW_POLL_SECONDS))
+
+
+def early_end(directory: MachineDirectory, before: str) -> str:
+    """The sentence, without its full stop, about a machine that ended well *before* something."""
+    try:
+        log = directory.log_file.read_text(errors="replace")
+    except FileNotFoundError:
+        log = ""
+    reasons = _STOPPED.findall(log)
+    why = f": {reasons[-1]}" if reasons else ""
+    return f"machine {directory.name!r} stopped before {before}{why}"
 
 
 def _last_words(directory: MachineDirectory, status: int) -> str:

@@ -7,6 +7,8 @@ import socket
 
 from hvhost.errors import HvHostError
 from hvhost.guests.probe import PROBE_PORT, ProbeClient, ProbeTimeout
+from hvhost.machine.model import MachineState
+from hvhost.manager.client import MachineClient
 from hvhost.manager.directory import MachineDirectory
 from hvhost.sockets.client import connect
 
@@ -25,6 +27,7 @@ def connect_probe(directory: MachineDirectory, timeout: float = 10.0) -> ProbeCl
         client = ProbeClient(connect(directory.path, PROBE_PORT, _CONNECT_SECONDS))
     except HvHostError as error:
         logger.info("not over sockets: %s", error)
+        _check_not_paused(directory)  # the serial line would be silent for as long as that
         client = _serial_probe(directory)
     try:
         client.wait_ready(timeout, drivers=False)
@@ -39,6 +42,12 @@ def connect_probe(directory: MachineDirectory, timeout: float = 10.0) -> ProbeCl
         client.close()
         raise
     return client
+
+
+def _check_not_paused(directory: MachineDirectory) -> None:
+    name = directory.name
+    if MachineClient(name).info().state is MachineState.PAUSED:
+        raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
 
 
 def _serial_probe(directory: MachineDirectory) -> ProbeClient:

@@ -100,6 +100,11 @@ class Vss:
             )
         self._send(operation, done)
 
+    def abandon(self, done: Done) -> None:
+        """Who gave *done* waits no more; file systems that are frozen after that are thawed."""
+        if self._done is done:
+            self._done = None
+
     def tick(self, now: float) -> None:
         """Give up on answers that do not come, and thaw; *now* in seconds on a steady clock."""
         state = self.state

@@ -167,7 +167,8 @@ class SocketBridge:
             raise HvHostError("the machine is being reset; try again.")
         with attachment.lock:
             if self.paused:
-                raise HvHostError("the machine is paused; resume it first.")
+                name = self._directory.name
+                raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` first.")
             if not self.enabled:
                 raise HvHostError("sockets are switched off for this machine.")
             if self._full():

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WAIT_SECONDS = FREEZE_SECONDS + ANSWER_SECONDS
+_LOOK_SECONDS = 0.5
 _BLOCK_SIZE = 2 << 20
 #: How long a disk may be held for the others, and how often that is tried.
 _HOLD_SECONDS, _HOLD_ATTEMPTS = 1.0, 10
@@ -117,6 +118,8 @@ class Backup:
                 raise HvHostError(
                     f"machine {self._config.name!r} is being backed up already; wait or cancel."
                 )
+            if self._computer is not None and not options.crash_consistent:
+                self._computer.require_running()
             drives = self._storage.disks()
             if not drives:
                 raise HvHostError(f"machine {self._config.name!r} has no disks to back up.")
@@ -279,8 +282,18 @@ class Backup:
 
         with computer.lock:
             self._vss.request(operation, done)
-        if not answered.wait(_WAIT_SECONDS):
-            raise HvHostError(f"The guest did not answer {operation.name}; see whether it hangs.")
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while not answered.wait(_LOOK_SECONDS):
+            try:
+                computer.require_running()
+                if time.monotonic() > deadline:
+                    raise HvHostError(
+                        f"The guest did not answer {operation.name}; see whether it hangs."
+                    )
+            except HvHostError:
+                with computer.lock:
+                    self._vss.abandon(done)
+                raise
         if isinstance(result[0], HvHostError):
             raise result[0]
         return result[0]

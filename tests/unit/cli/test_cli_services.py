@@ -105,3 +105,9 @@ def test_a_guest_without_a_probe(
         ProbeClient, "wait_ready", lambda self, timeout, drivers: wait(self, 0.1, drivers=drivers)
     )
     assert "does not carry hvhost's probe" in hvhost.sentence("exec", "m1", "--", "ls")
+
+
+def test_a_paused_guest_runs_nothing(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:
+    begin(config)
+    assert hvhost("pause", "m1").status == 0
+    assert "'m1' is paused; `hvhost resume m1`" in hvhost.sentence("exec", "m1", "--", "ls")

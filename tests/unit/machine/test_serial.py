@@ -82,6 +82,16 @@ def test_a_new_client_first_gets_the_end_of_the_past(port: Port) -> None:
         assert receive(client, 1) == b"!"
 
 
+def test_a_client_that_came_as_the_machine_stopped_gets_its_last_words(tmp_path: Path) -> None:
+    port = Port(tmp_path / "serial1.sock", scrollback=100)
+    port.serial.write(b"the last words")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "serial1.sock"))  # the loop never ran again
+        port.serial.close()
+        assert receive(client, 14) == b"the last words"
+        assert client.recv(1) == b""
+
+
 def test_without_scrollback_the_past_is_gone(tmp_path: Path) -> None:
     port = Port(tmp_path / "serial2.sock", scrollback=0)
     port.serial.write(b"past")

@@ -7,6 +7,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,12 @@ main()
 """
 
 
-def run(config: MachineConfig, typed: bytes, printed: list[bytes] | None = None) -> Ending:
+def run(
+    config: MachineConfig,
+    typed: bytes,
+    printed: list[bytes] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Ending:
     """A run with *typed* piped into it; what it prints is added to *printed*."""
     source, typing = os.pipe()
     reading, sink = os.pipe()
@@ -46,7 +52,7 @@ def run(config: MachineConfig, typed: bytes, printed: list[bytes] | None = None)
     thread = threading.Thread(target=collect)
     thread.start()
     try:
-        return foreground.run(config, source=source, sink=sink)
+        return foreground.run(config, source=source, sink=sink, progress=progress)
     finally:
         os.close(sink)
         os.close(source)
@@ -130,5 +136,32 @@ def test_a_worker_that_lost_its_console_but_lives(
     with pytest.raises(HvHostError, match="closed its console but did not end"):
         run(config, b"")
     monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code.split("port =")[0])))
-    with pytest.raises(HvHostError, match="without a word"):
-        run(config, b"")
+    told: list[str] = []
+    assert run(config, b"", progress=told.append) is Ending.CLOSED
+    assert told == ["machine 'm1' stopped before its console could be shown."]
+
+
+QUICK = """
+import pathlib, socket, sys
+here = pathlib.Path(sys.argv[1]).parent
+print("2026-01-02 03:04:05,678 hvhost.machine.machine: stopped the guest powered off")
+port = socket.socket(socket.AF_UNIX)
+port.bind(str(here / ".new"))
+port.listen()
+"""
+
+
+def test_a_guest_that_is_quicker_than_the_api(
+    runtime: Path, config: MachineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All it said is shown, or that it could not be."""
+    shown = f"{QUICK}(here / '.new').rename(here / 'serial1.sock')\nport.accept()[0].send(b'bye')"
+    told: list[str] = []
+    for code, console in ((shown, b"bye"), (QUICK, b"")):
+        monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code)))
+        printed: list[bytes] = []
+        assert run(config, b"", printed, progress=told.append) is Ending.CLOSED
+        assert printed == [console]
+    assert told == [
+        "machine 'm1' stopped before its console could be shown: the guest powered off."
+    ]

@@ -99,6 +99,14 @@ def test_a_worker_without_a_word(runtime: Path, config: MachineConfig) -> None:
         launch(replace(config, command_line="fail-silently"), detach=True)
 
 
+def test_a_guest_that_is_quicker_than_the_api(runtime: Path, config: MachineConfig) -> None:
+    line = "2026-01-02 03:04:05,678 hvhost.machine.machine: stopped the guest powered off"
+    program = (sys.executable, "-c", f"print({line!r})")
+    with pytest.raises(HvHostError, match="before anybody could speak to it: the guest powered"):
+        launch(config, detach=True, program=program)
+    assert MachineDirectory.of("m1").state() is NameState.FREE
+
+
 def test_a_worker_killed_by_a_signal(runtime: Path, config: MachineConfig) -> None:
     program = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(HvHostError, match="ended by SIGKILL without a word"):

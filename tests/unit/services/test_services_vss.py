@@ -117,6 +117,17 @@ def test_a_guest_nobody_thaws_is_thawed(daemon: Daemon) -> None:
     assert not daemon.frozen and not daemon.device.state.frozen
 
 
+def test_file_systems_that_freeze_for_nobody_are_thawed_at_once(daemon: Daemon) -> None:
+    results: list[Result] = []
+    done = results.append
+    daemon.device.request(FREEZE, done)
+    daemon.device.abandon(lambda result: None)  # somebody else's
+    daemon.device.abandon(done)
+    daemon.run()
+    assert daemon.asked == [FREEZE, THAW] and not results
+    assert not daemon.frozen and not daemon.device.state.frozen
+
+
 def test_a_daemon_that_died_frozen_is_asked_again_until_another_thaws(daemon: Daemon) -> None:
     daemon.ask(FREEZE)
     daemon.run()

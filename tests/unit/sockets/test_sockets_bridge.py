@@ -161,7 +161,8 @@ def test_a_paused_guest_is_not_connected_to_and_its_time_is_not_counted(
     program = host.dial(b"CONNECT 1\n")
     (offer,) = host.new_offers()
     host.bridge.pause()
-    assert "paused; resume it first" in refusal(host, b"CONNECT 2\n")
+    name = host.directory.name
+    assert f"{name!r} is paused; `hvhost resume {name}`" in refusal(host, b"CONNECT 2\n")
     monkeypatch.setattr(bridge_module, "ACCEPT_LIMIT", 0.2)
     host.run(0.3)  # longer than an offer waits
     host.bridge.resume()

@@ -38,7 +38,10 @@ CHECK, FREEZE, THAW = VssOperation
 class Board:
     """As much of a computer as backups use; the guest answers at once."""
 
-    def __init__(self, vss: Vss) -> None:
+    require_running = Computer.require_running
+
+    def __init__(self, config: MachineConfig, vss: Vss) -> None:
+        self.config, self.paused = config, False
         self.lock = threading.RLock()
         self.guest = SimulatedGuest()
         self.guest.server.add_device(vss)
@@ -65,16 +68,21 @@ class Bench:
         )
         self.storage = Storage(around)
         self.backup = Backup(around, self.storage)
-        self.board = Board(self.vss)
+        self.board = Board(self.config, self.vss)
         self.backup.attach(cast("Computer", self.board))
         self.statuses: dict[int, int] = {}
         self.asked: list[int] = []
         self.on: dict[int, Callable[[], None]] = {}
+        #: The machine is paused as soon as the guest was asked this, so no answer comes.
+        self.paused_over: VssOperation | None = None
         request = self.vss.request
 
         def answered(operation: VssOperation, done: Callable[..., None]) -> None:
             request(operation, done)
-            self.answer()
+            if operation is self.paused_over:
+                self.board.paused = True
+            else:
+                self.answer()
 
         self.vss.request = answered  # type: ignore[method-assign]
 
@@ -275,6 +283,33 @@ def test_a_guest_that_was_thawed_too_early_is_not_backed_up(
 def test_a_machine_without_a_driver_says_so(bench: Bench) -> None:
     bench.board.guest.server.reset()
     assert "hv_utils" in refused(bench.run())
+
+
+def test_a_paused_machine_is_backed_up_only_without_its_guest(bench: Bench) -> None:
+    bench.board.paused = True
+    with pytest.raises(HvHostError, match=r"'m1' is paused; `hvhost resume m1`"):
+        bench.run()
+    assert bench.asked == [] and bench.left() == []
+    info = bench.run(crash_consistent=True)
+    assert info.state is BackupState.DONE and bench.asked == []
+
+
+def test_a_machine_that_is_paused_while_it_freezes(bench: Bench) -> None:
+    bench.paused_over = FREEZE
+    assert "is paused" in refused(bench.run())
+    assert bench.left() == []
+    bench.board.paused = False
+    bench.answer()
+    assert bench.asked == [CHECK, FREEZE, THAW] and not bench.vss.state.frozen
+
+
+def test_a_machine_that_is_paused_while_it_is_thawed(bench: Bench) -> None:
+    bench.paused_over = THAW
+    info = bench.run()
+    assert info.state is BackupState.DONE
+    assert info.warning is not None and "is paused" in info.warning
+    bench.answer()
+    assert bench.asked == [CHECK, FREEZE, THAW] and not bench.vss.state.frozen
 
 
 @contextmanager
