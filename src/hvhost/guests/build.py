@@ -12,7 +12,15 @@ from pathlib import Path
 from hvhost.errors import HvHostError
 from hvhost.firmware.image import open_kernel
 from hvhost.guests import apt, deb
-from hvhost.guests.catalog import DEFAULT_GUEST, DEFAULT_GUEST_32, GuestRecipe, recipe
+from hvhost.guests.catalog import (
+    DEFAULT_GUEST,
+    DEFAULT_GUEST_32,
+    UIO_DAEMONS_GUEST,
+    UIO_SINCE,
+    GuestRecipe,
+    is_newer,
+    recipe,
+)
 from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
 from hvhost.guests.lsvmbus import lsvmbus_script, python_files
 from hvhost.guests.modules import MODULE_DIRECTORIES, ModuleTree, find_tree
@@ -21,6 +29,7 @@ from hvhost.paths import cache_dir
 
 _HEADER_MAGIC = 0x202  # Linux x86 boot protocol: "HdrS"
 _KERNEL_VERSION = 0x20E
+_LIBC = "libc6"
 _BANNER = re.compile(rb"Linux version (\d[^\s\0]*) \(")
 
 
@@ -147,11 +156,20 @@ def _userland(
     daemons: GuestRecipe | None = None,
     refresh: bool = False,
 ) -> list[Path]:
-    """Extracted packages of a guest other than its kernel; *daemons* of another one, if given."""
-    names = [name for name in chosen.userland if daemons is None or name != chosen.daemons]
+    """Extracted packages of a guest other than its kernel; *daemons* of another one, if given.
+
+    With daemons of a later release comes its C library, which runs the other programs too; not so
+    the other way round.
+    """
+    names = list(chosen.userland)
     sources = [(chosen.suite, names)]
     if daemons is not None:
-        sources.append((daemons.suite, [daemons.daemons]))
+        foreign = [daemons.daemons]
+        names.remove(chosen.daemons)
+        if is_newer(daemons, chosen):
+            names.remove(_LIBC)
+            foreign.append(_LIBC)
+        sources.append((daemons.suite, foreign))
     paths: list[Path] = []
     for suite, packages in sources:
         paths += apt.download(
@@ -164,12 +182,23 @@ def _userland(
     return [deb.extract([path], progress) for path in paths]
 
 
+def _version(kernel: Path) -> tuple[int, int]:
+    """Major and minor number of a kernel's release."""
+    numbers = re.match(r"(\d+)\.(\d+)", kernel_release(kernel))
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
 def _default_userland(
     kernel: Path, progress: apt.Progress, *, daemons: GuestRecipe | None = None
 ) -> list[Path]:
-    """The default guest's programs, for a kernel that comes without any."""
+    """The default guest's programs, for a kernel that comes without any.
+
+    Its Hyper-V daemons are those that go with the kernel, unless *daemons* says which.
+    """
     is_native = kernel_architecture(kernel) == apt.NATIVE
     chosen = recipe(DEFAULT_GUEST if is_native else DEFAULT_GUEST_32)
+    if daemons is None and is_native and _version(kernel) >= UIO_SINCE:
+        daemons = recipe(UIO_DAEMONS_GUEST)
     return _userland(chosen, progress, daemons=daemons)
 
 

@@ -62,6 +62,10 @@ _SUITES = (
 
 DEFAULT_GUEST = "debian-12"
 DEFAULT_GUEST_32 = "debian-12-pae"
+#: Kernels from this release on have no driver for hv_fcopy_daemon, but one for hv_fcopy_uio_daemon,
+#: which the guest named here has.
+UIO_SINCE = (6, 10)
+UIO_DAEMONS_GUEST = "sid"
 _PAE_SUITES = ("debian-12",)  # the last with 32-bit kernels
 GUESTS: dict[str, GuestRecipe] = {
     recipe.name: recipe
@@ -123,6 +127,12 @@ def full_recipe(name: str) -> FullRecipe:
         raise HvHostError(
             f"There is no complete guest {name}; choose one of {', '.join(FULL_GUESTS)}."
         ) from None
+
+
+def is_newer(one: GuestRecipe, other: GuestRecipe) -> bool:
+    """Whether *one* is of a later release of Debian than *other*."""
+    order = [suite for _, _, suite, _ in _SUITES]
+    return order.index(one.suite) > order.index(other.suite)
 
 
 def recipe(name: str) -> GuestRecipe:

@@ -130,6 +130,49 @@ def test_daemons_of_another_distribution(packages_without_network: list[str]) ->
         prepare_guest("debian-13", daemons="windows")
 
 
+@pytest.mark.parametrize(
+    ("release", "suite"),
+    [
+        ("6.9.12-x", "bookworm"),
+        ("6.10.0-rc1", "sid"),
+        ("6.12.9+deb13-cloud-amd64", "sid"),
+        ("7.0", "sid"),
+    ],
+)
+def test_the_daemons_go_with_a_kernel_of_ones_own(
+    tmp_path: Path, packages_without_network: list[str], release: str, suite: str
+) -> None:
+    """From 6.10 on file copy is a driver in user space; its daemon brings the C library it wants.
+
+    Of both there is one in a guest.
+    """
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(bzimage(release))
+    package = tiny_deb.write(
+        tmp_path / "linux-image-x_1_amd64.deb", tiny_deb.files(kernel_files(release))
+    )
+    for make in (lambda: prepare_guest(kernel=kernel), lambda: prepare_guest(debs=[package])):
+        packages_without_network.clear()
+        make()
+        for name in ("hyperv-daemons", "libc6"):
+            asked = [each for each in packages_without_network if each.endswith(f" {name}")]
+            assert asked == [f"{suite} {name}"]
+        assert "bookworm busybox-static" in packages_without_network
+
+
+def test_daemons_that_were_asked_for_stay(
+    tmp_path: Path, packages_without_network: list[str]
+) -> None:
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(bzimage("7.0"))
+    prepare_guest(kernel=kernel, daemons="debian-11")
+    assert "bullseye hyperv-daemons" in packages_without_network
+    assert "bookworm libc6" in packages_without_network  # older daemons run with it
+    kernel.write_bytes(bzimage("7.0", bits=32))
+    prepare_guest(kernel=kernel)
+    assert "bookworm hyperv-daemons:i386" in packages_without_network
+
+
 def test_an_unknown_guest_lists_the_known_ones() -> None:
     with pytest.raises(HvHostError, match="debian-11, debian-11-generic, debian-12"):
         prepare_guest("windows")
