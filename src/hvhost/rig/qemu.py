@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from hvhost.errors import HvHostError
 from hvhost.guests import apt, deb
+from hvhost.rig.repair import repaired
 
 # XSAVE is inconsistent in a guest of a guest under TCG; without it the nested KVM offers none.
 PROCESSOR = "max,+svm,+npt,-xsave,-xsaveopt,-xsavec,-avx,-avx2,-fma,-f16c,-pku,-la57"
@@ -69,7 +70,7 @@ def find_qemu(progress: Callable[[str], None] = lambda text: None) -> Qemu:
     path = shutil.which("qemu-system-x86_64")
     system = Qemu(path, _version(path)) if path else None
     if system is not None and system.version >= GOOD_VERSION:
-        return system
+        return replace(system, program=str(repaired(Path(system.program))))
     if system is not None:  # whose libraries the newer one needs
         try:
             return _backported(progress)
@@ -89,6 +90,7 @@ def _backported(progress: Callable[[str], None]) -> Qemu:
     if version < GOOD_VERSION:
         raise HvHostError(f"{program} does not run on this computer.")
     share = root / "usr/share"
+    program = str(repaired(Path(program)))
     return Qemu(program, version, ("-L", str(share / "qemu"), "-L", str(share / "seabios")))
 
 
