@@ -151,9 +151,12 @@ def test_the_daemons_go_with_a_kernel_of_ones_own(
     package = tiny_deb.write(
         tmp_path / "linux-image-x_1_amd64.deb", tiny_deb.files(kernel_files(release))
     )
-    for make in (lambda: prepare_guest(kernel=kernel), lambda: prepare_guest(debs=[package])):
+    for is_file in (True, False):
         packages_without_network.clear()
-        make()
+        if is_file:
+            prepare_guest(kernel=kernel)
+        else:
+            prepare_guest(debs=[package])
         for name in ("hyperv-daemons", "libc6"):
             asked = [each for each in packages_without_network if each.endswith(f" {name}")]
             assert asked == [f"{suite} {name}"]
