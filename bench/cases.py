@@ -21,6 +21,7 @@ from bench.network_peer import network_peer
 from bench.services import services
 from bench.services_rig import measure as measure_services
 from bench.storage import storage
+from bench.storage_peer import storage_peer
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.guests.initramfs import READY_LINE
@@ -252,6 +253,7 @@ CASES: dict[str, Callable[[int], list[Measurement]]] = {
     "network": network,
     "services": services,
     "services-rig": services_rig,
+    "storage-peer": storage_peer,
     "network-peer": network_peer,
     "rig-boot": rig_boot,
     "memory": memory,

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from bench import software_host
 from bench.measurement import Measurement
+from bench.peer import program, write_initrd
 from hvhost.compiler import build_static
-from hvhost.errors import HvHostError
 from hvhost.guests import cpio
-from hvhost.guests.build import GuestImages, prepare_guest
-from hvhost.rig.image import module_entries
+from hvhost.guests.build import prepare_guest
 
 ECHO = Path(__file__).with_name("echo.c")
-
-
-def _iperf3() -> list[cpio.Entry]:
-    """This computer's iperf3 with its libraries."""
-    program = shutil.which("iperf3")
-    if program is None:
-        raise HvHostError("iperf3 is not on this computer; run `apt-get install iperf3`.")
-    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    libraries = re.findall(r"(/\S+) \(0x", listed)
-    return [
-        cpio.file(f"bench/{Path(each).name}", Path(each).read_bytes(), 0o755)
-        for each in (program, *libraries)
-    ]
-
-
-def _initrd(images: GuestImages, path: Path) -> None:
-    """The guest's own initramfs, and behind it what the measurement needs."""
-    if images.modules is None:
-        raise HvHostError("the guest's modules are not at hand.")
-    virtio = module_entries(images.modules, dict.fromkeys(("virtio_pci", "virtio_net"), ""))
-    entries = [
-        cpio.directory("bench"),
-        cpio.file("bench/echo", build_static(ECHO).read_bytes(), 0o755),
-        *_iperf3(),
-        *(replace(each, name=f"bench/{each.name}") for each in virtio),
-    ]
-    path.write_bytes(images.initrd.read_bytes() + cpio.archive(entries))
 
 
 def network_peer(rounds: int) -> list[Measurement]:
@@ -54,7 +22,8 @@ def network_peer(rounds: int) -> list[Measurement]:
     images = prepare_guest("debian-12", progress=lambda text: print(text, file=sys.stderr))
     with tempfile.TemporaryDirectory() as directory:
         initrd = Path(directory, "initrd")
-        _initrd(images, initrd)
+        echo = cpio.file("bench/echo", build_static(ECHO).read_bytes(), 0o755)
+        write_initrd(images, initrd, ("virtio_pci", "virtio_net"), [echo, *program("iperf3")])
         figures: dict[str, dict[str, list[float]]] = software_host.figures(
             "bench.network_inside", str(images.kernel), str(initrd), str(rounds)
         )

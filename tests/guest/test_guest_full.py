@@ -16,25 +16,25 @@ from hvhost import Machine
 from hvhost.machine.model import HeartbeatStatus
 
 FULL = [name for name in os.environ.get("HVHOST_TEST_FULL", "").split(",") if name]
-BOOT_SECONDS = 400.0
+BOOT_SECONDS = 900.0  # two minutes on a quiet computer; a busy one takes five times that
 
 pytestmark = pytest.mark.skipif(
     not FULL, reason="takes minutes; HVHOST_TEST_FULL=debian-12-full (make test-matrix) runs it"
 )
 
 
-@pytest.mark.timeout(1500)  # the first time it is built
+@pytest.mark.timeout(3600)  # the first time it is built
 @pytest.mark.parametrize("guest", FULL)
 def test_a_complete_debian_boots_from_its_disk(guest: str) -> None:
     async def scenario() -> None:
         async with await Machine.start(guest=guest, memory="1G") as machine:
             await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
             machine.console.send_line("root")
-            await machine.console.expect(r"root@hvhost-guest:~# ", timeout=120)
+            await machine.console.expect(r"root@hvhost-guest:~# ", timeout=300)
             assert (await machine.info()).heartbeat is HeartbeatStatus.OK
 
             async def output(script: str) -> str:
-                result = await machine.execute(["sh", "-c", script], timeout=120)
+                result = await machine.execute(["sh", "-c", script], timeout=300)
                 assert result.status == 0, result
                 return result.text
 
@@ -47,12 +47,12 @@ def test_a_complete_debian_boots_from_its_disk(guest: str) -> None:
                 "active\nactive\nactive"
             )
             await machine.shut_down()
-            assert await machine.wait_stopped(timeout=180) == "the guest powered off"
+            assert await machine.wait_stopped(timeout=600) == "the guest powered off"
 
     asyncio.run(scenario())
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("guest", FULL)
 def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
     """NMI, panic, crash kernel (which meets a bus that another kernel used), dump, restart."""
@@ -62,7 +62,7 @@ def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
         async with await Machine.start(guest=guest, memory="1G", command_line=append) as machine:
 
             async def output(script: str) -> str:
-                result = await machine.execute(["sh", "-c", script], timeout=180)
+                result = await machine.execute(["sh", "-c", script], timeout=600)
                 assert result.status == 0, result
                 return result.text
 

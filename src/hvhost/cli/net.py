@@ -38,28 +38,41 @@ def create(
         str,
         typer.Option(
             metavar="PLUG",
-            help="How the switch reaches further: none, nat, host-only[,address=ADDRESS/LENGTH]"
-            " or tap:NAME.",
+            help="How the switch reaches further: nat, host-only, tap:NAME or none; nat and"
+            " host-only take address=ADDRESS/LENGTH, their own, after a comma.",
         ),
-    ] = "none",
+    ] = "nat",
 ) -> None:
     """Make a virtual switch, into which machines of this computer can be plugged.
 
-    It is a process of its own and lives until it is deleted.
+    It is a process of its own and lives until it is deleted. By nat, which needs the program passt
+    and no rights, machines reach what this computer reaches; with none only each other.
 
     \b
     Examples:
       hvhost net create lan
+      hvhost net create lan --uplink nat,address=10.9.8.1/24,forward=2222:22
+      hvhost net create private --uplink none
       hvhost net create office --uplink tap:tap0
       hvhost run --guest debian-12 --nic switch:lan,vlan=10
     """
+    from hvhost.errors import HvHostError
     from hvhost.network.config import Uplink, check_name, parse_adapter
     from hvhost.network.switch_client import SwitchConfig, start
 
     config = parse_adapter(uplink, name="uplink")
     if config.uplink is Uplink.SWITCH:
         raise typer.BadParameter("a switch cannot be plugged into another.")
-    start(SwitchConfig(check_name(switch), None if config.uplink is Uplink.NONE else config))
+    wanted = SwitchConfig(check_name(switch), None if config.uplink is Uplink.NONE else config)
+    try:
+        start(wanted)
+    except HvHostError as error:
+        if config.uplink is not Uplink.NAT or "passt" not in str(error):
+            raise
+        raise HvHostError(
+            f"{error} A switch whose machines reach only each other needs nothing: "
+            f"`hvhost net create {switch} --uplink none`."
+        ) from error
 
 
 @app.command()
@@ -82,6 +95,8 @@ def list_switches(json: Json = False) -> None:
         return
     for each in found:
         print(f"{each['name']}  uplink {each['uplink'] or 'none'}, process {each['pid']}")
+        for mac, address in each["leases"].items():
+            print(f"  {mac} is given {address}")
         for port in each["ports"]:
             vlan = f" vlan {port['vlan']}" if port["vlan"] else ""
             trunk = f" trunk {len(port['trunk'])} vlans" if port["trunk"] else ""

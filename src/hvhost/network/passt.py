@@ -7,12 +7,14 @@ knows no offloads: sums are made and large segments cut before.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import shutil
 import socket
 import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from hvhost.errors import HvHostError
@@ -24,17 +26,46 @@ from hvhost.network.transmit import Buffers
 #: Bytes read from the socket at once.
 READ_SIZE: Final = 1 << 18
 #: Seconds in which passt gives up if it cannot do what it was told.
-_START_SECONDS = 0.2
+START_SECONDS: Final = 0.2
 _END_SECONDS = 3.0
 _LENGTH = struct.Struct("!I")
 
 
-def start_passt(forwards: tuple[PortForward, ...]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """passt and our end of its socket; :class:`HvHostError` where it is missing or gives up."""
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What passt tells its machine where others share the network: its addresses, the gateway's.
+
+    Without one it passes this computer's own on. IPv6 is left out where this computer has none.
+    """
+
+    address: ipaddress.IPv4Interface
+    gateway: ipaddress.IPv4Address
+    address6: ipaddress.IPv6Address
+    gateway6: ipaddress.IPv6Address
+    gateway_mac: bytes
+
+    @property
+    def options(self) -> list[str]:
+        """As passt takes them."""
+        return [
+            *("-a", str(self.address.ip), "-n", str(self.address.network.prefixlen)),
+            *("-g", str(self.gateway), "-a", str(self.address6), "-g", str(self.gateway6)),
+            *("-M", self.gateway_mac.hex(":")),
+        ]
+
+
+def start_passt(
+    forwards: tuple[PortForward, ...], lease: Lease | None = None, *, wait: float = START_SECONDS
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """passt and our end of its socket; :class:`HvHostError` where it is missing or gives up.
+
+    Whoever does not *wait* is not told that it gives up, but for the end of the socket.
+    """
     if shutil.which("passt") is None:
         raise HvHostError("the network nat needs the program passt; install the package passt.")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno())]
+    command += [] if lease is None else lease.options
     for option, udp in (("-t", False), ("-u", True)):
         ports = [f"{each.host}:{each.guest}" for each in forwards if each.udp is udp]
         command += [option, ",".join(ports) or "none"]
@@ -47,7 +78,7 @@ def start_passt(forwards: tuple[PortForward, ...]) -> tuple[subprocess.Popen[byt
             stderr=errors,
         )
         with contextlib.suppress(subprocess.TimeoutExpired):  # the usual case: it goes on
-            process.wait(_START_SECONDS)
+            process.wait(wait)
             ours.close()
             errors.seek(0)
             said = errors.read().decode("utf-8", "replace").strip().splitlines()

@@ -26,7 +26,8 @@ from typing import Any, Final
 from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
 from hvhost.network import frame
-from hvhost.network.config import AdapterConfig
+from hvhost.network.config import AdapterConfig, Uplink
+from hvhost.network.nat import NatWire
 from hvhost.network.switch import ALL_VLANS, Decision, PortSettings, Switch, TokenBucket
 from hvhost.network.switch_client import (
     CAPTURE_HEADER,
@@ -73,6 +74,7 @@ class SwitchProcess:
         self._ports: dict[int, Port] = {}
         self._captures: dict[int, tuple[socket.socket, str]] = {}
         self._next = 0
+        self._nat: NatWire | None = None
         self._header = memoryview(bytearray(frame.VIRTIO_NET_HDR_SIZE))
         self._frame = memoryview(bytearray(frame.FRAME_LIMIT))
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -161,6 +163,9 @@ class SwitchProcess:
     def _uplink(self, config: AdapterConfig) -> Callable[..., Cable]:
         def cable(*callbacks: Callable[[], None]) -> Cable:
             readable, writable, gone = callbacks
+            if config.uplink is Uplink.NAT:
+                self._nat = NatWire(config, self._loop, readable=readable)
+                return Cable(self._nat, self._nat.close)
             return plug_in(
                 config,
                 self._loop,
@@ -310,6 +315,7 @@ class SwitchProcess:
             "namespace_pid": max(
                 (port.cable.namespace_pid for port in self._ports.values()), default=0
             ),
+            "leases": {} if self._nat is None else self._nat.leases,
             "flooded": self._switch.flooded,
             "suppressed": self._switch.suppressed,
             "ports": [
