@@ -12,12 +12,13 @@ import fcntl
 import os
 import struct
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from hvhost.memory.policy import Claim, Part, reserve, share
+from hvhost.memory.policy import Claim, Part, reserve, share_columns
 from hvhost.units import KIB, parse_size
 
 RESERVE_VARIABLE = "HVHOST_MEMORY_RESERVE"
@@ -27,6 +28,7 @@ STALE_SECONDS = 15.0
 # Nanoseconds of CLOCK_MONOTONIC when it was written; Part.kept, .needed, .wanted and .weight; what
 # the host holds for the machine. All in bytes but for the weight, which is 0 where nobody is.
 _RECORD = struct.Struct("<6Q")
+_COLUMNS, _WEIGHT = 6, 4
 # struct flock ([linux] fcntl.h): type, whence, start, length, process.
 _LOCK = struct.Struct("hhqqi4x")
 
@@ -96,12 +98,11 @@ class Commons:
 
     def target(self, claim: Claim, resident: int) -> int:
         """What this machine should have; *resident* is what the host holds for it already."""
-        parts, held = [self.tell(claim, resident)], resident
-        for part, its in self._others():
-            parts.append(part)
-            held += its
-        host = self._host()
-        return share(parts, host.available + held - self._kept)[0]
+        self.tell(claim, resident)
+        _, kept, needed, wanted, weights, held = self._records()
+        capacity = self._host().available + sum(held) - self._kept
+        shares = share_columns(kept, needed, wanted, weights, capacity)
+        return shares[self._place // _RECORD.size]
 
     def tell(self, claim: Claim, resident: int) -> Part:
         """Write for the others what this machine claims; what of it counts."""
@@ -115,17 +116,19 @@ class Commons:
         host = self._host()
         return max(0, host.available - self._kept)
 
-    def _others(self) -> list[tuple[Part, int]]:
+    def _records(self) -> list[array[int]]:
+        """Columns of all records; what does not count is zero throughout."""
         size = os.fstat(self._descriptor).st_size // _RECORD.size * _RECORD.size
-        data = bytearray(os.pread(self._descriptor, size, 0))
-        data[self._place : self._place + _RECORD.size] = bytes(_RECORD.size)
+        words = array("Q", os.pread(self._descriptor, size, 0))
+        columns = [words[column::_COLUMNS] for column in range(_COLUMNS)]
+        written, weights = columns[0], columns[_WEIGHT]
         oldest = self._clock() - int(STALE_SECONDS * 1e9)
-        records = enumerate(_RECORD.iter_unpack(data))
-        return [
-            (Part(kept, needed, wanted, weight), resident)
-            for index, (written, kept, needed, wanted, weight, resident) in records
-            if weight and (written >= oldest or self._is_held(index * _RECORD.size))
-        ]
+        if min(written) < oldest or not min(weights):
+            for index, (moment, weight) in enumerate(zip(written, weights, strict=True)):
+                if not weight or (moment < oldest and not self._is_held(index * _RECORD.size)):
+                    for column in columns:
+                        column[index] = 0
+        return columns
 
     def close(self) -> None:
         """The machine is over."""
