@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shlex
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from guest.helpers import command, hvhost, wait_for
+from guest.helpers import command, wait_for
+from guest.pages import commands, do, ended
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "network.md"
+PAGE = "network.md"
 pytestmark = [
     pytest.mark.skipif(
         "HVHOST_TEST_GUESTS" not in os.environ,
@@ -28,39 +26,6 @@ pytestmark = [
     ),
     pytest.mark.timeout(900),
 ]
-BOOT_SECONDS = 240.0
-
-
-def commands(heading: str) -> list[list[str]]:
-    """The words of each hvhost command in the first shell block below *heading*."""
-    part = PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    block = re.search(r"^```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
-    assert block is not None, f"the page has no commands below {heading}"
-    found = [shlex.split(line) for line in block[1].splitlines()]
-    assert all(words[0] == "hvhost" for words in found)
-    return [words[1:] for words in found]
-
-
-def do(words: list[str]) -> str:
-    """Run a command of the page; a machine that is started is waited for."""
-    result = hvhost(*words, timeout=200)
-    assert result.returncode == 0, f"hvhost {' '.join(words)}: {result.stdout}{result.stderr}"
-    if words[0] == "run":
-        name = words[words.index("--name") + 1]
-        ready = ["exec", name, "--", "test", "-e", "/run/hvhost-ready"]
-        wait_for(f"the boot of {name}", lambda: not hvhost(*ready).returncode, BOOT_SECONDS)
-    return result.stdout
-
-
-@contextlib.contextmanager
-def ended(*machines: str, switch: str = "") -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for name in machines:
-            hvhost("stop", "--force", name)
-        if switch:
-            hvhost("net", "delete", switch)
 
 
 def lease(name: str) -> str:
@@ -75,7 +40,7 @@ def lease(name: str) -> str:
 def test_ssh_into_a_guest() -> None:
     """But for sshd, which an initramfs has not: somebody else listens at port 22."""
     with ended("demo"):
-        (start,) = commands("Ssh into a guest")
+        (start,) = commands(PAGE, "Ssh into a guest")
         do(start)
         host_port = int(start[start.index("-p") + 1].partition(":")[0])
         lease("demo")
@@ -98,7 +63,7 @@ def test_ssh_into_a_guest() -> None:
 
 def test_several_machines_behind_one_nat() -> None:
     with ended("anna", "bert", switch="team"), socket.create_server(("127.0.0.1", 0)) as server:
-        outputs = [do(words) for words in commands("Several machines behind one NAT")]
+        outputs = [do(words) for words in commands(PAGE, "Several machines behind one NAT")]
         assert "uplink nat" in outputs[-1]
         addresses = [lease(name).partition("/")[0] for name in ("anna", "bert")]
         assert len(set(addresses)) == 2
@@ -119,17 +84,17 @@ def test_several_machines_behind_one_nat() -> None:
 
 def test_two_machines_on_one_private_vlan_with_jumbo_frames_and_a_capture(tmp_path: Path) -> None:
     with ended("one", "two", switch="lan"):
-        outputs = [do(words) for words in commands("Two machines on one private VLAN")]
+        outputs = [do(words) for words in commands(PAGE, "Two machines on one private VLAN")]
         assert "3 packets received" in outputs[-2], "the machines reach each other"
         assert "one/net0 vlan 10" in outputs[-1] and "two/net0 vlan 10" in outputs[-1]
 
-        capture = commands("Capture")[0]
+        capture = commands(PAGE, "Capture")[0]
         assert capture[:2] == ["net", "capture"]
         catching = subprocess.Popen(command(*capture), cwd=tmp_path)
         file = tmp_path / capture[-1]
         wait_for("the capture", lambda: file.exists() and file.stat().st_size)
         time.sleep(1.0)
-        outputs = [do(words) for words in commands("Jumbo frames")]
+        outputs = [do(words) for words in commands(PAGE, "Jumbo frames")]
         assert "3 packets received" in outputs[-1]
         time.sleep(1.0)
         catching.send_signal(signal.SIGINT)
