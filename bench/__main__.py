@@ -52,7 +52,9 @@ def main() -> int:
         for name in chosen:
             console.print(f"measuring {name}…")
             try:
-                measurements += CASES[name](options.rounds)
+                for each in CASES[name](options.rounds):  # what came before an error counts
+                    console.print(f"  {each.figure}: {each.value:.4g} {each.unit}")
+                    measurements.append(each)
             except HvHostError as error:
                 console.print(f"{name}: {error}")
                 failed = True

@@ -55,7 +55,7 @@ def test_filecopy(data: bytes) -> None:
         lambda first, pieces: (
             bytes([first]) + b"".join(bytes([len(piece)]) + piece for piece in pieces)
         ),
-        st.integers(0, 3),
+        st.integers(0, 7),
         st.lists(MESSAGE | st.binary(max_size=100), max_size=9),
     )
 )
