@@ -387,7 +387,7 @@ class Machine:
         self._running().nmi()
 
     def hang(self) -> list[ProcessorInfo]:
-        computer = self._running()
+        computer = self._active()
         computer.hang()
         return computer.where()
 

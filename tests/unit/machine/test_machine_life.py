@@ -840,6 +840,7 @@ def test_a_paused_machine_stands_still_and_goes_on_where_it_was() -> None:
         transport.clock += 10**9  # KVM's goes on
         for call in (
             machine.pause,
+            machine.hang,
             machine.time_sync,
             lambda: machine.shut_down(ShutdownAction.REBOOT),
             lambda: machine.heartbeat_round_trips(1),
