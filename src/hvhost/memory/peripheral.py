@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hvhost.machine.computer import Computer
     from hvhost.machine.model import MachineConfig
 
-#: How long a guest that refused something is left alone.
+#: How long a guest is not asked again to give, or to take, after it did not.
 RETRY_SECONDS = 30.0
 #: How often what the host holds for the guest is counted anew.
 COUNT_SECONDS = 20.0
@@ -84,6 +85,7 @@ class MemoryPeripheral:
         self._goal: int | None = None
         self._problem: str | None = None
         self._rest_until = 0.0
+        self._takes_no_more = False
         self._work_since = self._report_at = 0.0
         self._told = 0
         self._seen = 0
@@ -121,10 +123,15 @@ class MemoryPeripheral:
         if now >= self._count_at:
             self._count_at = now + COUNT_SECONDS
             self._aside(partial(self._count, self._computer))
+        resting = now < self._rest_until
+        if resting and self._takes_no_more:  # nor does it keep from others what it cannot use
+            claim = replace(claim, maximum=max(claim.minimum, claim.assigned))
         target = self._commons.target(claim, self._resident)
-        if not self._device.idle or self._goal is not None or now < self._rest_until:
+        if not self._device.idle or self._goal is not None:
             return
         change = policy.step(claim, target, self._pace, now)
+        if change < 0 and resting and not self._takes_no_more:
+            return  # it gave less than it was asked for; if it needs memory now, it gets some
         if change:
             self._goal, self._problem = claim.assigned + change, None
             self._pursue()
@@ -238,10 +245,14 @@ class MemoryPeripheral:
         return min(pages, max(spare, _SLICE_MIN) // PAGE_SIZE)
 
     def _give_up(self, why: str) -> None:
+        device = self._device
+        self._takes_no_more = (
+            device is not None and self._goal is not None and self._goal > self._assigned(device)
+        )
         self._goal, self._problem = None, why
         self._rest_until = time.monotonic() + RETRY_SECONDS
-        if self._device is not None:
-            self._device.state.wanted = 0
+        if device is not None:
+            device.state.wanted = 0
         self._event("memory", why)
         self._changed.notify_all()
 

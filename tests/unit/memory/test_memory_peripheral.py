@@ -363,6 +363,42 @@ def test_a_refusal_is_not_asked_again_at_once(dynamic: World) -> None:
     assert dynamic.assigned > STARTUP
 
 
+def test_a_guest_that_gave_less_than_asked_gets_what_it_needs_at_once(dynamic: World) -> None:
+    """It had come into need when it was asked."""
+    now = time.monotonic()
+    dynamic.run(120 * MIB, 10, now)
+    dynamic.report(120 * MIB)
+    with dynamic.computer.lock:
+        dynamic.peripheral.tick(now + 10)
+    dynamic.driver.free = dynamic.driver.floor
+    dynamic.driver.run()
+    assert "less than it was asked for" in (dynamic.peripheral.info().problem or "")
+    assert dynamic.assigned == STARTUP
+    dynamic.run(120 * MIB, 10, now + 12)
+    assert dynamic.assigned == STARTUP, "it is not asked again yet"
+    dynamic.run(500 * MIB, 4, now + 22)
+    assert dynamic.assigned > STARTUP
+
+
+def test_a_guest_that_cannot_grow_keeps_nothing_from_others(dynamic: World, tmp_path: Path) -> None:
+    """Linux without memory hot-plug says that it adds nothing only when it is asked."""
+    dynamic.driver.answers_hot_add = (0, 0)
+    dynamic.host.available = reserve(64 * GIB) + 1600 * MIB
+    other = Commons(tmp_path, dynamic.host)
+    hungry = Claim(512 * MIB, 900 * MIB, 256 * MIB, 8 * GIB, 20, 5000)
+    now = time.monotonic()
+    dynamic.run(500 * MIB, 2, now)
+    assert other.target(hungry, 0) < hungry.wanted, "it might grow"
+    assert dynamic.peripheral.info().problem is not None
+    dynamic.run(500 * MIB, 2, now + 2)
+    assert other.target(hungry, 0) == hungry.wanted
+    dynamic.run(500 * MIB, 2, now + 40)
+    assert other.target(hungry, 0) < hungry.wanted, "it is tried again"
+    dynamic.driver.answers_hot_add = None
+    dynamic.run(500 * MIB, 4, now + 80)
+    assert dynamic.assigned > STARTUP
+
+
 def test_what_may_change_while_it_runs(dynamic: World) -> None:
     info = dynamic.peripheral.change(minimum=128 * MIB, maximum=2 * GIB)
     assert info.dynamic == replace(DYNAMIC, minimum=128 * MIB, maximum=2 * GIB)
