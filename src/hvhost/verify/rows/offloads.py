@@ -59,6 +59,8 @@ def _bad_udp(to_mac: str, from_mac: str, source: str, target: str, *, good: bool
 
 @contextlib.contextmanager
 def _large_segments(wire: Cable) -> Iterator[None]:
+    """Both ends' TCP makes them; the host's end is gone with its namespace."""
+    wire.witness.command("sh", "-c", f"echo {_LEAST_SEGMENTS} > {_SETTING}")
     before = wire.probe.read(_SETTING).strip()
     wire.guest(f"echo {_LEAST_SEGMENTS} > {_SETTING}")
     try:
@@ -128,14 +130,13 @@ def _corrupted(wire: Cable) -> Iterator[str]:
 
 def prove(session: Session) -> Iterator[str]:
     """Features on; 64 KiB segments and unmade checksums reach the host, bad ones are caught."""
-    with cable(session) as wire:
+    with cable(session) as wire, _large_segments(wire):
         features = _features(wire)
         off = [name for name in _FEATURES if not features.get(name, "").startswith("on")]
         if off:
             raise RowFailed(f"ethtool -k says off: {', '.join(off)}")
         yield f"ethtool -k: on are {', '.join(_FEATURES)}"
-        with _large_segments(wire):
-            yield from _outgoing(wire)
+        yield from _outgoing(wire)
         yield from _corrupted(wire)
     yield "segmentation and checksum offload, IPv4 and IPv6; wrong checksums are caught both ways"
 
@@ -170,7 +171,7 @@ def _one_by_one(wire: Cable, ipv6: bool, family: str) -> str:
 
 def prove_lro(session: Session) -> Iterator[str]:
     """LRO is on; segments arrive merged, whole by hash, and in their own size with it off."""
-    with cable(session) as wire:
+    with cable(session) as wire, _large_segments(wire):
         if not _features(wire).get("large-receive-offload", "").startswith("on"):
             raise RowFailed("ethtool -k says that large-receive-offload is off")
         yield "ethtool -k: large-receive-offload on, by the driver's own choice"
