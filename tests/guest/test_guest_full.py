@@ -9,11 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from guest.helpers import command, wait_for
 from hvhost import Machine
+from hvhost.guests.full import prepare_full
+from hvhost.machine.backup_model import BackupInfo, BackupState
 from hvhost.machine.model import HeartbeatStatus
+from hvhost.manager.client import MachineClient
 
 FULL = [name for name in os.environ.get("HVHOST_TEST_FULL", "").split(",") if name]
 BOOT_SECONDS = 900.0  # two minutes on a quiet computer; a busy one takes five times that
@@ -82,3 +90,63 @@ def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
             assert re.search(r"Kernel panic - not syncing: .*NMI", told), told[-2000:]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("guest", FULL)
+def test_a_backup_whose_command_is_killed_thaws_the_guest_and_boots(
+    guest: str, tmp_path: Path
+) -> None:
+    """Killed as soon as it freezes the guest's file systems; the worker finishes the backup."""
+
+    async def wait(what: str, condition: Callable[[], object]) -> None:
+        await asyncio.to_thread(wait_for, what, condition, 900.0)
+
+    async def output(machine: Machine, script: str) -> str:
+        result = await machine.execute(["sh", "-c", script], timeout=600)
+        assert result.status == 0, result
+        return result.text
+
+    async def back_up() -> BackupInfo:
+        async with await Machine.start(guest=guest, memory="1G") as machine:
+            await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+            await output(machine, "echo before > /root/before")  # which nobody writes back
+
+            def progress() -> BackupInfo:
+                path = "/v1/machine/backup"
+                return MachineClient(machine.name).ask("GET", path, BackupInfo)
+
+            words = ("backup", machine.name, tmp_path, "--allow-same-volume")
+            killed = subprocess.Popen(command(*words))
+            await wait("the backup", lambda: list(tmp_path.glob("*.partial")))
+            killed.send_signal(signal.SIGKILL)
+            assert killed.wait() == -signal.SIGKILL
+            assert not progress().over
+            await wait("the copy", lambda: progress().state is not BackupState.FREEZING)
+            await output(machine, "echo after > /root/after && sync")  # a frozen system would wait
+            log = await output(machine, "journalctl -o cat | grep 'VSS: op='")
+            assert (log.count("FREEZE: succeeded"), log.count("THAW: succeeded")) == (1, 1), log
+            await wait("the backup's end", lambda: progress().over)
+            return progress()
+
+    async def boot(disk: Path) -> None:
+        system = prepare_full(guest)
+        async with await Machine.start(
+            kernel=system.kernel,
+            initrd=system.initrd,
+            command_line=system.command_line,
+            memory="1G",
+            disks=[str(disk)],
+        ) as machine:
+            await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+            assert await output(machine, "cat /root/before; ls /root") == "before\nbefore"
+            checked = await output(
+                machine, "cat /run/initramfs/fsck.log; journalctl -b -o cat -t systemd-fsck; true"
+            )
+            assert "clean" in checked and "recover" not in checked, checked
+            assert "recover" not in await output(machine, "dmesg | grep EXT4")
+            assert await output(machine, "systemctl list-units --failed --plain --no-legend") == ""
+
+    done = asyncio.run(back_up())
+    assert (done.error, done.warning) == (None, None)
+    asyncio.run(boot(Path(done.path, "scsi0-0.vhdx")))
