@@ -237,6 +237,31 @@ def test_fibre_channel(bench: Bench, image: Path) -> None:
     assert driver.luns() == [2]
 
 
+def test_a_block_device_of_the_host_behind_fibre_channel(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "lun"
+    file.write_bytes(os.urandom(MIB))
+    try:
+        made = subprocess.run(
+            ["losetup", "--find", "--show", file], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no block device can be made here, which takes root and losetup: {error}")
+    device = Path(made.stdout.strip())
+    try:
+        info = bench.storage.add(disk(device, controller="fc0", lun=1))
+        assert info.size == MIB
+        driver = bench.driver()
+        data = os.urandom(4096)
+        write, read = (struct.pack(">BBIBHB", opcode, 0, 16, 0, 8, 0) for opcode in (0x2A, 0x28))
+        assert driver.command(write, lun=1, write=data).ok
+        assert driver.command(read, lun=1, read=4096).data == data
+        assert driver.command(bytes((0x35,)) + bytes(9), lun=1).ok
+        assert file.read_bytes()[16 * 512 :][:4096] == data
+        bench.storage.remove("fc0:1")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def test_adapters_of_the_configuration(image: Path) -> None:
     names = FibreChannelConfig("50014380186b1c2d", "50014380186b1c2e")
     config = replace(CONFIG, fibre_channel=(names,), drives=(disk(image, controller="fc0"),))
