@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import software_host
 from bench.inside import seconds_to_line
-from bench.measurement import Measurement
+from bench.measurement import Measurement, wake_ups
 from bench.memory import policy, resize
 from bench.network import network
 from bench.network_peer import network_peer
@@ -134,27 +134,16 @@ def heartbeat(rounds: int) -> list[Measurement]:
     return figures + [Measurement("exits", reason, count, "") for reason, count in most]
 
 
-def _switches(pid: int) -> int:
-    """How often the threads of a process were woken (the kernel's own count)."""
-    total = 0
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        with contextlib.suppress(FileNotFoundError):
-            for line in status.read_text().splitlines():
-                if line.startswith("voluntary_ctxt_switches"):
-                    total += int(line.split()[1])
-    return total
-
-
 def idle(rounds: int) -> list[Measurement]:
     """Wake-ups of the VMM while the guest does nothing, beside the heartbeats of that time."""
     del rounds
     with running() as client:
         pid = client.info().pid
         time.sleep(5)  # the boot's tail
-        before, start = _switches(pid), time.monotonic()
+        before, start = wake_ups(pid), time.monotonic()
         time.sleep(IDLE_SECONDS)
         taken = time.monotonic() - start
-        woken = _switches(pid) - before
+        woken = wake_ups(pid) - before
     return [
         Measurement(
             "idle",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +22,14 @@ class Measurement:
     def ratio(self) -> float | None:
         """Ours over the other's."""
         return self.value / self.beside if self.beside else None
+
+
+def wake_ups(pid: int) -> int:
+    """How often the threads of a process were woken (the kernel's own count)."""
+    total = 0
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        with contextlib.suppress(FileNotFoundError):
+            for line in status.read_text().splitlines():
+                if line.startswith("voluntary_ctxtwake_ups"):
+                    total += int(line.split()[1])
+    return total

@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.measurement import Measurement
+from bench.measurement import Measurement, wake_ups
 from hvhost.network import frame
 from hvhost.network.wires import DescriptorWire, enlarge
 
 BATCH, BATCHES = 64, 60
 LARGE_BATCH = 2
+IDLE_SECONDS = 5.0
 
 
 class _Sockets:
@@ -203,6 +204,29 @@ def _switched(size: int, batch: int) -> tuple[float, float]:
     return statistics.median(spent), statistics.median(bare)
 
 
+def _idle() -> float:
+    """How often in a second a switch's process wakes up while its two ports say nothing."""
+    from hvhost.network import switch_client
+    from hvhost.network.config import parse_adapter
+
+    name = "bench-idle"
+    switch_client.start(switch_client.SwitchConfig(name, None))
+    ports = []
+    try:
+        for number in range(2):
+            config = parse_adapter(f"switch:{name}", name=f"net{number}")
+            ports.append(switch_client.join(config, "bench"))
+        pid = int(switch_client.info(name)["pid"])
+        time.sleep(1.0)
+        before, start = wake_ups(pid), time.monotonic()
+        time.sleep(IDLE_SECONDS)
+        return (wake_ups(pid) - before) / (time.monotonic() - start)
+    finally:
+        for port in ports:
+            os.close(port)
+        switch_client.stop(name)
+
+
 def network(rounds: int) -> list[Measurement]:
     """Frames of 64 and 1,514 bytes, and segments of 64 KiB, through an adapter, both ways."""
     del rounds
@@ -240,4 +264,5 @@ def network(rounds: int) -> list[Measurement]:
             "network", "64 KiB received", gigabits / received, "Gbit/s", "readv", gigabits / read
         ),
     ]
+    figures.append(Measurement("network", "wake-ups of an idle switch", _idle(), "/s"))
     return figures
