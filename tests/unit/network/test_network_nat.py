@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -379,6 +380,9 @@ def test_two_kernels_on_one_switch_reach_this_computer_and_each_other(
         addresses.append(got["address"])
     assert len(set(addresses)) == 2
     assert sorted(switch_client.info("lan")["leases"].values()) == sorted(addresses)
+    words = [sys.executable, "-m", "hvhost", "net", "ls"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert all(f" is given {address}\n" in told for address in addresses), told
     with echo_server(socket.AF_INET, "127.0.0.1") as port:
         for kernel in kernels * 2:  # by turns, so that an answer to the other would be seen
             said = kernel.command(sys.executable, "-c", EXCHANGE, "192.168.78.1", str(port))
