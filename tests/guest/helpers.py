@@ -28,6 +28,7 @@ def hvhost(
     *words: str | Path,
     timeout: float = 120.0,
     environment: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line; output as text."""
     return subprocess.run(
@@ -38,6 +39,7 @@ def hvhost(
         timeout=timeout,
         check=False,
         env={**os.environ, **(environment or {})},
+        cwd=cwd,
     )
 
 

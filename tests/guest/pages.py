@@ -14,12 +14,17 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 BOOT_SECONDS = 240.0
 
 
+def block(page: str, heading: str, language: str = "sh") -> str:
+    """The first code block in *language* below *heading* of *page*."""
+    part = (DOCS / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    found = re.search(rf"^( *)```{language}\n(.*?)^ *```", part, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page} has no block of {language} below {heading}"
+    return "".join(line.removeprefix(found[1]) for line in found[2].splitlines(keepends=True))
+
+
 def commands(page: str, heading: str) -> list[list[str]]:
     """The words of each hvhost command in the first shell block below *heading* of *page*."""
-    part = (DOCS / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    block = re.search(r"^```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
-    assert block is not None, f"{page} has no commands below {heading}"
-    found = [shlex.split(line, comments=True) for line in block[1].splitlines()]
+    found = [shlex.split(line, comments=True) for line in block(page, heading).splitlines()]
     assert all(words[0] == "hvhost" for words in found)
     return [words[1:] for words in found]
 

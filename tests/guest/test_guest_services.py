@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from guest.conftest import Start
 from guest.helpers import Guest, wait_for
+from hvhost import Machine
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
+from hvhost.guests.full import FullGuest, prepare_full
+from hvhost.machine.model import KvpPool
+from hvhost.storage.operations import create_differencing
 
 SIZE = 300 << 20
 WHOLE = "HVHOST_TEST_GUESTS" in os.environ
+FULL = [name for name in os.environ.get("HVHOST_TEST_FULL", "").split(",") if name]
+FULL_BOOT_SECONDS = 400.0
+POOLS = "/var/lib/hyperv/.kvp_pool_"
 
 
 @pytest.mark.timeout(2500)
@@ -32,7 +41,8 @@ def test_a_file_of_several_hundred_megabytes(
             block = os.urandom(1 << 20)
             digest.update(block)
             file.write(block)
-    guest: Guest = start(images, cpus=2, memory=1 << 30)
+    # One processor: a daemon that is woken on another one costs an interrupt more, a message.
+    guest: Guest = start(images, cpus=1, memory=1 << 30)
     small = tmp_path / "small"
     small.write_text("small")
 
@@ -49,3 +59,80 @@ def test_a_file_of_several_hundred_megabytes(
     assert done.copied == SIZE
     told = guest.run("sha256sum /tmp/copied/large", 600.0)
     assert told.split()[0] == digest.hexdigest()
+
+
+@pytest.mark.timeout(2000)  # the first time the guest is built
+@pytest.mark.parametrize("guest", FULL or [None])
+def test_what_a_guest_stored_outlives_its_machine_with_its_disk(
+    guest: str | None, tmp_path: Path
+) -> None:
+    """A machine, and then another one with the same disk: its own name is in pool 3, not the old.
+
+    The first one's host forgets all about them; only the guest's files can tell.
+    """
+    if guest is None:
+        pytest.skip("takes minutes; HVHOST_TEST_FULL=debian-12-full (make test-matrix) runs it")
+    system = prepare_full(guest)
+    disk = tmp_path / "kept.vhdx"
+    create_differencing(disk, system.disk)
+    asyncio.run(_store(system, disk))
+    asyncio.run(_find(system, disk))
+
+
+def _started(system: FullGuest, disk: Path, name: str) -> asyncio.Future[Machine]:
+    return asyncio.ensure_future(
+        Machine.start(
+            kernel=system.kernel,
+            initrd=system.initrd,
+            command_line=system.command_line,
+            memory="1G",
+            name=name,
+            disks=[str(disk)],
+        )
+    )
+
+
+async def _output(machine: Machine, script: str) -> str:
+    result = await machine.execute(["sh", "-c", script], timeout=120)
+    assert result.status == 0, result
+    return result.text
+
+
+async def _host_records(machine: Machine) -> str:
+    """Pool 3 in the guest's file, once its daemon has been given it."""
+    deadline = time.monotonic() + FULL_BOOT_SECONDS
+    while True:
+        try:
+            found = await _output(machine, f"tr '\\0' ' ' <{POOLS}3")
+            if f"VirtualMachineName {machine.name} " in " ".join(found.split()) + " ":
+                return found
+            reason = found
+        except (HvHostError, AssertionError) as error:
+            reason = str(error)
+        assert time.monotonic() < deadline, f"pool 3 was not written: {reason}"
+        await asyncio.sleep(1.0)
+
+
+async def _store(system: FullGuest, disk: Path) -> None:
+    async with await _started(system, disk, "first") as machine:
+        await _host_records(machine)
+        await machine.kvp_set("role", "web")
+        await machine.kvp_set("through the daemon", "kept", KvpPool.GUEST)
+        # As a program of the guest does it: 512 bytes of key, 2,048 of value.
+        fields = "; ".join(
+            f"printf %s {text} | dd bs={size} count=1 conv=sync 2>/dev/null"
+            for text, size in (("by-a-program", 512), ("kept", 2048))
+        )
+        await _output(machine, f"{{ {fields}; }} >>{POOLS}1")
+        assert await machine.kvp_get("by-a-program") == "kept"
+        await machine.shut_down()
+        assert await machine.wait_stopped(timeout=FULL_BOOT_SECONDS) == "the guest powered off"
+
+
+async def _find(system: FullGuest, disk: Path) -> None:
+    async with await _started(system, disk, "second") as machine:
+        records = await _host_records(machine)
+        assert "first" not in records.split()
+        for key in ("through the daemon", "by-a-program"):
+            assert await machine.kvp_get(key, KvpPool.GUEST) == "kept"
+        assert "role" in (await _output(machine, f"tr '\\0' ' ' <{POOLS}0")).split()

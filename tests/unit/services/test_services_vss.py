@@ -121,11 +121,26 @@ def test_file_systems_that_freeze_for_nobody_are_thawed_at_once(daemon: Daemon) 
     results: list[Result] = []
     done = results.append
     daemon.device.request(FREEZE, done)
-    daemon.device.abandon(lambda result: None)  # somebody else's
     daemon.device.abandon(done)
     daemon.run()
     assert daemon.asked == [FREEZE, THAW] and not results
     assert not daemon.frozen and not daemon.device.state.frozen
+
+
+def test_nobody_gives_up_for_others(daemon: Daemon) -> None:
+    results = daemon.ask(FREEZE)
+    daemon.device.abandon(lambda result: None)
+    daemon.run()
+    assert results == [VssAnswer(0)] and daemon.frozen
+
+
+def test_a_channel_that_closes_over_a_thaw_that_nobody_waits_for(daemon: Daemon) -> None:
+    daemon.ask(FREEZE)
+    daemon.run()
+    for seconds in (100.0, 100.0 + FROZEN_SECONDS):
+        daemon.device.tick(seconds)
+    daemon.guest.server.reset()
+    assert not daemon.device.ready and daemon.device.state.frozen
 
 
 def test_a_daemon_that_died_frozen_is_asked_again_until_another_thaws(daemon: Daemon) -> None:

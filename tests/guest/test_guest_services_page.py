@@ -1,0 +1,141 @@
+"""What docs/services.md and docs/sockets.md have people type does what they say, with a real guest.
+
+And what no page can show: that each service can be switched off and on while the guest runs.
+``make test-matrix`` runs this; it takes minutes on emulated processors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest import pages
+from guest.helpers import hvhost, wait_for
+from hvhost.machine.model import HeartbeatStatus
+from hvhost.manager.client import MachineClient
+
+GUEST = "debian-12"  # has all daemons
+NAME = "demo"  # the pages' word
+POOL = "/var/lib/hyperv/.kvp_pool_0"
+DEVICES = "/sys/bus/vmbus/devices"
+pytestmark = [
+    pytest.mark.skipif(
+        "HVHOST_TEST_GUESTS" not in os.environ,
+        reason="minutes on emulated processors; `make test-matrix` runs it",
+    ),
+    pytest.mark.timeout(900),
+]
+
+
+def inside(script: str) -> str:
+    """Standard output of a shell script in the guest, which must succeed."""
+    return pages.do(["exec", NAME, "--", "sh", "-c", script])
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[MachineClient]:
+    """The machine that all pages speak of, with its drivers and daemons."""
+    with pages.ended(NAME):
+        pages.do(["run", "--name", NAME, "--guest", GUEST, "--cpus", "2", "--detach"])
+        client = MachineClient(NAME)
+        wait_for("the daemons", lambda: client.info().kvp_ready, pages.BOOT_SECONDS)
+        yield client
+
+
+def test_time(demo: MachineClient) -> None:
+    (sync,) = pages.commands("services.md", "Time")
+    inside("date -s @$(($(date +%s) - 3600))")
+    pages.do(sync)
+    assert abs(time.time() - int(inside("date +%s"))) < 10
+
+
+def test_pause(demo: MachineClient) -> None:
+    pause, resume = pages.commands("services.md", "Pause")
+    pages.do(pause)
+    for words in (["exec", NAME, "--", "true"], ["kvp", NAME, "list"], ["time", NAME, "sync"]):
+        refused = hvhost(*words)
+        assert refused.returncode == 1, words
+        assert f"'{NAME}' is paused; `hvhost resume {NAME}`" in refused.stderr
+    pages.do(resume)
+    assert inside("echo on") == "on\n"
+
+
+def test_key_value_pairs(demo: MachineClient) -> None:
+    words = pages.commands("services.md", "Key-value pairs")
+    said = {}
+    for each in words:
+        said[each[2]] = pages.do(each)
+        if each[2] == "set":
+            assert "role\nweb\n" in inside(f"tr -s '\\0' '\\n' <{POOL}")
+        if each[-1] == "--json":
+            items = json.loads(said["list"])
+            assert {"pool": "external", "key": "role", "value": "web"} in items
+            assert {"VirtualMachineName"} <= {each["key"] for each in items}
+        elif each[-1] == "auto":
+            assert "OSName" in said["list"] and "role" not in said["list"]
+    assert said["get"] == "Debian\n"
+    assert "role" not in inside(f"tr -s '\\0' '\\n' <{POOL}")
+
+
+def test_commands(demo: MachineClient) -> None:
+    (words,) = pages.commands("sockets.md", "Commands")
+    assert len(pages.do(words).splitlines()) == 3
+    result = hvhost("exec", NAME, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (result.stdout, result.stderr, result.returncode) == ("out\n", "err\n", 7)
+
+
+def test_files(demo: MachineClient, tmp_path: Path) -> None:
+    (words,) = pages.commands("sockets.md", "Files")
+    (tmp_path / words[2]).write_text("[app]\n")
+
+    def taken() -> bool:  # the daemon registers in its own time
+        return not hvhost(*words, cwd=tmp_path).returncode
+
+    wait_for("the file copy daemon", taken, pages.BOOT_SECONDS)
+    assert inside(f"cat {words[3]}{words[2]}") == "[app]\n"
+
+
+def test_every_service_is_switched_off_and_on(demo: MachineClient) -> None:
+    """Off: gone from the guest's bus, and said so. On: its driver takes it anew."""
+    listing, disable = pages.commands("sockets.md", "Services")
+    pages.do(listing)
+    names = {each["name"] for each in json.loads(pages.do([*listing, "--json"]))}
+    assert names == {"heartbeat", "shutdown", "timesync", "kvp", "file-copy", "vss", "sockets"}
+    instances = {each.name: each.interface_instance for each in demo.info().channels}
+    for name in sorted(names - {"sockets"}):
+        device = f"{DEVICES}/{instances[name]}"
+
+        def driver(device: str = device) -> str:
+            return inside(f"ls -d {device} || echo gone; readlink {device}/driver || true")
+
+        assert driver().endswith("/hv_utils\n")
+        switch = [name if word == disable[-1] else word for word in disable]
+        pages.do(switch)
+        wait_for(f"{name} to go", lambda driver=driver: driver() == "gone\n", 90)  # type: ignore[misc]
+        pages.do([word.replace("--disable", "--enable") for word in switch])
+        wait_for(f"{name} to come", lambda driver=driver: driver().endswith("/hv_utils\n"), 90)  # type: ignore[misc]
+    wait_for("the heartbeat", lambda: demo.info().heartbeat is HeartbeatStatus.OK)
+    wait_for("the services", lambda: demo.info().shutdown_ready and demo.info().timesync_ready)
+    wait_for("the daemons", lambda: demo.info().kvp_ready and demo.info().file_copy_ready)
+    pages.do(["services", NAME, "--disable", "sockets"])
+    refused = hvhost("services", NAME, "--disable", "socks")
+    assert refused.returncode == 1 and "There is no service 'socks'" in refused.stderr
+    assert inside("echo by the serial line") == "by the serial line\n"
+    pages.do(["services", NAME, "--enable", "sockets"])
+
+
+def test_the_example_in_python() -> None:
+    code = pages.block("sockets.md", "Streams: Hyper-V sockets", "python")
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"from the guest: \d+\.\d+\S*\n", result.stdout), result.stdout
