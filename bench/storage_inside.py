@@ -1,16 +1,18 @@
-"""Runs inside a software KVM host: fio in a guest, on one file behind three kinds of disk.
+"""Runs inside a software KVM host: fio in a guest, on one block device behind three kinds of disk.
 
 ``python -m bench.storage_inside KERNEL INITRD ROUNDS`` prints one JSON object: for each kind of
 disk and each of :data:`JOBS`, a list of pairs: transfers a second as fio in the guest counts them,
 and seconds of processor that the host's program used in a second of that, without what its guest
-used. hvhost has one machine, QEMU another with both of its disks; file, kernel and memory are the
-same, and both go through the host's page cache, which holds all of the file.
+used. hvhost has one machine, QEMU another with both of its disks; device, kernel and memory are the
+same, and both go through the host's page cache, which holds all of it. It is a loop device, because
+the files there are in a tmpfs, which cannot tell whether a read would wait.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 from bench.inside_guests import LINKER, Start, Started, hvhost, qemu
 from hvhost.errors import HvHostError
 
-FILE, SIZE_MIB = "/var/tmp/bench-disk.img", 128
+FILE, DEVICE, SIZE_MIB = Path("/var/tmp/bench-disk.img"), "/dev/loop0", 128
 #: What fio does, by a name for it: the pattern, the bytes of a transfer, how many are under way.
 JOBS: dict[str, tuple[str, int, int]] = {
     "read 4 KiB, depth 1": ("randread", 4 << 10, 1),
@@ -29,12 +31,12 @@ JOBS: dict[str, tuple[str, int, int]] = {
 MEASURED_SECONDS, WAIT_SECONDS = 5.0, 90.0
 #: Program, words for the disk, and what the disk is in the guest.
 MACHINES: tuple[tuple[Start, list[str], dict[str, str]], ...] = (
-    (hvhost, ["--disk", FILE], {"hvhost": "sda"}),
+    (hvhost, ["--disk", DEVICE], {"hvhost": "sda"}),
     (
         qemu,
         [
-            *("-drive", f"file={FILE},format=raw,if=none,id=blk,file.locking=off"),
-            *("-drive", f"file={FILE},format=raw,if=none,id=scsi,file.locking=off"),
+            *("-drive", f"file={DEVICE},format=raw,if=none,id=blk,file.locking=off"),
+            *("-drive", f"file={DEVICE},format=raw,if=none,id=scsi,file.locking=off"),
             *("-device", "virtio-blk-pci,drive=blk"),
             *("-device", "virtio-scsi-pci,id=bus", "-device", "scsi-hd,drive=scsi,bus=bus.0"),
         ],
@@ -85,9 +87,10 @@ def measure(machine: Started, disk: str, pattern: str, size: int, depth: int) ->
 def main() -> int:
     kernel, initrd, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
     content = os.urandom(1 << 20)
-    with Path(FILE).open("wb") as file:
+    with FILE.open("wb") as file:
         for _ in range(SIZE_MIB):
             file.write(content)
+    subprocess.run(["losetup", DEVICE, FILE], check=True)
     figures: dict[str, dict[str, list[list[float]]]] = {}
     for _ in range(rounds):
         for start, devices, disks in MACHINES:

@@ -1,4 +1,4 @@
-"""fio in a guest in a software KVM host, beside QEMU's virtio disks: same file, same run."""
+"""fio in a guest in a software KVM host, beside QEMU's virtio disks: same device, same run."""
 
 from __future__ import annotations
 

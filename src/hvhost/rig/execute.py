@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).with_name("execute.sh")
 _STARTED = b"started\n"
 STREAMS = ("stdin", "stdout", "stderr", "status")
 _MODULES = dict.fromkeys(
-    ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "tun", "kvm_amd"), ""
+    ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "tun", "loop", "kvm_amd"), ""
 )
 _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "TERM", "XDG_CACHE_HOME")
 
