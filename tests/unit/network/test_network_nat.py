@@ -243,7 +243,10 @@ def test_a_passt_that_ends_is_started_anew_but_not_at_once(
     assert len(passts.started) == 3 and member.wire is not None
 
 
-def test_a_passt_that_takes_nothing_holds_up_nobody(passts: Passts) -> None:
+def test_a_passt_that_takes_nothing_holds_up_nobody(
+    passts: Passts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nat, "QUEUE_LIMIT", 16)
     bench = Bench(passts)
     stuck, other = machine(1), machine(2)
     large = GATEWAY_MAC + stuck + b"\x08\x00" + bytes(60_000)
