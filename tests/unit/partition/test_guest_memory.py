@@ -92,6 +92,19 @@ def test_an_error_names_the_range() -> None:
         memory.load32(2)
 
 
+def test_there_is_nothing_below_the_first_region() -> None:
+    backing = bytearray(b"\x5a" * HIGH)
+    memory = GuestMemory([MemoryRegion(GAP, memoryview(backing))])
+    for access in (
+        lambda: memory.read(GAP - 8, 8),
+        lambda: memory.load32(GAP - 8),
+        lambda: memory.store64(GAP - 8, 1),
+    ):
+        with pytest.raises(GuestMemoryError, match="0xfff8"):
+            access()
+    assert backing == b"\x5a" * HIGH
+
+
 @pytest.mark.parametrize("offset", range(1, 8))
 def test_a_word_between_words(offset: int) -> None:
     memory, backing = two_regions()

@@ -208,6 +208,20 @@ def test_every_level_may_forbid_execution(level: int) -> None:
     assert find_self_jump(guest.vcpus[0], guest.memory) is None
 
 
+@pytest.mark.parametrize("level", [12, 39])
+def test_only_two_levels_may_name_a_large_page(level: int) -> None:
+    """In the last one that bit is of the page's caching, in the first one reserved."""
+    guest = Guest()
+    guest.map(TEXT, 0x10000, JUMP)
+    table = TABLES
+    for shift in (39, 30, 21, 12):
+        place = table + 8 * (TEXT >> shift & 511)
+        table = guest.entry(place) & 0xFFFFFFFFFF000
+        if shift == level:
+            guest.write_entry(place, guest.entry(place) | 0x80)
+    assert find_self_jump(guest.vcpus[0], guest.memory) == TEXT
+
+
 def test_an_entry_that_is_not_present_names_no_page() -> None:
     """The rest of it is the guest's own: where it swapped the page to, say."""
     guest = Guest()

@@ -77,6 +77,25 @@ def test_a_busy_slot_is_asked_to_tell_when_it_is_free() -> None:
     assert guest.message_line.raised == 3
 
 
+def test_a_slot_that_becomes_free_while_it_is_looked_at() -> None:
+    class Racing(GuestMemory):
+        """The guest takes its message just after the host saw it there."""
+
+        def load32(self, address: int) -> int:
+            value = super().load32(address)
+            super().store32(address, 0)
+            return value
+
+    guest = Guest()
+    guest.synic.post(1, b"one")
+    racing = Racing(guest.memory.regions)
+    synic = Synic(racing, 3, guest.message_line, guest.event_line)
+    synic.registers_changed(1, FLAGS | 1, MESSAGES | 1)
+    synic.post(1, b"two")
+    assert guest.message() == (1, 0, b"two"), "nobody tells of a slot that is free already"
+    assert guest.message_line.raised == 2
+
+
 def test_messages_wait_for_the_page() -> None:
     guest = Guest(messages=MESSAGES)
     guest.synic.post(1, b"early")
