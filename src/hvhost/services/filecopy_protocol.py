@@ -80,8 +80,8 @@ def parse_target(destination: str, source_name: str) -> Target:
     if "\0" in destination or target.name in ("", ".", ".."):
         raise HvHostError(f"{destination!r} names no file in the guest.")
     for text in (target.path, target.name):
-        # The driver converts to UTF-8 and cuts, silently, what is longer.
-        if max(len(_utf16(text)) // 2, len(_utf8(text))) >= W_MAX_PATH:
+        # The driver converts to UTF-8 and cuts, silently, what is longer; UTF-16 has no more units.
+        if len(_utf8(text)) >= W_MAX_PATH:
             raise HvHostError(
                 f"{text[:40]!r}… is too long for file copy; a directory and a file name may have "
                 f"{W_MAX_PATH - 1} bytes each."

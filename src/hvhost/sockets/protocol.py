@@ -158,8 +158,8 @@ def decode_data(payload: bytes) -> bytes:
 
 
 def data_size(ring_size: int) -> int:
-    """Bytes of data to put into one packet for a ring of *ring_size* bytes.
+    """Bytes of data to put into one packet for a ring of *ring_size* bytes, a page at least.
 
     A quarter of the ring, so that the guest reads one while the next ones are written.
     """
-    return max(8, min(HVS_MTU_SIZE, ring_size // 4 - HVS_PACKET_OVERHEAD))
+    return min(HVS_MTU_SIZE, ring_size // 4 - HVS_PACKET_OVERHEAD)

@@ -597,3 +597,19 @@ def test_a_device_that_is_not_open_cannot_be_written_to() -> None:
         device.send(b"x")
     with pytest.raises(LocalProtocolError):
         device.finish()
+
+
+def test_a_device_takes_nothing_after_the_last_packet(host: SocketHost) -> None:
+    guest, program = host.guest_to_host()
+    (connection,) = host.bridge.connections
+    device = connection._device
+    assert device is not None
+    device.finish()
+    assert not device.writable
+    with pytest.raises(LocalProtocolError, match="port 5000 cannot be written to now"):
+        device.send(b"x")
+    with pytest.raises(LocalProtocolError):
+        device.finish()
+    host.run()
+    assert guest.receive() == b"" and guest.ended
+    program.close()

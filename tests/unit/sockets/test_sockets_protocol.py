@@ -63,7 +63,18 @@ def test_no_port(port: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-1", "4294967296", "1" * 5000, "12a", "²", "{" + str(OWN) + "}", str(OWN)[:-1], "g" * 36],
+    [
+        "",
+        "-1",
+        "4294967296",
+        "1" * 5000,
+        "12a",
+        "²",
+        "٢٢",
+        "{" + str(OWN) + "}",
+        str(OWN)[:-1],
+        "g" * 36,
+    ],
 )
 def test_no_service(text: str) -> None:
     with pytest.raises(HvHostError, match="no socket"):
