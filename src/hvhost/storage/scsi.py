@@ -210,8 +210,6 @@ def give(data: Sequence[memoryview], content: bytes, allocation_length: int) -> 
         part = content[position : position + len(buffer)]
         buffer[: len(part)] = part
         position += len(part)
-        if position >= len(content):
-            break
     return position
 
 

@@ -183,7 +183,9 @@ def test_a_full_ring_of_requests_waits_there(disk: Faulty) -> None:
     first = driver.start(struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0), read=512)
     tags += [driver.start(cdb_read) for _ in range(MAXIMUM_OUTSTANDING + 100)]
     session = host.controller._session
-    assert session is not None and session.outstanding <= MAXIMUM_OUTSTANDING
+    assert session is not None
+    session.deliver()  # nothing was answered that would make room
+    assert MAXIMUM_OUTSTANDING - 2 <= session.outstanding <= MAXIMUM_OUTSTANDING
     disk.gate.set()
     assert all(driver.finish(tag).ok for tag in [*tags, first])
     assert session.outstanding == 0
@@ -199,6 +201,30 @@ def test_absent_units(host: StorageHost) -> None:
     # Linux would take INVALID_LUN from elsewhere for path 0's unit of that number.
     assert driver.command(bytes(6), path=1).key == (5, 0x25, 0)
     assert driver.luns() == [0] and driver.luns(lun=9) == [0] and driver.luns(target=1) == []
+
+
+@pytest.mark.parametrize("opcode", [0x28, 0x88, 0xA8])
+def test_a_command_shorter_than_its_kind_is(host: StorageHost, opcode: int) -> None:
+    driver = host.connect()
+    assert driver.command(bytes((opcode, 0, 0, 0, 0, 0)), read=512).key == (5, 0x24, 0)
+    assert driver.read(0, 1).ok and not host.guest.faults
+
+
+def test_units_that_come_and_go_before_the_guest_looks(host: StorageHost, tmp_path: Path) -> None:
+    """It hears of none and is owed nothing: it will see what is there."""
+    (relid,) = host.guest.connect()
+    driver = host.open(relid)
+    host.add(DiskUnit(RawDisk.create(tmp_path / "second", MIB)), 3)
+    with host.lock:
+        host.controller.announce()
+        host.controller.remove(3)
+        host.controller.announce()
+    assert host.controller.state.leaving == set()
+    driver.look()
+    assert driver.notices == []
+    driver.initialize()
+    driver.look()
+    assert driver.notices == [] and driver.luns() == [0]
 
 
 def test_units_come_and_go(host: StorageHost, tmp_path: Path) -> None:
@@ -290,7 +316,8 @@ def test_sub_channels(disk: Faulty) -> None:
     _, properties = driver.operate(10)
     count, flags = struct.unpack_from("<4xH2xI", properties)
     assert (count, flags) == (2, 1)
-    assert driver.operate(13, struct.pack("<H", 3))[0] != 0
+    for too_many_or_none in (3, 0):
+        assert driver.operate(13, struct.pack("<H", too_many_or_none))[0] == 0xC000000D
     assert driver.operate(13, struct.pack("<H", 2))[0] == 0
     assert driver.operate(13, struct.pack("<H", 2))[0] != 0
     host.guest.collect_offers()
@@ -299,6 +326,7 @@ def test_sub_channels(disk: Faulty) -> None:
     others = [host.open(relid) for relid in subs]
     data = os.urandom(4096)
     assert others[0].write(9, data).ok and others[1].read(9, 8).data == data
+    assert others[0].luns() == [0] and others[1].write(9, data, fua=True).ok
     del host.guest.open_channels[1]
     host.guest.post(CloseChannel(1))
     assert sorted(host.guest.take_rescinds()) == subs
@@ -306,6 +334,28 @@ def test_sub_channels(disk: Faulty) -> None:
     assert host.connect().read(9, 8).data == data
     host.close()
     assert not host.guest.faults
+
+
+def test_sub_channels_take_commands_only(disk: Faulty) -> None:
+    host = StorageHost.build(DiskUnit(disk), processors=5)
+    driver = host.connect()
+    assert driver.operate(13, struct.pack("<H", 1))[0] == 0
+    host.guest.collect_offers()
+    (relid,) = (relid for relid, offer in host.guest.offers.items() if offer.sub_channel_index)
+    host.open(relid).channel.write(_packet(7), transaction_id=77)
+    (fault,) = host.guest.faults
+    assert "takes commands only" in fault
+    assert host.controller.state.phase is Phase.READY and driver.read(0, 1).ok
+    host.close()
+
+
+def test_an_old_driver_knows_no_sub_channels(disk: Faulty) -> None:
+    host = StorageHost.build(DiskUnit(disk), processors=9)
+    driver = host.connect(WIN7)
+    assert struct.unpack_from("<4xH2xI", driver.operate(10)[1]) == (0, 0)
+    assert driver.operate(13, struct.pack("<H", 1))[0] == 0xC000000D
+    assert not host.sub_channels
+    host.close()
 
 
 def test_fibre_channel_names(disk: Faulty) -> None:
@@ -376,10 +426,28 @@ def test_what_a_guest_must_not_send(disk: Faulty, payload: bytes, kind: int, wor
     host.close()
 
 
-def test_commands_before_initialization(disk: Faulty) -> None:
-    host = StorageHost.build(DiskUnit(disk))
+@pytest.mark.parametrize(
+    ("before", "operation", "name"),
+    [
+        ((), 9, "QUERY_PROTOCOL_VERSION"),
+        ((), 3, "EXECUTE_SRB"),
+        ((7,), 10, "QUERY_PROPERTIES"),
+        ((7,), 8, "END_INITIALIZATION"),
+        ((7, 9, 10), 13, "CREATE_SUB_CHANNELS"),
+        ((7, 9, 10), 3, "EXECUTE_SRB"),
+        ((7, 9, 8, 7), 3, "EXECUTE_SRB"),
+    ],
+)
+def test_what_comes_too_early(
+    disk: Faulty, before: tuple[int, ...], operation: int, name: str
+) -> None:
+    host = StorageHost.build(DiskUnit(disk), processors=9)
     (relid,) = host.guest.connect()
-    host.open(relid).channel.write(_packet(3), transaction_id=77)
+    driver = host.open(relid)
+    for earlier in before:
+        assert driver.operate(earlier, struct.pack("<HH", WIN10, 0))[0] == 0
+    driver.channel.write(_packet(operation), transaction_id=77)
     (fault,) = host.guest.faults
-    assert "EXECUTE_SRB came too early" in fault
+    assert f"{name} came too early" in fault
+    assert not host.sub_channels
     host.close()

@@ -311,6 +311,13 @@ def test_unmap_lists(data: bytes) -> None:
         assert len(found) <= max(0, len(data) - 8) // 16
 
 
+def test_an_unmap_list_says_itself_how_long_it_is() -> None:
+    ranges = struct.pack(">QII", 1, 2, 0) + struct.pack(">QII", 3, 4, 0)
+    for said, count in ((32, 2), (48, 2), (31, 1), (16, 1), (15, 0), (0, 0)):
+        found = scsi.parse_unmap(struct.pack(">HHI", 38, said, 0) + ranges)
+        assert found == [(1, 2), (3, 4)][:count], said
+
+
 # DVD.
 
 
