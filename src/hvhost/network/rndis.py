@@ -325,9 +325,9 @@ def decode_packet(head: bytes, available: int) -> DataMessage:
     if kind != _DATA:
         raise RemoteProtocolError(f"RNDIS message type {kind:#x} came where frames belong.")
     body = length - HEADER_SIZE
-    if not PACKET_SIZE <= length <= available:
+    if length > available:
         raise RemoteProtocolError(f"an RNDIS packet of {length} bytes came in {available} bytes.")
-    if offset < PACKET_SIZE - HEADER_SIZE or offset > body or size > body - offset:
+    if offset < PACKET_SIZE - HEADER_SIZE or size > body - offset:
         raise RemoteProtocolError(
             f"an RNDIS packet of {length} bytes puts {size} bytes of data at {offset}."
         )
@@ -356,7 +356,7 @@ def _per_packet_info(
         if left < _INFO.size:
             raise RemoteProtocolError(f"per-packet information ends with {left} stray bytes.")
         size, kind, offset = _INFO.unpack_from(head, position)
-        if not 12 <= size <= left or not 12 <= offset <= size:
+        if not 12 <= offset <= size <= left:
             raise RemoteProtocolError(
                 f"per-packet information {kind:#x} of {size} bytes with its value at {offset} "
                 f"does not fit in {left} bytes."
