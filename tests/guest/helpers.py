@@ -20,7 +20,7 @@ from hvhost.manager.definition import define
 from hvhost.verify.guest import Probe
 from hvhost.verify.live import LiveMachine
 
-BOOT_SECONDS = 90.0
+BOOT_SECONDS = 300.0
 """A guest in the rig needs five seconds, on a busy computer several times that."""
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +51,25 @@ def test_a_copy_that_is_interrupted_is_cancelled(runtime: Path, config: MachineC
     with pytest.raises(KeyboardInterrupt):
         client.copy(Path(config.kernel), "/x", watch=interrupt)
     assert "cancelled after 600" in str(client.copy_progress().error)
+
+
+def test_a_copy_on_a_terminal_shows_how_far_it_is_until_it_is_interrupted(
+    runtime: Path, config: MachineConfig
+) -> None:
+    begin(config, "slow-copy")
+    person, terminal = os.openpty()
+    command = [sys.executable, "-P", "-m", "hvhost", "copy", "m1", config.kernel, "/x"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
+        seen = b""
+        while b"600/1" not in seen:
+            assert select.select([person], [], [], 60)[0], seen
+            seen += os.read(person, 1000)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    os.close(person)
+    assert "cancelled after 600" in str(MachineClient("m1").copy_progress().error)
 
 
 def test_services(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:

@@ -185,6 +185,8 @@ def test_a_freeze_that_comes_too_late_is_undone(daemon: Daemon) -> None:
 def test_a_check_without_an_answer_is_given_up(daemon: Daemon) -> None:
     results = daemon.ask(CHECK)
     daemon.device.tick(5.0)
+    daemon.device.tick(4.0 + ANSWER_SECONDS)
+    assert not results
     daemon.device.tick(5.0 + ANSWER_SECONDS)
     assert "HOT_BACKUP within 40 seconds" in sentence(results)
     daemon.run()
