@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -19,7 +19,8 @@ from hvhost.storage.mode import ModeParameters
 from hvhost.storage.optical import OpticalUnit
 from hvhost.storage.raw import RawDisk
 from hvhost.storage.scsi import CheckCondition
-from hvhost.storage.unit import EVENT_EJECT_REQUEST
+from hvhost.storage.unit import EVENT_EJECT_REQUEST, MAXIMUM_ATTENTIONS, UnitState
+from simulated.storage import MemoryDisk
 
 MIB = 1 << 20
 SIZE = 2 * MIB
@@ -267,6 +268,10 @@ def test_mode_pages(unit: DiskUnit, code: int) -> None:
         (bytes(4) + bytes((8, 18, 0x04)) + bytes(17), None),
         (bytes(4) + bytes((8, 18, 0x01)) + bytes(17), (5, 0x26, 0)),
         (bytes(4) + bytes((8, 17)) + bytes(17), (5, 0x26, 0)),
+        (bytes(4) + bytes((8, 0)), (5, 0x26, 0)),
+        (bytes(4) + bytes((8,)), (5, 0x1A, 0)),
+        (bytes(4) + bytes((10, 10)) + bytes(10), None),
+        (b"", None),
         (bytes(4) + bytes((8, 18)) + bytes(3), (5, 0x1A, 0)),
         (bytes((0, 0, 0, 8)) + bytes(3), (5, 0x1A, 0)),
         (bytes(4) + bytes((2, 10)) + bytes(10), (5, 0x26, 0)),
@@ -309,6 +314,176 @@ def test_unmap_lists(data: bytes) -> None:
         assert len(data) < 8
     else:
         assert len(found) <= max(0, len(data) - 8) // 16
+
+
+# What reaches the disk.
+
+
+class Watched(MemoryDisk):
+    """A disk that says it has *size* bytes, and what was done to it."""
+
+    def __init__(self, size: int = SIZE, **options: bool) -> None:
+        super().__init__(min(size, 4 * MIB), **options)
+        self.said = size
+        self.done: list[str] = []
+
+    @property
+    def size(self) -> int:
+        return self.said
+
+    def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.done.append("read")
+        super().readv(offset, buffers)
+
+    def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        assert sum(map(len, buffers)) <= MIB
+        self.done.append("write")
+        super().writev(offset, buffers)
+
+    def unmap(self, offset: int, length: int) -> None:
+        self.done.append(f"unmap {offset} {length}")
+
+    def flush(self) -> None:
+        self.done.append("flush")
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched(4 * MIB)
+
+
+def unmap_list(*ranges: tuple[int, int]) -> tuple[bytes, bytes]:
+    """UNMAP and its parameters."""
+    blocks = b"".join(struct.pack(">QII", *each, 0) for each in ranges)
+    parameters = struct.pack(">HHI", len(blocks) + 6, len(blocks), 0) + blocks
+    return struct.pack(">BB5xHB", 0x42, 0, len(parameters), 0), parameters
+
+
+MODE_SELECT_10 = struct.pack(">BB5xHB", 0x55, 0x10, 28, 0)
+CACHE_OFF, CACHE_ON = (bytes(8) + bytes((8, 18, bits)) + bytes(17) for bits in (0, 4))
+
+
+def test_nothing_moved_is_nothing_done(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    unit.state.write_cache = False
+    for cdb in (ten(0x28, 0, 0), ten(0x2A, 0, 0, flags=8), ten(0x2F, 0, 0, flags=2)):
+        assert run(unit, cdb) == b""
+    assert watched.done == []
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_without_the_cache_whatever_changes_is_flushed(watched: Watched, cache: bool) -> None:
+    unit = DiskUnit(watched)
+    unit.state.write_cache = cache
+    flush = [] if cache else ["flush"]
+    run(unit, ten(0x2A, 0, 1), bytes(512))
+    assert watched.done == ["write", *flush]
+    watched.done.clear()
+    run(unit, ten(0x41, 0, 1), bytes(512))
+    assert watched.done == ["write", *flush]
+    watched.done.clear()
+    run(unit, sixteen(0x93, 1, 2, 8), bytes(512))
+    assert watched.done == ["unmap 512 1024", *flush]
+    watched.done.clear()
+    run(unit, *unmap_list((3, 1), (5, 0), (9, 2)))
+    assert watched.done == ["unmap 1536 512", "unmap 4608 1024", *flush]
+
+
+def test_turning_the_cache_off_writes_it_back(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    run(unit, MODE_SELECT_10, CACHE_ON)
+    assert watched.done == [] and unit.state.write_cache
+    run(unit, MODE_SELECT_10, CACHE_OFF)
+    assert watched.done == ["flush"] and not unit.state.write_cache
+    run(unit, MODE_SELECT_10, CACHE_OFF)
+    run(unit, MODE_SELECT_10, CACHE_ON)
+    assert watched.done == ["flush"] and unit.state.write_cache
+    assert sense(unit, b"\x55\x11" + MODE_SELECT_10[2:], CACHE_OFF) == ILLEGAL_FIELD
+    assert unit.state.write_cache, "nothing can be saved"
+
+
+def test_a_stop_writes_the_cache_back_and_a_start_does_not(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    run(unit, bytes((0x1B, 0, 0, 0, 1)))
+    assert watched.done == []
+    run(unit, bytes((0x1B, 0, 0, 0, 0)))
+    assert watched.done == ["flush"]
+
+
+def test_a_flush_is_of_blocks_that_there_are(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    assert sense(unit, ten(0x35, 8192, 1)) == OUT_OF_RANGE
+    assert sense(unit, sixteen(0x91, 8193, 0)) == OUT_OF_RANGE
+    assert watched.done == []
+    run(unit, ten(0x35, 8191, 1))
+    assert watched.done == ["flush"]
+
+
+@pytest.mark.parametrize("flags", [0x20, 0x04, 0x06])
+def test_checks_that_a_verify_cannot_make(watched: Watched, flags: int) -> None:
+    assert sense(DiskUnit(watched), ten(0x2F, 0, 1, flags), 512) == ILLEGAL_FIELD
+    assert watched.done == []
+
+
+def test_a_verify_compares_no_more_than_is_moved_at_once(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    assert run(unit, ten(0x2F, 0, 4096, flags=2), 2 * MIB) == bytes(2 * MIB)
+    assert sense(unit, ten(0x2F, 0, 4097, flags=2), 2 * MIB + 512) == ILLEGAL_FIELD
+    assert run(unit, ten(0x2F, 0, 8192)) == b""
+
+
+def test_what_a_write_same_cannot_be() -> None:
+    disk = Watched(1 << 40)
+    unit = DiskUnit(disk)
+    assert sense(unit, sixteen(0x93, 0, 131073), 512) == ILLEGAL_FIELD
+    for flags in (0x10, 0x20, 0x18):
+        assert sense(unit, sixteen(0x93, 0, 1, flags), 512) == ILLEGAL_FIELD
+    assert disk.done == []
+    run(unit, sixteen(0x93, 0, 131072, 8), 512)
+    assert disk.done == [f"unmap 0 {64 * MIB}"]
+
+
+def test_what_an_unmap_cannot_be(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    cdb, parameters = unmap_list((0, 1))
+    assert sense(unit, cdb[:1] + b"\1" + cdb[2:], parameters) == ILLEGAL_FIELD
+    assert sense(unit, *unmap_list(*[(0, 1)] * 257)) == (5, 0x26, 0)
+    assert watched.done == []
+    run(unit, *unmap_list(*[(0, 1)] * 256))
+    assert len(watched.done) == 256
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "last"),
+    [(0, 0, 0), (512, 0, 0), (3 << 40, 0xFFFFFFFF, 0x17FFFFFFF)],
+)
+def test_capacities_of_any_size(size: int, short: int, last: int) -> None:
+    unit = DiskUnit(Watched(size))
+    assert struct.unpack(">II", run(unit, bytes((0x25,)), 8)) == (short, 512)
+    answer = run(unit, bytes((0x9E, 0x10)) + bytes(8) + b"\0\0\0\x20", 32)
+    assert struct.unpack_from(">Q", answer) == (last,)
+    blocks = min(size // 512, 0xFFFFFFFF)
+    assert run(unit, bytes((0x1A, 0, 8, 0, 255)), 255)[4:8] == blocks.to_bytes(4, "big")
+
+
+def test_a_disk_that_is_only_read_has_nothing_to_give_back() -> None:
+    pages = pages_of(DiskUnit(Watched(read_only=True)))
+    assert pages[0xB2] == bytes(4) and pages[0xB0][16:32] == bytes(16)
+
+
+def test_mode_subpages_are_not_there(watched: Watched) -> None:
+    unit = DiskUnit(watched)
+    whole = run(unit, bytes((0x1A, 0, 8, 0xFF, 255)), 255)
+    assert whole == run(unit, bytes((0x1A, 0, 8, 0, 255)), 255)
+    for subpage in (1, 0xFE):
+        assert sense(unit, bytes((0x1A, 0, 8, subpage, 255)), 255) == ILLEGAL_FIELD
+
+
+def test_attentions_do_not_pile_up() -> None:
+    state = UnitState()
+    for code in [*range(20), 0]:
+        state.attend(scsi.Sense(scsi.SenseKey.UNIT_ATTENTION, code, 0))
+    assert [each.asc for each in state.attentions] == list(range(MAXIMUM_ATTENTIONS))
 
 
 def test_an_unmap_list_says_itself_how_long_it_is() -> None:
