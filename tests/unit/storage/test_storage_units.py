@@ -562,6 +562,92 @@ def test_toc_configuration_and_disc(drive: OpticalUnit) -> None:
     assert int.from_bytes(capabilities[:2], "big") == 28
 
 
+def test_what_a_drive_does_not_do(drive: OpticalUnit) -> None:
+    for cdb in (
+        ten(0x28, 0, 2),  # into a buffer for one
+        bytes((0x5A, 0, 0x05, 0, 0, 0, 0, 0, 255)),
+        bytes((0x5A, 0, 0xEA, 0, 0, 0, 0, 0, 255)),  # saved values
+        bytes((0x43, 0, 0, 0, 0, 0, 2, 0, 255)),  # from the second track on
+        bytes((0x43, 0, 0, 0, 0, 0, 0xAB, 0, 255)),
+        bytes((0x43, 0, 2, 0, 0, 0, 0, 0, 255)),  # another form of it
+        bytes((0x43, 0, 0, 0, 0, 0, 0, 0, 255, 0x80)),  # as older drives were asked
+        bytes((0x46, 3, 0, 0, 0, 0, 0, 0, 255)),
+        bytes((0x4A, 0, 0, 0, 0x10, 0, 0, 0, 255)),  # to be told once there is something
+        bytes((0x51, 1, 0, 0, 0, 0, 0, 0, 255)),
+    ):
+        assert sense(drive, cdb, 2048) == ILLEGAL_FIELD, cdb.hex()
+    assert run(drive, ten(0x28, 100, 0)) == b""
+
+
+def test_every_form_of_toc(drive: OpticalUnit) -> None:
+    lead_out = bytes.fromhex("0014aa0000000064")
+    whole = run(drive, bytes((0x43, 0, 0, 0, 0, 0, 1, 0, 255)), 255)
+    assert whole == bytes.fromhex("00120101 0014010000000000") + lead_out
+    end = run(drive, bytes((0x43, 0, 0, 0, 0, 0, 0xAA, 0, 255)), 255)
+    assert end == bytes.fromhex("000a0101") + lead_out
+    session = bytes.fromhex("000a0101 0014010000000000")
+    assert run(drive, bytes((0x43, 0, 1, 0, 0, 0, 9, 0, 255)), 255) == session
+    assert run(drive, bytes((0x43, 0, 0, 0, 0, 0, 9, 0, 255, 0x40)), 255) == session
+    assert isinstance(drive.medium, RawDisk)
+    drive.medium.size = 2048 * 75 * 60 * 300  # 300 minutes, of which a byte holds 255
+    assert run(drive, bytes((0x43, 2, 0, 0, 0, 0, 0xAA, 0, 255)), 255)[-4:] == bytes((0, 255, 2, 0))
+    drive.medium.size = 0
+    assert struct.unpack(">II", run(drive, bytes((0x25,)), 8)) == (0, 2048)
+    drive.medium.size = 2048 << 33
+    assert struct.unpack(">II", run(drive, bytes((0x25,)), 8)) == (0xFFFFFFFF, 2048)
+
+
+def features(drive: OpticalUnit, kind: int, first: int = 0) -> dict[int, int]:
+    """Flags of each feature that the drive names."""
+    found = {}
+    answer = run(drive, bytes((0x46, kind, 0, first, 0, 0, 0, 1, 0)), 256)[8:]
+    while answer:
+        code, flags, size = struct.unpack_from(">HBB", answer)
+        found[code], answer = flags, answer[4 + size :]
+    return found
+
+
+def test_features_of_a_drive_with_and_without_a_medium(drive: OpticalUnit) -> None:
+    everything = {0: 3, 1: 0x0B, 2: 7, 3: 3, 0x10: 1, 0x1F: 1}
+    assert features(drive, 0) == features(drive, 1) == everything
+    assert features(drive, 0, 3) == {3: 3, 0x10: 1, 0x1F: 1}
+    assert features(drive, 2, 0x10) == {0x10: 1} and features(drive, 2, 5) == {}
+    drive.close()
+    assert features(drive, 0) == {**everything, 0x10: 0, 0x1F: 0}
+    assert features(drive, 1) == {0: 3, 1: 0x0B, 2: 7, 3: 3}
+    assert run(drive, bytes((0x46, 0, 0, 0, 0, 0, 0, 0, 8)), 8)[6:] == b"\0\0"
+
+
+def test_the_lock_is_shown(drive: OpticalUnit) -> None:
+    capabilities = bytes((0x1A, 0, 0x2A, 0, 255))
+    configuration = bytes((0x46, 2, 0, 3, 0, 0, 0, 0, 255))
+    assert run(drive, capabilities, 255)[10] == 0x29
+    assert run(drive, configuration, 255)[12] == 0x29
+    run(drive, bytes((0x1E, 0, 0, 0, 1)))
+    assert run(drive, capabilities, 255)[10] == 0x2B
+    assert run(drive, configuration, 255)[12] == 0x2B
+    assert run(drive, capabilities, 255)[6] == 0x3B, "the media it reads"
+    changeable = bytearray(capabilities)
+    changeable[2] |= 0x40
+    assert run(drive, bytes(changeable), 255)[6] == 0, "that cannot be changed"
+
+
+def test_a_tray_goes_out_and_in(drive: OpticalUnit) -> None:
+    event = bytes((0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8))
+    mechanism = bytes((0xBD,)) + bytes(8) + b"\x08"
+    run(drive, bytes((0x1B, 0, 0, 0, 1)))  # spins up
+    assert drive.medium is not None and run(drive, mechanism, 8)[1] == 0
+    run(drive, bytes((0x1B, 0, 0, 0, 2)))
+    assert run(drive, event, 8)[4:6] == b"\3\1" and run(drive, mechanism, 8)[1] == 0x10
+    for cdb in (bytes(6), bytes((0x25,)), bytes((0x43,)), bytes((0x51,)), bytes((0x52,))):
+        assert sense(drive, cdb, 255) == (2, 0x3A, 0)
+    run(drive, bytes((0x1B, 0, 0, 0, 3)))
+    assert run(drive, event, 8)[4:6] == b"\0\0" and run(drive, mechanism, 8)[1] == 0
+    assert run(drive, bytes((0x4A, 1, 0, 0, 2, 0, 0, 0, 8)), 8) == b"\0\2\x80\x10"
+    drive.eject()
+    assert drive.state.attentions == [], "nothing was in it"
+
+
 def test_identity_of_a_drive(drive: OpticalUnit) -> None:
     answer = run(drive, bytes((0x12, 0, 0, 0, 255)), 255)
     assert answer[:2] == b"\x05\x80" and answer[16:32] == b"Virtual DVD-ROM "
