@@ -132,7 +132,7 @@ class FileCopy:
     def cancel(self) -> None:
         """Give the copy under way up, as soon as the guest has answered what it was asked."""
         copy = self._copy
-        if copy is not None and copy.problem is None and copy.step in (Step.START, Step.WRITE):
+        if copy is not None and copy.step in (Step.START, Step.WRITE):
             copy.problem = f"The copy was cancelled after {copy.copied} of {copy.size} bytes."
 
     def tick(self, now: float) -> None:

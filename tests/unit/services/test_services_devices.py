@@ -109,10 +109,23 @@ def test_a_paused_machine_is_told_apart_and_not_held_against_the_guest() -> None
     assert pulse.told == [OK, HeartbeatStatus.PAUSED, OK, NO_CONTACT, OK]
 
 
+def test_silence_between_a_tick_and_a_pause_counts() -> None:
+    pulse = Pulse().boot()
+    for _ in range(3):
+        pulse.wait()
+    assert pulse.device.status(pulse.now + 1.0) is OK
+    pulse.device.set_paused(True, pulse.now + 1.0)
+    pulse.now += 3600
+    pulse.device.set_paused(False, pulse.now)
+    assert pulse.device.status(pulse.now + 0.9) is OK
+    assert pulse.device.status(pulse.now + 1.0) is NO_CONTACT
+
+
 def test_a_clock_that_goes_back_harms_nothing() -> None:
     pulse = Pulse().boot()
     pulse.wait()
     assert pulse.wait(-50.0) is OK
+    assert [pulse.wait() for _ in range(3)] == [OK, OK, NO_CONTACT]
     pulse.service.run()
     assert [pulse.wait() for _ in range(4)] == [OK, OK, OK, NO_CONTACT]
 

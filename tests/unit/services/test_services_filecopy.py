@@ -106,12 +106,17 @@ class Daemon:
         read: Callable[[int, int], bytes] | None = None,
     ) -> list[HvHostError | None]:
         ends: list[HvHostError | None] = []
+
+        def piece(offset: int, size: int) -> bytes:
+            assert 0 <= offset < offset + size <= len(content) and size <= DATA_FRAGMENT
+            return content[offset : offset + size]
+
         self.device.start(
             Copy(
                 parse_target(target, "file"),
                 CopyFlags(flags),
                 len(content),
-                read or (lambda offset, size: content[offset : offset + size]),
+                read or piece,
                 ends.append,
             )
         )
@@ -257,6 +262,30 @@ def test_cancelled_at_its_very_end(daemon: Daemon) -> None:
     daemon.device.cancel()  # COMPLETE is under way: too late
     daemon.run()
     assert ends == [None] and daemon.files == {"/var/file": b"x"}
+
+
+def test_cancelled_while_it_fails(daemon: Daemon) -> None:
+    """The first that happened is said, and the file is not read any further."""
+    reads: list[int] = []
+
+    def read(offset: int, size: int) -> bytes:
+        reads.append(offset)
+        return bytes(size)
+
+    ends = daemon.copy(bytes(50_000), read=read)
+    daemon.answer()
+    daemon.device.cancel()
+    daemon.fail[WRITE] = E_FAIL
+    daemon.run()
+    assert sentence(ends).startswith("The copy was cancelled after 0 of 50000 bytes.")
+    assert reads == [0] and daemon.operations.count(WRITE) == 1
+    daemon.fail[WRITE] = FULL
+    ends = daemon.copy(bytes(50_000), flags=CopyFlags.OVER_WRITE)
+    daemon.answer()
+    daemon.answer()
+    daemon.device.cancel()  # it is being taken back already
+    daemon.run()
+    assert "became full" in sentence(ends)
 
 
 def test_a_file_that_becomes_shorter(daemon: Daemon) -> None:

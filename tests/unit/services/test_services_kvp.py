@@ -118,11 +118,32 @@ def test_the_hosts_items_are_not_without_number() -> None:
     device.remember(EXTERNAL, KvpItem("1", "changed"))
 
 
-def test_a_daemon_that_refuses_the_hosts_items_ends_nothing() -> None:
+def test_a_daemon_that_refuses_the_hosts_items_ends_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     exchange = Exchange((AUTO_EXTERNAL, KvpItem("a", "b")), (AUTO_EXTERNAL, KvpItem("c", "d")))
     while exchange.daemon.run(status=0x80004005):
         pass
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "the guest did not take 'a'",
+        "the guest did not take 'c'",
+    ]
     assert exchange.ask(protocol.enumerate_message(GUEST, 0)).status == 0x80070103
+
+
+def test_a_guest_of_other_versions_is_not_given_the_hosts_items(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guest = SimulatedGuest()
+    device = Kvp([(AUTO_EXTERNAL, KvpItem("a", "b"))])
+    guest.server.add_device(device)
+    guest.connect()
+    daemon = Daemon(guest.open(1), [(9, 9)])
+    while daemon.run():
+        pass
+    guest.close(1)
+    assert not device.ready and not guest.faults
+    assert caplog.messages == ["the guest speaks no version of the kvp service we know"]
 
 
 def test_only_one_request_is_under_way() -> None:

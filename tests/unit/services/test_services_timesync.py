@@ -65,6 +65,13 @@ def test_old_drivers_get_the_old_message(version: tuple[int, int]) -> None:
     assert clock.device.state.conversation.version == version
 
 
+def test_a_guest_of_other_versions_is_told_no_time() -> None:
+    clock = Clock([(9, 9)]).boot()
+    clock.device.tick(100.0)
+    assert clock.service.requests == [] and not clock.device.ready
+    assert clock.host.state is ChannelState.OPEN and not clock.guest.faults
+
+
 def test_ticks_bring_samples_and_never_set_the_clock() -> None:
     clock = Clock().boot()
     clock.service.requests.clear()

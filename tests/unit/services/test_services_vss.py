@@ -182,6 +182,27 @@ def test_a_freeze_that_comes_too_late_is_undone(daemon: Daemon) -> None:
     assert not daemon.device.state.frozen and len(results) == 1
 
 
+@pytest.mark.parametrize(
+    ("operation", "seconds"), [(FREEZE, FREEZE_SECONDS), (CHECK, ANSWER_SECONDS)]
+)
+def test_each_request_has_its_time(daemon: Daemon, operation: VssOperation, seconds: float) -> None:
+    results = daemon.ask(operation)
+    for now in (7.0, 8.0, 7.0 + seconds - 0.1):
+        daemon.device.tick(now)
+    assert results == []
+    daemon.device.tick(7.0 + seconds)
+    assert f"did not answer {operation.name} within {seconds:g} seconds" in sentence(results)
+
+
+def test_a_thaw_waits_for_a_driver(daemon: Daemon) -> None:
+    daemon.ask(FREEZE)
+    daemon.run()
+    daemon.guest.close(1)
+    for now in (0.0, FROZEN_SECONDS, 10 * FROZEN_SECONDS):
+        daemon.device.tick(now)
+    assert daemon.device.state.frozen and daemon.asked == [FREEZE]
+
+
 def test_a_check_without_an_answer_is_given_up(daemon: Daemon) -> None:
     results = daemon.ask(CHECK)
     daemon.device.tick(5.0)
