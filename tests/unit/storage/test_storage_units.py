@@ -346,6 +346,9 @@ class Watched(MemoryDisk):
     def flush(self) -> None:
         self.done.append("flush")
 
+    def close(self) -> None:
+        self.done.append("close")
+
 
 @pytest.fixture
 def watched() -> Watched:
@@ -579,6 +582,15 @@ def test_what_a_drive_does_not_do(drive: OpticalUnit) -> None:
     assert run(drive, ten(0x28, 100, 0)) == b""
 
 
+def test_a_medium_is_given_back_and_read_when_something_is_asked() -> None:
+    medium = Watched(read_only=True)
+    drive = OpticalUnit(UUID(int=7), medium)
+    assert run(drive, ten(0x28, 0, 0), 2048) == b"" and medium.done == []
+    run(drive, bytes((0x1B, 0, 0, 0, 2)))
+    drive.close()
+    assert medium.done == ["close"]
+
+
 def test_every_form_of_toc(drive: OpticalUnit) -> None:
     lead_out = bytes.fromhex("0014aa0000000064")
     whole = run(drive, bytes((0x43, 0, 0, 0, 0, 0, 1, 0, 255)), 255)
@@ -635,12 +647,15 @@ def test_the_lock_is_shown(drive: OpticalUnit) -> None:
 def test_a_tray_goes_out_and_in(drive: OpticalUnit) -> None:
     event = bytes((0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8))
     mechanism = bytes((0xBD,)) + bytes(8) + b"\x08"
-    run(drive, bytes((0x1B, 0, 0, 0, 1)))  # spins up
+    for spin in (0, 1):  # down and up
+        run(drive, bytes((0x1B, 0, 0, 0, spin)))
     assert drive.medium is not None and run(drive, mechanism, 8)[1] == 0
     run(drive, bytes((0x1B, 0, 0, 0, 2)))
     assert run(drive, event, 8)[4:6] == b"\3\1" and run(drive, mechanism, 8)[1] == 0x10
     for cdb in (bytes(6), bytes((0x25,)), bytes((0x43,)), bytes((0x51,)), bytes((0x52,))):
         assert sense(drive, cdb, 255) == (2, 0x3A, 0)
+    run(drive, bytes((0x1B, 0, 0, 0, 1)))
+    assert run(drive, mechanism, 8)[1] == 0x10
     run(drive, bytes((0x1B, 0, 0, 0, 3)))
     assert run(drive, event, 8)[4:6] == b"\0\0" and run(drive, mechanism, 8)[1] == 0
     assert run(drive, bytes((0x4A, 1, 0, 0, 2, 0, 0, 0, 8)), 8) == b"\0\2\x80\x10"
