@@ -1,4 +1,4 @@
-"""Real guests. All tests share one rig, in a runtime directory of their own; nothing stays of it.
+"""Real guests. Tests of one process share a rig, in a runtime directory of their own; it all goes.
 
 ``HVHOST_TEST_GUESTS`` names the guests, comma separated; tests of the machine around the guest use
 the first of them.
@@ -22,7 +22,7 @@ from hvhost.verify.live import LiveMachine
 
 GUESTS = os.environ.get("HVHOST_TEST_GUESTS", "debian-12").split(",")
 RIG_LINGER_SECONDS = 300
-TRIED_TWICE: list[tuple[str, str]] = []
+TRIED_TWICE = "tried twice"
 HERE = Path(__file__).parent
 
 
@@ -46,7 +46,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     failures = [report for report in reports if report.failed]
     if failures and why_not_local() is not None:
         lines = failures[0].longreprtext.splitlines() or ["no reason given"]
-        TRIED_TWICE.append((item.nodeid, "\n".join(lines[-25:])))
+        item.user_properties.append((TRIED_TWICE, "\n".join(lines[-25:])))
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
@@ -55,11 +55,18 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not TRIED_TWICE:
+    failed_first = {
+        report.nodeid: reason
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, reason in getattr(report, "user_properties", ())
+        if name == TRIED_TWICE
+    }
+    if not failed_first:
         return
-    terminalreporter.section(f"{len(TRIED_TWICE)} tried twice on emulated processors")
-    for name, reason in TRIED_TWICE:
-        terminalreporter.write_line(f"{name} failed first:\n{reason}\n")
+    terminalreporter.section(f"{len(failed_first)} tried twice on emulated processors")
+    for test, reason in failed_first.items():
+        terminalreporter.write_line(f"{test} failed first:\n{reason}\n")
 
 
 @pytest.fixture(scope="package", autouse=True)
