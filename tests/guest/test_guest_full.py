@@ -1,4 +1,4 @@
-"""A complete Debian, built from packages, boots from Hyper-V storage alone, and dumps its memory.
+"""A complete Debian, built from packages, boots from Hyper-V storage alone; another kernel follows.
 
 Building and booting it takes minutes on emulated processors, so it is not among the tests that
 always run: ``HVHOST_TEST_FULL`` names the guests, as ``make test-matrix`` does.
@@ -150,3 +150,39 @@ def test_a_backup_whose_command_is_killed_thaws_the_guest_and_boots(
     done = asyncio.run(back_up())
     assert (done.error, done.warning) == (None, None)
     asyncio.run(boot(Path(done.path, "scsi0-0.vhdx")))
+
+
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("guest", FULL)
+def test_a_kernel_starts_another(guest: str) -> None:
+    """kexec: the first kernel gives the bus back (UNLOAD), the second negotiates it anew."""
+
+    async def scenario() -> None:
+        async with await Machine.start(guest=guest, memory="1G") as machine:
+
+            async def output(script: str) -> str:
+                result = await machine.execute(["sh", "-c", script], timeout=180)
+                assert result.status == 0, result
+                return result.text
+
+            async def await_login() -> None:
+                await machine.console.expect(r"hvhost-guest login: ", timeout=2 * BOOT_SECONDS)
+
+            await await_login()
+            boot_id = "/proc/sys/kernel/random/boot_id"
+            before = await output(f"cat {boot_id}")
+            await output(
+                "release=$(uname -r); kexec -l /boot/vmlinuz-$release "
+                "--initrd=/boot/initrd.img-$release --reuse-cmdline"
+            )
+            await output("systemctl --no-block kexec")
+            await await_login()
+            assert await output(f"cat {boot_id}") != before
+            assert await output("systemctl is-active hv-kvp-daemon") == "active"
+            await machine.shut_down()
+            assert await machine.wait_stopped(timeout=180) == "the guest powered off"
+            kinds = [event.kind async for event in machine.events()]
+            assert kinds.count("bus") == 2
+            assert "reset" not in kinds
+
+    asyncio.run(scenario())

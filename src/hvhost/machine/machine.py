@@ -154,10 +154,10 @@ class Machine:
             board.stop()
             board.close()
             raise
-        self._boots = boot
         self._crash = None
         self._os_id = 0
         self._state = MachineState.RUNNING
+        self._boots = boot
         self.record("started", f"boot {self._boots}")
         computer = self._computer
         if self._sockets is not None:
@@ -202,6 +202,7 @@ class Machine:
         if self._state in (MachineState.STOPPED, MachineState.FAILED):
             return
         self._power_down()
+        self._state = MachineState.STARTING
         self.record("reset", why)
         try:
             self.power_on()
@@ -268,6 +269,10 @@ class Machine:
 
     def _running(self) -> Computer:
         computer = self._computer
+        if computer is None and self._state is MachineState.STARTING:
+            raise HvHostError(
+                f"machine {self._config.name!r} is just being started; try again in a moment."
+            )
         if computer is None:
             raise HvHostError(f"machine {self._config.name!r} is not running; start it again.")
         return computer
