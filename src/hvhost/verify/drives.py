@@ -44,6 +44,7 @@ def run(probe: Probe, script: str, timeout: float = 60.0) -> str:
 def find(session: Session, probe: Probe, drive: DriveInfo, timeout: float = FIND_SECONDS) -> str:
     """The guest's name of a drive, like ``sda``, by the world-wide name that it shows in sysfs."""
     wanted = f"naa.{drive.wwn}"
+    timeout = session.timing.patiently(timeout)
     deadline = time.monotonic() + timeout
     while True:
         names = probe.read_all("/sys/block/*/device/wwid")
@@ -60,6 +61,7 @@ def find(session: Session, probe: Probe, drive: DriveInfo, timeout: float = FIND
 
 def await_gone(session: Session, probe: Probe, name: str, timeout: float = FIND_SECONDS) -> None:
     """Until the guest has no block device *name* any more."""
+    timeout = session.timing.patiently(timeout)
     deadline = time.monotonic() + timeout
     while probe.read_all(f"/sys/block/{name}/size"):
         if time.monotonic() > deadline:
@@ -74,7 +76,7 @@ def await_size(session: Session, probe: Probe, name: str, size: int) -> float:
     """Seconds until the guest sees *size* bytes in the block device *name*."""
     started = time.monotonic()
     while (seen := int(probe.read(f"/sys/block/{name}/size")) * 512) != size:
-        if time.monotonic() - started > FIND_SECONDS:
+        if time.monotonic() - started > session.timing.patiently(FIND_SECONDS):
             raise RowFailed(f"the guest sees {seen} bytes in {name}, not {size}")
         time.sleep(session.timing.poll)
     return time.monotonic() - started

@@ -88,6 +88,10 @@ class Timing:
     settle: float = 0.1
     stretch: Callable[[], float] = patience
 
+    def patiently(self, seconds: float) -> float:
+        """How long to wait just now for what takes at most *seconds* on a computer with time."""
+        return seconds * self.stretch()
+
     def stretched(self) -> Timing:
         """With the time-outs that suit the computer's load of this moment."""
         factor = self.stretch()

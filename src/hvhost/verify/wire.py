@@ -126,7 +126,9 @@ class Cable:
 
     def guest(self, script: str, timeout: float = 60.0) -> str:
         """A shell script's output in the guest, ``$I`` the interface; RowFailed if it fails."""
-        return run(self.probe, f"I={self.interface}; {script}", timeout)
+        return run(
+            self.probe, f"I={self.interface}; {script}", self.session.timing.patiently(timeout)
+        )
 
     def configure(self) -> None:
         """Addresses of both families, and the link up."""

@@ -20,7 +20,7 @@ from hvhost.verify.contract import HV_DM_GUID
 from hvhost.verify.guest import CommandResult, RowFailed
 from hvhost.verify.rows import memory as rows
 from hvhost.verify.rows import mmio_gap
-from hvhost.verify.session import Session
+from hvhost.verify.session import Session, Timing
 from hvhost.verify.sysfs import DEVICES
 
 START = 512 * MIB
@@ -35,7 +35,7 @@ class Guest:
         self.machine = SimpleNamespace(
             memory=self, memory_held=self.memory_held, info=lambda: SimpleNamespace(exits={})
         )
-        self.timing = type("T", (), {"poll": 0.0, "settle": 0.0})
+        self.timing = Timing(poll=0.0, settle=0.0, stretch=lambda: 1.0)
         self.now = replace(INFO, demand=100 * MIB)
         self.total = START - 40 * MIB
         self.filled = 0

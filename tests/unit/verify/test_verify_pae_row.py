@@ -42,7 +42,7 @@ class Sibling:
     def __init__(self, *faults: str) -> None:
         self.faults = faults
         self.guest = SimpleNamespace(release="6.1.0-64", pae_sibling=self.pae_sibling)
-        self.timing = SimpleNamespace(poll=0.0)
+        self.timing = Timing(poll=0.0, stretch=lambda: 1.0)
         self.modules = SimpleNamespace(drivers_for=lambda alias: ["hv_utils"])
         self.sizes: list[int] = []
         self.asked_of: list[int] = []

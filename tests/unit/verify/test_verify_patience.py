@@ -31,6 +31,7 @@ def test_waits_are_stretched_and_polls_are_not() -> None:
     session = Session(ScriptedGuest(), 2, lambda text: None, timing)
     assert session.timing.boot == 3 * timing.boot
     assert session.timing.event == 3 * timing.event
+    assert session.timing.patiently(20.0) == 60.0
     assert (session.timing.poll, session.timing.settle) == (timing.poll, timing.settle)
 
 

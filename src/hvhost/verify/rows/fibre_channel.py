@@ -10,9 +10,8 @@ from hvhost.verify.drives import MIB, await_gone, digest, find, require, run, to
 from hvhost.verify.session import Session
 
 SIZE = 4 * MIB
-SCAN_SECONDS = 600.0
-"""Linux asks all 1,024 places of an adapter, and sees what is gone only after that. Emulated
-processors of a busy computer need a tenth of a second for each."""
+SCAN_SECONDS = 120.0
+"""Linux asks all 1,024 places of an adapter, and sees what is gone only after that."""
 
 
 def prove(session: Session) -> Iterator[str]:

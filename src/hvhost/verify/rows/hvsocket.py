@@ -41,8 +41,8 @@ def _run(probe: Probe, script: str, timeout: float = 60.0) -> str:
 
 
 def _connect(session: Session, service: int | uuid.UUID = ECHO_PORT) -> socket.socket:
-    stream = session.machine.connect(service, _CONNECT_SECONDS)
-    stream.settimeout(_DATA_SECONDS)
+    stream = session.machine.connect(service, session.timing.patiently(_CONNECT_SECONDS))
+    stream.settimeout(session.timing.patiently(_DATA_SECONDS))
     return stream
 
 
@@ -87,7 +87,7 @@ def _to_guest(session: Session) -> Iterator[str]:
         feeder.start()
         answer = _read_all(stream)
         spent = time.perf_counter() - started
-        feeder.join(_DATA_SECONDS)
+        feeder.join(session.timing.patiently(_DATA_SECONDS))
     if answer != data:
         raise RowFailed(f"of {TRANSFER} bytes sent to the guest and back, {len(answer)} returned")
     yield (
@@ -103,13 +103,13 @@ def _to_host(session: Session, probe: Probe) -> Iterator[str]:
     seconds: list[float] = []
     size = TRANSFER // 2
     with session.machine.listen(HOST_PORT) as listener:
-        listener.settimeout(_CONNECT_SECONDS)
+        listener.settimeout(session.timing.patiently(_CONNECT_SECONDS))
 
         def serve() -> None:
             with contextlib.suppress(OSError):  # nothing received is noticed below
                 stream, _ = listener.accept()
                 with stream:
-                    stream.settimeout(_DATA_SECONDS)
+                    stream.settimeout(session.timing.patiently(_DATA_SECONDS))
                     started = time.perf_counter()
                     data = _read_all(stream)
                     seconds.append(time.perf_counter() - started)
@@ -123,9 +123,9 @@ def _to_host(session: Session, probe: Probe) -> Iterator[str]:
             probe,
             f"head -c {size} /dev/urandom > /tmp/sent; sha256sum < /tmp/sent; "
             f"hvhost-probe connect {HOST_PORT} < /tmp/sent; rm /tmp/sent",
-            _DATA_SECONDS,
+            session.timing.patiently(_DATA_SECONDS),
         ).split()
-        server.join(_CONNECT_SECONDS)
+        server.join(session.timing.patiently(_CONNECT_SECONDS))
     if not received or len(told) < 3:
         raise RowFailed(
             f"the guest's connection to the host's {describe(service_id(HOST_PORT))}"

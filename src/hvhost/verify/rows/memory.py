@@ -96,6 +96,7 @@ def await_memory(
     session: Session, suits: Callable[[MemoryInfo], bool], seconds: float, what: str
 ) -> MemoryInfo:
     """The machine's memory once it suits; :class:`RowFailed` if *what* does not come in time."""
+    seconds = session.timing.patiently(seconds)
     deadline = time.monotonic() + seconds
     while not suits(info := session.machine.memory.info()):
         if time.monotonic() > deadline:
@@ -142,7 +143,7 @@ def fill(session: Session, probe: Probe, size: int) -> Hog:
     """A program that has filled *size*; :class:`RowFailed` if it does not get that far."""
     session.step(f"a program in the guest fills {_mib(size)}")
     hog = Hog(probe, size)
-    deadline = time.monotonic() + _CHANGE_SECONDS
+    deadline = time.monotonic() + session.timing.patiently(_CHANGE_SECONDS)
     most = 0
     while (filled := hog.filled()) < hog.size:
         gone = filled < most
@@ -206,7 +207,7 @@ def prove_ballooning(session: Session) -> Iterator[str]:
         "ballooned memory",
     )
     lean = look(session, probe)
-    deadline = time.monotonic() + _HELD_SECONDS
+    deadline = time.monotonic() + session.timing.patiently(_HELD_SECONDS)
     while full.held - lean.held < _HELD_LESS and time.monotonic() < deadline:
         time.sleep(session.timing.poll)
         lean = look(session, probe)

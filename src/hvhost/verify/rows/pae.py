@@ -90,7 +90,7 @@ class Programs:
         return Filled(int(pages), int(wrong), int(above), int(highest, 16))
 
     def _await(self, number: int, word: str, count: int, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self._session.timing.patiently(seconds)
         while (said := self._probe.read(f"{_FILES}/{number}")).count(word) < count:
             alive = self._probe.run(["kill", "-0", self._pids[number]], 60.0).status == 0
             if not alive or time.monotonic() > deadline:
@@ -153,7 +153,7 @@ def fill_above(session: Session, probe: Probe, available: int) -> Filled:
 
 
 def _check_drivers(session: Session, probe: Probe, guest: PreparedGuest) -> str:
-    deadline = time.monotonic() + _DRIVER_SECONDS
+    deadline = time.monotonic() + session.timing.patiently(_DRIVER_SECONDS)
     while True:
         devices = read_devices(probe)
         unbound = unbound_devices(devices, guest.modules) if guest.modules is not None else ()

@@ -55,7 +55,7 @@ def _servers(wire: Cable) -> set[str]:
 
 def _await(session: Session, what: str, seen: Callable[[], object], wanted: object) -> None:
     """Until *seen* gives *wanted*; :class:`RowFailed` says what it gave instead."""
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + session.timing.patiently(_SECONDS)
     while (found := seen()) != wanted:
         if time.monotonic() > deadline:
             raise RowFailed(f"the guest's {what} are {found}, not {wanted}")
