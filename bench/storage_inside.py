@@ -28,7 +28,8 @@ JOBS: dict[str, tuple[str, int, int]] = {
     "write 4 KiB, depth 32": ("randwrite", 4 << 10, 32),
     "read 1 MiB, depth 4": ("read", 1 << 20, 4),
 }
-MEASURED_SECONDS, WAIT_SECONDS = 5.0, 90.0
+RUN_SECONDS, MEASURED_SECONDS, WAIT_SECONDS = 9, 5.0, 180.0
+_LOOKS = 450  # five a second at most
 #: Program, words for the disk, and what the disk is in the guest.
 MACHINES: tuple[tuple[Start, list[str], dict[str, str]], ...] = (
     (hvhost, ["--disk", DEVICE], {"hvhost": "sda"}),
@@ -57,28 +58,31 @@ def measure(machine: Started, disk: str, pattern: str, size: int, depth: int) ->
     """Transfers a second, and seconds of processor in each."""
     words = (
         f"--name=bench --filename=/dev/{disk} --direct=1 --ioengine=libaio --thread --rw={pattern}"
-        f" --bs={size} --iodepth={depth} --time_based --runtime={int(4 * WAIT_SECONDS)}"
+        f" --bs={size} --iodepth={depth} --time_based --runtime={RUN_SECONDS}"
         " --disk_util=0 --output-format=json --output=/tmp/fio.json"
     )
+    fio = f"{LINKER} /bench/fio {words} >/tmp/fio.log 2>&1; echo $? >/tmp/fio.status"
     # Begun is what has moved something.
     counters = f"cat /sys/block/{disk}/stat"
     machine.run(
-        f"rm -f /tmp/fio.json; before=$({counters}); "
-        f"setsid {LINKER} /bench/fio {words} </dev/null >/tmp/fio.log 2>&1 & echo $! >/tmp/fio.pid;"
-        f' n=0; while [ "$({counters})" = "$before" ]; do n=$((n+1));'
-        f" [ $n -lt {int(5 * WAIT_SECONDS)} ]; sleep 0.2; done; sleep 1",
-        2 * WAIT_SECONDS,
+        f"set -e; rm -f /tmp/fio.*; before=$({counters}); setsid sh -c '{fio}' </dev/null >/dev/null 2>&1 &"
+        f' n=0; while [ "$({counters})" = "$before" ]; do n=$((n+1)); [ $n -lt {_LOOKS} ];'
+        " sleep 0.2; done; sleep 1",
+        WAIT_SECONDS,
     )
     start, used = time.perf_counter(), processor_seconds(machine.pid)
     time.sleep(MEASURED_SECONDS)
     load = (processor_seconds(machine.pid) - used) / (time.perf_counter() - start)
     told = machine.run(
-        "kill $(cat /tmp/fio.pid); n=0;"
-        f" while kill -0 $(cat /tmp/fio.pid) 2>/dev/null && [ $n -lt {int(5 * WAIT_SECONDS)} ];"
-        " do n=$((n+1)); sleep 0.2; done; cat /tmp/fio.json",
-        2 * WAIT_SECONDS,
+        f"set -e; n=0; until [ -s /tmp/fio.status ]; do n=$((n+1)); [ $n -lt {_LOOKS} ]; sleep 0.2; done;"
+        " cat /tmp/fio.json",
+        WAIT_SECONDS,
     )
-    job = json.loads(told[told.index("{") :])["jobs"][0]
+    try:
+        job = json.loads(told[told.index("{") :])["jobs"][0]
+    except ValueError:
+        said = machine.run("cat /tmp/fio.status /tmp/fio.log; tail -c 300 /tmp/fio.json")
+        raise HvHostError(f"fio on {disk} did not tell what it measured: {said}") from None
     if job["error"]:
         raise HvHostError(f"fio in the guest ended with error {job['error']} on {disk}.")
     return [float(job["write" if "write" in pattern else "read"]["iops"]), load]
