@@ -65,7 +65,8 @@ def measure(machine: Started, disk: str, pattern: str, size: int, depth: int) ->
     # Begun is what has moved something.
     counters = f"cat /sys/block/{disk}/stat"
     machine.run(
-        f"set -e; rm -f /tmp/fio.*; before=$({counters}); setsid sh -c '{fio}' </dev/null >/dev/null 2>&1 &"
+        f"set -e; rm -f /tmp/fio.*; before=$({counters});"
+        f" setsid sh -c '{fio}' </dev/null >/dev/null 2>&1 &"
         f' n=0; while [ "$({counters})" = "$before" ]; do n=$((n+1)); [ $n -lt {_LOOKS} ];'
         " sleep 0.2; done; sleep 1",
         WAIT_SECONDS,
@@ -74,8 +75,8 @@ def measure(machine: Started, disk: str, pattern: str, size: int, depth: int) ->
     time.sleep(MEASURED_SECONDS)
     load = (processor_seconds(machine.pid) - used) / (time.perf_counter() - start)
     told = machine.run(
-        f"set -e; n=0; until [ -s /tmp/fio.status ]; do n=$((n+1)); [ $n -lt {_LOOKS} ]; sleep 0.2; done;"
-        " cat /tmp/fio.json",
+        f"set -e; n=0; until [ -s /tmp/fio.status ]; do n=$((n+1)); [ $n -lt {_LOOKS} ];"
+        " sleep 0.2; done; cat /tmp/fio.json",
         WAIT_SECONDS,
     )
     try:
