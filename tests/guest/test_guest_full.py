@@ -31,29 +31,37 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+async def output(machine: Machine, script: str) -> str:
+    """What a shell script in the guest says; it succeeds."""
+    result = await machine.execute(["sh", "-c", script], timeout=600)
+    assert result.status == 0, result
+    return result.text
+
+
+async def await_login(machine: Machine) -> None:
+    await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+
+
 @pytest.mark.timeout(3600)  # the first time it is built
 @pytest.mark.parametrize("guest", FULL)
 def test_a_complete_debian_boots_from_its_disk(guest: str) -> None:
     async def scenario() -> None:
         async with await Machine.start(guest=guest, memory="1G") as machine:
-            await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+            await await_login(machine)
             machine.console.send_line("root")
             await machine.console.expect(r"root@hvhost-guest:~# ", timeout=300)
             assert (await machine.info()).heartbeat is HeartbeatStatus.OK
 
-            async def output(script: str) -> str:
-                result = await machine.execute(["sh", "-c", script], timeout=300)
-                assert result.status == 0, result
-                return result.text
-
-            assert await output("cat /proc/1/comm") == "systemd"
-            assert await output("findmnt -no FSTYPE /") == "ext4"
-            disk = await output("readlink -f /sys/class/block/$(findmnt -no SOURCE / | cut -c6-)")
-            assert "VMBUS" in disk.upper(), "the root is on Hyper-V storage"
-            assert await output("systemctl list-units --failed --plain --no-legend") == ""
-            assert await output("systemctl is-active hv-kvp-daemon hv-vss-daemon chrony") == (
-                "active\nactive\nactive"
+            assert await output(machine, "cat /proc/1/comm") == "systemd"
+            assert await output(machine, "findmnt -no FSTYPE /") == "ext4"
+            disk = await output(
+                machine, "readlink -f /sys/class/block/$(findmnt -no SOURCE / | cut -c6-)"
             )
+            assert "VMBUS" in disk.upper(), "the root is on Hyper-V storage"
+            assert await output(machine, "systemctl list-units --failed --plain --no-legend") == ""
+            assert await output(
+                machine, "systemctl is-active hv-kvp-daemon hv-vss-daemon chrony"
+            ) == ("active\nactive\nactive")
             await machine.shut_down()
             assert await machine.wait_stopped(timeout=600) == "the guest powered off"
 
@@ -68,24 +76,16 @@ def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
     async def scenario() -> None:
         append = "crashkernel=192M unknown_nmi_panic=1"
         async with await Machine.start(guest=guest, memory="1G", command_line=append) as machine:
-
-            async def output(script: str) -> str:
-                result = await machine.execute(["sh", "-c", script], timeout=600)
-                assert result.status == 0, result
-                return result.text
-
-            async def await_login() -> None:
-                await machine.console.expect(r"hvhost-guest login: ", timeout=2 * BOOT_SECONDS)
-
-            await await_login()
-            assert await output("cat /sys/kernel/kexec_crash_loaded; ls /var/crash; sync") == (
-                "1\nkexec_cmd"
-            )
+            await await_login(machine)
+            assert await output(
+                machine, "cat /sys/kernel/kexec_crash_loaded; ls /var/crash; sync"
+            ) == ("1\nkexec_cmd")
             await machine.nmi()
-            await await_login()
+            await await_login(machine)
             told = await output(
+                machine,
                 "cd /var/crash/2* && makedumpfile -R /tmp/core <dump.* >/tmp/log "
-                "&& makedumpfile --dump-dmesg /tmp/core /tmp/told >/tmp/log && cat /tmp/told"
+                "&& makedumpfile --dump-dmesg /tmp/core /tmp/told >/tmp/log && cat /tmp/told",
             )
             assert re.search(r"Kernel panic - not syncing: .*NMI", told), told[-2000:]
 
@@ -102,14 +102,9 @@ def test_a_backup_whose_command_is_killed_thaws_the_guest_and_boots(
     async def wait(what: str, condition: Callable[[], object]) -> None:
         await asyncio.to_thread(wait_for, what, condition, 900.0)
 
-    async def output(machine: Machine, script: str) -> str:
-        result = await machine.execute(["sh", "-c", script], timeout=600)
-        assert result.status == 0, result
-        return result.text
-
     async def back_up() -> BackupInfo:
         async with await Machine.start(guest=guest, memory="1G") as machine:
-            await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+            await await_login(machine)
             await output(machine, "echo before > /root/before")  # which nobody writes back
 
             def progress() -> BackupInfo:
@@ -138,10 +133,11 @@ def test_a_backup_whose_command_is_killed_thaws_the_guest_and_boots(
             memory="1G",
             disks=[str(disk)],
         ) as machine:
-            await machine.console.expect(r"hvhost-guest login: ", timeout=BOOT_SECONDS)
+            await await_login(machine)
             assert await output(machine, "cat /root/before; ls /root") == "before\nbefore"
             checked = await output(
-                machine, "cat /run/initramfs/fsck.log; journalctl -b -o cat -t systemd-fsck; true"
+                machine,
+                "cat /run/initramfs/fsck.log; journalctl -b -o cat -t systemd-fsck; true",
             )
             assert "clean" in checked and "recover" not in checked, checked
             assert "recover" not in await output(machine, "dmesg | grep EXT4")
@@ -159,26 +155,18 @@ def test_a_kernel_starts_another(guest: str) -> None:
 
     async def scenario() -> None:
         async with await Machine.start(guest=guest, memory="1G") as machine:
-
-            async def output(script: str) -> str:
-                result = await machine.execute(["sh", "-c", script], timeout=180)
-                assert result.status == 0, result
-                return result.text
-
-            async def await_login() -> None:
-                await machine.console.expect(r"hvhost-guest login: ", timeout=2 * BOOT_SECONDS)
-
-            await await_login()
+            await await_login(machine)
             boot_id = "/proc/sys/kernel/random/boot_id"
-            before = await output(f"cat {boot_id}")
+            before = await output(machine, f"cat {boot_id}")
             await output(
+                machine,
                 "release=$(uname -r); kexec -l /boot/vmlinuz-$release "
-                "--initrd=/boot/initrd.img-$release --reuse-cmdline"
+                "--initrd=/boot/initrd.img-$release --reuse-cmdline",
             )
-            await output("systemctl --no-block kexec")
-            await await_login()
-            assert await output(f"cat {boot_id}") != before
-            assert await output("systemctl is-active hv-kvp-daemon") == "active"
+            await output(machine, "systemctl --no-block kexec")
+            await await_login(machine)
+            assert await output(machine, f"cat {boot_id}") != before
+            assert await output(machine, "systemctl is-active hv-kvp-daemon") == "active"
             await machine.shut_down()
             assert await machine.wait_stopped(timeout=180) == "the guest powered off"
             kinds = [event.kind async for event in machine.events()]
