@@ -22,8 +22,8 @@ _COMMAND_QUEUING = 0x02
 _REMOVABLE = 0x80
 #: Peripheral qualifier and device type of a unit that is not there (SPC-4 6.4.2).
 NO_DEVICE: Final = 0x7F
-#: Version descriptors (SPC-4 6.4.2): SAM-5, SPC-4, SBC-3.
-_VERSIONS = (0x00A0, 0x0460, 0x04C0)
+#: What follows the 36 bytes (SPC-4 6.4.2); version descriptors of SAM-5, SPC-4, SBC-3.
+_REST = bytes(22) + struct.pack(">8H", 0x00A0, 0x0460, 0x04C0, 0, 0, 0, 0, 0)
 #: Microsoft's company identifier of 24 bits behind NAA 6, as Hyper-V's disks have it.
 _NAA_6_MICROSOFT = 0x6002248
 _NON_ROTATING = 1
@@ -82,16 +82,19 @@ def standard(identity: Identity) -> bytes:
 
 
 def absent() -> bytes:
-    """Standard INQUIRY data of a logical unit that is not there."""
-    return _standard(NO_DEVICE, 0, bytes(16))
+    """Standard INQUIRY data of a logical unit that is not there.
+
+    The least that SPC-4 allows: Linux asks all 1,024 places of a fibre channel adapter, and each
+    again if there is more.
+    """
+    return _standard(NO_DEVICE, 0, bytes(16), rest=b"")
 
 
-def _standard(peripheral: int, removable: int, product: bytes) -> bytes:
-    versions = struct.pack(">8H", *_VERSIONS, *(0,) * (8 - len(_VERSIONS)))
+def _standard(peripheral: int, removable: int, product: bytes, rest: bytes = _REST) -> bytes:
     head = struct.pack(
         ">8B", peripheral, removable, _SPC_4, _RESPONSE_FORMAT, 0, 0, 0, _COMMAND_QUEUING
     )
-    data = head + VENDOR + product + REVISION + bytes(22) + versions
+    data = head + VENDOR + product + REVISION + rest
     return data[:4] + bytes((len(data) - 5,)) + data[5:]
 
 
