@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -222,7 +223,7 @@ static void flush_stream(struct stream *s, uint32_t id)
 	s->used = 0;
 }
 
-/* Move what is readable into frames; 0 when the stream is dry or ended. */
+/* Move what is readable into frames; how much, 0 when the stream is dry or ended. */
 static int drain(struct stream *s, uint32_t id, int *flags)
 {
 	uint8_t spill[4096];
@@ -246,7 +247,22 @@ static int drain(struct stream *s, uint32_t id, int *flags)
 	} else {
 		*flags |= TRUNCATED;
 	}
-	return 1;
+	return n;
+}
+
+/* What is in the pipe when a command ends belongs to it, however long the line takes for that; a
+   process it left behind may keep the pipe open, and full, for ever. */
+static void drain_rest(struct stream *s, uint32_t id, int *flags)
+{
+	int left = 0, moved;
+
+	if (s->fd < 0)
+		return;
+	ioctl(s->fd, FIONREAD, &left);
+	while (left > 0 && (moved = drain(s, id, flags)) > 0)
+		left -= moved;
+	if (s->fd >= 0)
+		close(s->fd);
 }
 
 static void run_child(char **argv, int out, int err)
@@ -334,16 +350,8 @@ static void do_exec(uint32_t id, uint8_t *body, size_t size)
 			drain(&err, id, &flags);
 	}
 	running = 0;
-	/* What is in the pipes now belongs to the command; a process it left behind may keep them
-	   open (and full) for ever. */
-	for (int64_t end = now_ms() + 200; out.fd >= 0 && drain(&out, id, &flags) && now_ms() < end;)
-		;
-	for (int64_t end = now_ms() + 200; err.fd >= 0 && drain(&err, id, &flags) && now_ms() < end;)
-		;
-	if (out.fd >= 0)
-		close(out.fd);
-	if (err.fd >= 0)
-		close(err.fd);
+	drain_rest(&out, id, &flags);
+	drain_rest(&err, id, &flags);
 	flush_stream(&out, id), flush_stream(&err, id);
 	if (how >= 0)
 		send_done(id, how, 0, flags);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pty
@@ -104,6 +105,35 @@ def test_output_of_any_length_is_complete(client: ProbeClient, size: int) -> Non
     result = client.run(f"head -c {size} /dev/zero")
     assert result.stdout == bytes(size)
     assert not result.truncated
+
+
+def test_output_is_complete_however_slow_the_line_is(checked_probe: Path) -> None:
+    """As a serial line of emulated processors: it takes far longer than the command."""
+    (ours, near), (far, theirs) = socket.socketpair(), socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    line = theirs.fileno()
+    process = subprocess.Popen([str(checked_probe), "-"], stdin=line, stdout=line)
+    theirs.close()
+
+    def pump(source: socket.socket, target: socket.socket, seconds: float) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                time.sleep(seconds)
+                target.sendall(data)
+
+    for words in ((near, far, 0.0), (far, near, 0.1)):
+        threading.Thread(target=pump, args=words, daemon=True).start()
+    try:
+        client = ProbeClient(ours)
+        client.wait_ready(10, drivers=False)
+        result = client.run("head -c 30000 /dev/zero; head -c 9000 /dev/zero >&2")
+        assert (len(result.stdout), len(result.stderr)) == (30000, 9000)
+        assert not result.truncated
+    finally:
+        process.kill()
+        process.wait()
+        for each in (ours, near, far):
+            each.close()
 
 
 def test_output_is_cut_at_its_limit_and_says_so(client: ProbeClient) -> None:
