@@ -447,6 +447,11 @@ def test_what_a_write_same_cannot_be() -> None:
     assert disk.done == [f"unmap 0 {64 * MIB}"]
 
 
+def test_a_long_write_same_takes_little_memory(watched: Watched) -> None:
+    run(DiskUnit(watched), sixteen(0x93, 0, 8192), b"x" * 512)
+    assert watched.done == ["write"] * 4 and set(watched.content) == set(b"x")
+
+
 def test_what_an_unmap_cannot_be(watched: Watched) -> None:
     unit = DiskUnit(watched)
     cdb, parameters = unmap_list((0, 1))
