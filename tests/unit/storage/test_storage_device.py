@@ -372,10 +372,16 @@ def test_a_scsi_controller_has_no_such_names(host: StorageHost) -> None:
     assert host.connect().operate(12)[0] != 0
 
 
-def test_a_channel_that_closes_waits_for_what_runs(disk: Faulty) -> None:
+@pytest.mark.parametrize("sub_channel", [False, True])
+def test_a_channel_that_closes_waits_for_what_runs(disk: Faulty, sub_channel: bool) -> None:
     """Its memory is the guest's again afterwards; what had not begun is dropped."""
-    host = StorageHost.build(DiskUnit(disk))
-    driver = host.connect()
+    host = StorageHost.build(DiskUnit(disk), processors=5)
+    driver, relid = host.connect(), 1
+    if sub_channel:
+        assert driver.operate(13, struct.pack("<H", 1))[0] == 0
+        host.guest.collect_offers()
+        (relid,) = (relid for relid, offer in host.guest.offers.items() if offer.sub_channel_index)
+        driver = host.open(relid)
     disk.gate = threading.Event()
     cdb = struct.pack(">BBIBHB", 0x2A, 0, 0, 0, 1, 0)
     for number in range(5):
@@ -385,7 +391,7 @@ def test_a_channel_that_closes_waits_for_what_runs(disk: Faulty) -> None:
 
     def close() -> None:
         with host.lock:
-            host.guest.close(1)
+            host.guest.close(relid)
         closed.set()
 
     thread = threading.Thread(target=close)
