@@ -13,6 +13,7 @@ from hvhost.errors import LocalProtocolError, RemoteProtocolError
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory
 from hvhost.vmbus import channel as channel_module
 from hvhost.vmbus.channel import Channel, ChannelState, Packet, PacketType
+from hvhost.vmbus.ring import encode_packet
 from simulated.devices import Echo, Recorder, an_offer
 from simulated.driver import GuestChannel, SimulatedGuest
 
@@ -123,6 +124,127 @@ def test_packets_that_do_not_fit_wait_and_go_out_in_order() -> None:
     assert (bench.host.queued, bench.channel.incoming.word(3)) == (0, 0)
 
 
+def test_a_small_packet_does_not_overtake_a_large_one() -> None:
+    bench = Bench(recorder, in_pages=2)
+    for _ in range(4):
+        assert bench.host.send(bytes(1000))
+    assert bench.host.queued == 1
+    assert bench.host.send(b"small"), "there would be room for it"
+    assert bench.host.queued == 2
+    got: list[bytes] = []
+    while packets := bench.channel.read(limit=1):
+        got += [packet.payload.rstrip(b"\0") for packet in packets]
+    assert got == [b""] * 4 + [b"small"]
+
+
+def answering(bench: Bench[Recorder], numbers: range, payload: bytes) -> None:
+    """Answer the next packet with completions of all *numbers*, by one call."""
+
+    def answer(packet: Packet) -> None:
+        assert bench.host.send_completions(numbers, payload)
+
+    bench.device.on_packet = answer
+    bench.channel.write(b"")
+
+
+def test_several_completions_are_one_interrupt() -> None:
+    bench = Bench(recorder)
+    answering(bench, range(5), b"done")
+    assert bench.interrupts == [(0, 1)] and bench.host.packets_sent == 5
+    packets = bench.channel.read()
+    assert [(each.type, each.transaction_id) for each in packets] == [(11, n) for n in range(5)]
+    assert bench.host.send_completions((7, 8), b"later")
+    assert [each.transaction_id for each in bench.channel.read()] == [7, 8]
+    bench.guest.close(1)
+    assert not bench.host.send_completions((9,), b"")
+
+
+def test_completions_that_do_not_all_fit_wait_in_order() -> None:
+    bench = Bench(recorder, in_pages=2)
+    answering(bench, range(6), bytes(1000))
+    assert bench.host.queued == 3
+    answering(bench, range(6, 8), b"")
+    assert bench.host.queued == 5, "nor do small ones overtake"
+    got: list[int] = []
+    while packets := bench.channel.read(limit=1):
+        got += [packet.transaction_id for packet in packets]
+    assert got == list(range(8))
+
+
+def test_encoded_packets_go_out_as_they_are_or_wait() -> None:
+    bench = Bench(recorder, in_pages=2)
+    waiting = [encode_packet(PacketType.COMP, 0, number, bytes(1000)) for number in range(5)]
+
+    def settle() -> None:
+        bench.host.send_encoded(waiting)
+        waiting[:] = [encode_packet(PacketType.COMP, 0, 5, b"")]
+
+    bench.host.settle = settle
+    bench.channel.write(b"")
+    assert bench.interrupts == [(0, 1)] and bench.host.queued == 2
+    bench.channel.write(b"")
+    assert bench.host.queued == 3
+    bench.host.settle = None
+    got: list[int] = []
+    while packets := bench.channel.read(limit=1):
+        got += [packet.transaction_id for packet in packets]
+    assert got == list(range(6)) and bench.host.packets_sent == 6
+    bench.guest.close(1)
+    bench.host.send_encoded(waiting)
+    assert not bench.guest.faults
+
+
+def test_a_device_settles_after_each_look_while_it_is_there() -> None:
+    bench = Bench(recorder)
+    looks: list[int] = []
+    bench.host.settle = lambda: looks.append(len(bench.device.packets))
+    for _ in range(3):
+        bench.channel.write(b"", signal=False)
+    bench.channel.signal()
+    bench.host.process()
+    assert looks == [3, 3]
+    bench.device.on_packet = lambda packet: bench.guest.server.remove_device(bench.host)
+    bench.channel.write(b"")
+    assert looks == [3, 3] and not bench.guest.faults
+
+
+def test_a_flush_within_a_look_waits_for_its_end() -> None:
+    bench = Bench(recorder)
+    seen: list[int] = []
+
+    def answer(packet: Packet) -> None:
+        bench.host.send(b"answer", more=True)
+        bench.host.flush()
+        seen.append(len(bench.guest.port.interrupts))
+
+    bench.device.on_packet = answer
+    for _ in range(2):
+        bench.channel.write(b"", signal=False)
+    bench.channel.signal()
+    assert seen == [0, 0] and bench.interrupts == [(0, 1)]
+
+
+def test_what_a_device_serves_itself_counts_towards_one_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_module, "PROCESS_PACKETS", 10)
+    bench = Bench(recorder)
+    served: list[int] = []
+
+    def serve(data: bytes) -> int:
+        served.append(len(data))
+        return len(data)
+
+    bench.host.serve = serve
+    for _ in range(20):
+        bench.channel.write(bytes(40), signal=False)
+    assert bench.host.process(), "64 bytes count as a packet"
+    assert served == [20 * 64] and not bench.host.process()
+    bench.channel.write(bytes(40), signal=False)
+    assert not bench.host.process() and served == [20 * 64, 64]
+    assert bench.device.packets == []
+
+
 def test_room_that_appears_before_the_host_asks_for_it_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,6 +339,16 @@ def test_an_error_of_the_device_faults_its_channel_once(caplog: pytest.LogCaptur
         "channel 1 (echo-1) faulted: the guest sent what it must not send."
     ]
     assert not bench.host.send(b"x") and not bench.host.process()
+
+
+def test_a_channel_faults_once() -> None:
+    bench = Bench(recorder)
+    bench.host.fault("it did this.")
+    bench.host.fault("and that.")
+    assert bench.guest.faults == ["channel 1 (echo-1) faulted: it did this."]
+    bench.guest.server.remove_device(bench.host)
+    bench.host.fault("nobody is there.")
+    assert len(bench.guest.faults) == 1 and bench.host.state is ChannelState.RESCINDED
 
 
 def test_an_error_in_opened_faults_the_channel() -> None:

@@ -88,6 +88,34 @@ def test_views_cover_a_range_and_join_neighbours(
         assert len(views) <= runs + 1
 
 
+@pytest.mark.parametrize(
+    "pfns", [[5, 6, 7, 8], [5, 7, 6, 8], [5, 5, 5, 8], [8, 7, 6, 5], [HIGH, 6, 7, HIGH + 3]]
+)
+@pytest.mark.parametrize(("count", "offset"), [(16384, 0), (12300, 4000), (12289, 0)])
+def test_views_hold_the_pages_named_in_any_order(pfns: list[int], count: int, offset: int) -> None:
+    marked = GuestMemory(
+        [
+            MemoryRegion(
+                start * PAGE_SIZE,
+                memoryview(
+                    bytearray(b"".join(bytes((mark,)) * PAGE_SIZE for mark in range(first, last)))
+                ),
+            )
+            for start, first, last in ((0, 0, 16), (HIGH, 100, 116))
+        ]
+    )
+    marks = [pfn if pfn < HIGH else pfn - HIGH + 100 for pfn in pfns]
+    whole = b"".join(bytes((mark,)) * PAGE_SIZE for mark in marks)
+    views = a_range(count, offset, pfns).views(marked)
+    assert b"".join(views) == whole[offset : offset + count]
+
+
+@pytest.mark.parametrize("pfns", [[5, 6], [5, 7]])
+def test_views_never_leave_the_pages_named(memory: GuestMemory, pfns: list[int]) -> None:
+    views = a_range(3 * PAGE_SIZE, 8, pfns).views(memory)
+    assert sum(map(len, views)) == 2 * PAGE_SIZE - 8
+
+
 def test_views_are_the_guests_memory_in_order(memory: GuestMemory) -> None:
     item = a_range(PAGE_SIZE + 10, 4090, [5, 6, HIGH])
     views = item.views(memory)
