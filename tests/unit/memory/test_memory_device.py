@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hvhost.errors import HvHostError, LocalProtocolError
-from hvhost.memory.area import HotAddArea
+from hvhost.memory.area import REQUEST_PAGES_MAX, HotAddArea
 from hvhost.memory.device import UNBALLOON_PAGES_MAX, MemoryDevice, Phase, Work
 from hvhost.memory.protocol import PageRange
 from simulated.balloon import BalloonDriver, message, words
@@ -253,6 +253,74 @@ def test_requests_that_make_no_sense(world: World) -> None:
     world.device.balloon(1)
     with pytest.raises(LocalProtocolError):
         world.device.balloon(1)
+
+
+def test_requests_hold_what_a_message_can_say() -> None:
+    device = MemoryDevice(HotAddArea(AREA, AREA + (1 << 26)), 7777, Memory())
+    world = World()
+    world.guest = SimulatedGuest(pages=64)
+    world.guest.server.add_device(device)
+    world.guest.connect()
+    world.driver = BalloonDriver(world.guest.open(1), 0)
+    world.driver.connect()
+    offer = device.next_range(1 << 30)
+    assert offer is not None and offer[0].count <= REQUEST_PAGES_MAX
+    device.balloon(1 << 40)
+    (packet,) = world.driver.channel.read()
+    assert struct.unpack_from("<HHII", packet.payload)[3] == device.state.wanted < 1 << 32
+
+
+@pytest.mark.parametrize(("version", "told"), [(0x20000, 9000), (0x10000, 9000), (3, None)])
+def test_a_maximum_is_raised_for_who_knows_it(version: int, told: int | None) -> None:
+    world = World()
+    world.device.raise_maximum(8000)
+    assert world.driver.connect((version,))
+    assert world.driver.maximum == (None if told is None else 8000)
+    world.device.raise_maximum(9000)
+    world.driver.run()
+    assert world.driver.maximum == told
+
+
+def test_a_driver_that_leaves_over_a_begun_block(world: World) -> None:
+    device, driver = world.device, world.driver
+    for _ in range(2):
+        offer = device.next_range(100)
+        assert offer is not None
+        device.hot_add(*offer)
+        driver.run()
+    offer = device.next_range(100)
+    assert offer == (PageRange(AREA + 200, 100), None)
+    device.hot_add(*offer)
+    world.reopen()
+    assert device.next_range(100)[0].start == AREA + 32768  # type: ignore[index]
+    assert not world.guest.faults
+
+
+@pytest.mark.parametrize("work", [Work.BALLOON, Work.UNBALLOON, Work.HOT_ADD])
+@pytest.mark.parametrize("answer", [Work.BALLOON, Work.UNBALLOON, Work.HOT_ADD])
+def test_an_answer_to_something_else(world: World, work: Work, answer: Work) -> None:
+    device, driver = world.device, world.driver
+    device.balloon(100)
+    driver.run()
+    if work is Work.BALLOON:
+        device.balloon(100)
+    elif work is Work.UNBALLOON:
+        device.unballoon(100)
+    else:
+        device.hot_add(*device.next_range(100))  # type: ignore[misc]
+    body = {Work.BALLOON: (7, bytes(8)), Work.UNBALLOON: (9, b""), Work.HOT_ADD: (11, bytes(8))}
+    driver.send(*body[answer])
+    if work is answer:
+        assert device.idle and not world.guest.faults
+    else:
+        assert f"while the memory device was ready and {work}" in world.fault
+
+
+def test_a_status_instead_of_capabilities() -> None:
+    world = World()
+    world.driver.send(1, struct.pack("<II", 0x20000, 0))
+    world.driver.send(5, bytes(40))
+    assert "a Status while the memory device was capabilities" in world.fault
 
 
 def test_a_driver_without_balloon() -> None:

@@ -264,7 +264,9 @@ def test_an_offer_says_what_the_device_is() -> None:
 
 def test_a_device_added_later_is_offered_at_once() -> None:
     guest, _ = with_echo()
+    before = len(guest.port.messages)
     guest.server.add_device(Echo(guest.memory, an_offer(2)))
+    assert len(guest.port.messages) == before + 1, "the first is known already"
     guest.collect_offers()
     guest.open(2)
     assert echoes(guest, 2)
