@@ -15,7 +15,8 @@ from pathlib import Path
 from bench import software_host
 from bench.inside import seconds_to_line
 from bench.measurement import Measurement, wake_ups
-from bench.memory import policy, resize
+from bench.memory import policy, relief, resize
+from bench.memory_peer import memory_peer
 from bench.network import network
 from bench.network_peer import network_peer
 from bench.services import services
@@ -29,6 +30,8 @@ from hvhost.machine.model import HeartbeatStatus, Transport
 from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.launcher import launch
+from hvhost.memory.settings import DynamicMemory
+from hvhost.units import MIB
 
 COLD_SECONDS, WARM_SECONDS = 20.0, 15.0
 IDLE_SECONDS = 20.0
@@ -57,7 +60,7 @@ def _boot_on_rig() -> float:
 
 
 @contextlib.contextmanager
-def running(cpus: int = 1) -> Iterator[MachineClient]:
+def running(cpus: int = 1, dynamic: DynamicMemory | None = None) -> Iterator[MachineClient]:
     """A machine of the guest on the rig, booted, with its heartbeat."""
     images = guest()
     config = define(
@@ -68,6 +71,7 @@ def running(cpus: int = 1) -> Iterator[MachineClient]:
         memory="512M",
         name="bench",
         transport=Transport.RIG,
+        dynamic_memory=dynamic,
     )
     worker = launch(config, detach=False)
     try:
@@ -225,7 +229,9 @@ def memory(rounds: int) -> list[Measurement]:
     """Memory given and taken while a guest runs, and what deciding about it costs."""
     del rounds
     with running() as client:
-        return [*resize(client), *policy()]
+        figures = resize(client)
+    with running(dynamic=DynamicMemory(256 * MIB, 1024 * MIB)) as client:
+        return [*figures, *relief(client), *policy()]
 
 
 def services_rig(rounds: int) -> Iterator[Measurement]:
@@ -246,6 +252,7 @@ CASES: dict[str, Callable[[int], Iterable[Measurement]]] = {
     "network-peer": network_peer,
     "rig-boot": rig_boot,
     "memory": memory,
+    "memory-peer": memory_peer,
     "heartbeat": heartbeat,
     "idle": idle,
     "local-boot": local_boot,

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hvhost.guests.initramfs import READY_LINE
@@ -19,6 +20,7 @@ from hvhost.guests.initramfs import READY_LINE
 SECONDS = 120
 MEMORY_MIB = 512
 COMMAND_LINE = "console=ttyS0 quiet"
+QEMU = ("qemu-system-x86_64",)
 
 
 def hvhost_command(kernel: str, initrd: str, memory_mib: int) -> list[str]:
@@ -31,10 +33,12 @@ def hvhost_command(kernel: str, initrd: str, memory_mib: int) -> list[str]:
     ]
 
 
-def qemu_command(kernel: str, initrd: str, memory_mib: int) -> list[str]:
+def qemu_command(
+    kernel: str, initrd: str, memory_mib: int, program: Sequence[str] = QEMU
+) -> list[str]:
     """The same kernel with the same memory in QEMU's oldest machine, on its fastest processor."""
     return [
-        *("qemu-system-x86_64", "-M", "pc", "-accel", "kvm", "-cpu", "host"),
+        *(*program, "-M", "pc", "-accel", "kvm", "-cpu", "host"),
         *("-m", str(memory_mib), "-display", "none", "-no-reboot"),
         *("-kernel", kernel, "-initrd", initrd, "-append", COMMAND_LINE),
     ]

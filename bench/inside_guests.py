@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.inside import hvhost_command, qemu_command
+from bench.inside import QEMU, hvhost_command, qemu_command
 from hvhost.errors import HvHostError
 from hvhost.guests.probe import ProbeClient
 
@@ -66,13 +66,18 @@ def hvhost(kernel: str, initrd: str, devices: list[str]) -> Iterator[Started]:
 
 
 @contextmanager
-def qemu(kernel: str, initrd: str, devices: list[str]) -> Iterator[Started]:
-    """QEMU's machine; *devices* are further words of its command line."""
+def qemu(
+    kernel: str, initrd: str, devices: list[str], program: Sequence[str] = QEMU
+) -> Iterator[Started]:
+    """QEMU's machine; *devices* are further words of its command line.
+
+    *program* is the emulator to use, with options of its own.
+    """
     serial = Path("/run/bench-serial")
     serial.unlink(missing_ok=True)
     process = subprocess.Popen(
         [
-            *qemu_command(kernel, initrd, MEMORY_MIB),
+            *qemu_command(kernel, initrd, MEMORY_MIB, program),
             *("-serial", "null", "-serial", f"unix:{serial},server=on,wait=off"),
             *devices,
         ],
