@@ -279,6 +279,11 @@ def test_a_maximum_is_raised_for_who_knows_it(version: int, told: int | None) ->
     world.device.raise_maximum(9000)
     world.driver.run()
     assert world.driver.maximum == told
+    world.guest.close(1)
+    world.device.raise_maximum(9500)  # for the next driver
+    world.driver.channel = world.guest.open(1)
+    assert world.driver.connect((version,))
+    assert world.driver.maximum == (None if told is None else 9500)
 
 
 def test_a_driver_that_leaves_over_a_begun_block(world: World) -> None:
