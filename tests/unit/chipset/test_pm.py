@@ -57,6 +57,11 @@ def test_sleep_by_bytes(board: Board) -> None:
     assert board.sleeps == [5]
 
 
+def test_what_is_written_behind_the_registers_is_lost(board: Board) -> None:
+    board.bus.write(PM_BASE + 4, 4, (5 << 10 | 1 << 13) << 16)
+    assert board.sleeps == [] and board.bus.read(PM_BASE + 4, 2) == 1
+
+
 def test_reset_register(board: Board) -> None:
     board.bus.write(0xCF9, 1, 0x02)
     assert board.resets == 0

@@ -42,6 +42,10 @@ def test_bcd_24_hours_by_default() -> None:
     assert Guest().registers() == [0x56, 0x34, 0x12, 5, 0x29, 0x02, 0x24, 0x20]  # a Thursday
 
 
+def test_a_host_before_its_time_shows_the_first_second() -> None:
+    assert Guest(-5.0).registers() == [0, 0, 0, 5, 1, 1, 0x70, 0x19]
+
+
 def test_binary_mode() -> None:
     guest = Guest()
     guest.write(0x0B, 0x06)
@@ -67,6 +71,8 @@ def test_status_registers() -> None:
     guest.write(0x0D, 0xFF)
     guest.write(0x0A, 0xA6)  # the update bit is read-only
     assert (guest.read(0x0A), guest.read(0x0C), guest.read(0x0D)) == (0x26, 0, 0x80)
+    guest.write(0x0A, 0xF0)
+    assert guest.read(0x0A) == 0x70
 
 
 def test_update_in_progress_is_announced_and_ends() -> None:
@@ -102,15 +108,26 @@ def test_set_bit_freezes_the_clock_until_released() -> None:
 
 @pytest.mark.parametrize(
     ("index", "value"),
-    [(0, 0x60), (2, 0x60), (4, 0x24), (7, 0x00), (7, 0x32), (8, 0x00), (8, 0x13), (0x32, 0x19)],
+    [
+        (0, 0x60),
+        (2, 0x60),
+        (4, 0x24),
+        (4, 0x92),
+        (7, 0x00),
+        (7, 0x32),
+        (8, 0x00),
+        (8, 0x13),
+        (0x32, 0x19),
+    ],
 )
 def test_a_date_that_is_none_changes_nothing(index: int, value: int) -> None:
     guest = Guest()
     if index == 0x32:
         guest.write(9, 0x69)  # 2069, then 1969
         before = guest.registers()
-        guest.write(index, value)
-        assert guest.registers() == before
+        for century in (value, 0xFF):  # the year 16569
+            guest.write(index, century)
+            assert guest.registers() == before
         return
     guest.write(index, value)
     assert guest.rtc.state.offset == 0

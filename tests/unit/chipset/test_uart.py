@@ -90,6 +90,9 @@ def test_reserved_bits_do_not_read_back(port: Port) -> None:
     port.write(MCR, 0xFF)
     port.write(SCR, 0xA5)
     assert (port.read(IER), port.read(MCR), port.read(SCR)) == (0x0F, 0x1F, 0xA5)
+    for read_only in (LSR, MSR):
+        port.write(read_only, 0x5A)
+    assert port.read(SCR) == 0xA5
 
 
 def test_transmitter_is_always_empty(port: Port) -> None:
@@ -248,7 +251,9 @@ def test_input_waits_while_in_loopback(port: Port) -> None:
 
 
 def test_modem_lines_and_linux_loopback_probe(port: Port) -> None:
-    assert port.read(MSR) == 0xB0
+    for outputs in (0, DTR, RTS | OUT1, OUT2):
+        port.write(MCR, outputs)
+        assert port.read(MSR) == 0xB0
     port.write(MCR, LOOP | OUT2 | RTS)
     assert port.read(MSR) & 0xF0 == 0x90
     port.write(MCR, LOOP | OUT1 | DTR)
