@@ -62,7 +62,7 @@ class SocketHost:
     def __init__(self, directory: Path, *, version: int = 0x50003, pages: int = 512) -> None:
         self.directory = directory
         self.loop = Loop()
-        self.bridge = SocketBridge(directory, self.loop, accept_seconds=0.05, linger_seconds=0.05)
+        self.bridge = SocketBridge(directory, self.loop, accept_seconds=60.0, linger_seconds=0.05)
         self.bridge.open()
         self.guest = SimulatedGuest(pages=pages)
         self.lock = threading.RLock()

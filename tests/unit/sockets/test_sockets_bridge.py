@@ -30,6 +30,7 @@ from simulated.devices import Echo
 from simulated.sockets import FROM_HOST, GuestSocket, SocketHost, data_packet
 
 OWN = uuid.UUID("9b7a3b1e-0000-4000-8000-00155d010203")
+SOON = 0.05  # seconds after which an offer that nobody takes is given up
 
 
 @pytest.fixture
@@ -151,6 +152,7 @@ def test_only_so_many_may_say_nothing(host: SocketHost, monkeypatch: pytest.Monk
 
 
 def test_nobody_listens_in_the_guest(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
     assert "nobody in the guest accepted" in refusal(host, b"CONNECT 1\n", 0.1)
     assert over(host)
 
@@ -158,6 +160,7 @@ def test_nobody_listens_in_the_guest(host: SocketHost) -> None:
 def test_a_paused_guest_is_not_connected_to_and_its_time_is_not_counted(
     host: SocketHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    host.bridge.accept_seconds = SOON
     program = host.dial(b"CONNECT 1\n")
     (offer,) = host.new_offers()
     host.bridge.pause()
@@ -174,12 +177,14 @@ def test_a_paused_guest_is_not_connected_to_and_its_time_is_not_counted(
 
 
 def test_a_resumed_guest_that_takes_nothing_is_given_up(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
     host.bridge.pause()
     host.bridge.resume()
     assert "nobody in the guest accepted" in refusal(host, b"CONNECT 1\n", 0.1)
 
 
 def test_an_acceptance_that_comes_too_late(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
     program = host.dial(b"CONNECT 1\n")
     (offer,) = host.new_offers()
     host.run(0.1)
@@ -230,6 +235,7 @@ def test_a_program_that_does_not_accept(host: SocketHost) -> None:
 
 
 def test_a_guest_that_asks_and_does_not_open(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
     listener = host.listen(5000)
     host.request(5000)
     program, _ = listener.accept()
@@ -389,6 +395,7 @@ def test_a_channel_that_the_guest_closes(host: SocketHost) -> None:
 
 def test_a_guest_that_restarts(host: SocketHost) -> None:
     _guest, program = host.guest_to_host()
+    accept_seconds, host.bridge.accept_seconds = host.bridge.accept_seconds, SOON
     pending = host.dial(b"CONNECT 9\n")
     host.guest.server.reset()
     host.run()
@@ -396,6 +403,7 @@ def test_a_guest_that_restarts(host: SocketHost) -> None:
     host.run(0.1)
     assert pending.recv(100).startswith(b"REFUSED")
     assert not host.guest.server.channels and not host.bridge.connections
+    host.bridge.accept_seconds = accept_seconds
     host.guest.connect()
     guest, program = host.guest_to_host()
     guest.send(b"again")
