@@ -106,9 +106,9 @@ def _prepare(client: MachineClient) -> MemoryClient:
     _await("the guest's memory driver", lambda: memory.info().driver == "ready")
     probe = connect_probe(client.directory)
     try:
+        probe.write_text("/sys/devices/system/memory/auto_online_blocks", "online")
         parameters = "/sys/module/hv_balloon/parameters/pressure_report_delay"
         probe.write_text(parameters, "0")
-        probe.write_text("/sys/devices/system/memory/auto_online_blocks", "online")
     finally:
         probe.close()
     _await("the guest's report", lambda: memory.info().demand is not None)

@@ -27,8 +27,8 @@ PIECE = 128 * MIB
 LIMIT = 120.0
 # Report at once, and use what was added.
 PREPARE = """
-echo 0 > /sys/module/hv_balloon/parameters/pressure_report_delay &&
-echo online > /sys/devices/system/memory/auto_online_blocks
+echo online > /sys/devices/system/memory/auto_online_blocks &&
+echo 0 > /sys/module/hv_balloon/parameters/pressure_report_delay
 """
 STEPS = (
     ("hot-add", MEMORY + PIECE),

@@ -82,7 +82,7 @@ class Guest:
         )
         self.total += change // 2 if "half" in self.faults else change
 
-    def set(self, size: int) -> MemoryInfo:
+    def set(self, size: int, timeout: float = 1.0) -> MemoryInfo:
         if size < 200 * MIB and "careless" not in self.faults:
             raise HvHostError("it is too little.")
         if size > START and "no-hot-plug" in self.faults:

@@ -29,7 +29,7 @@ TOLERANCE = 4 * MIB
 _DELAY = "/sys/module/hv_balloon/parameters/pressure_report_delay"
 _ONLINE = "/sys/devices/system/memory/auto_online_blocks"
 _DRIVER_SECONDS = 30.0
-_CHANGE_SECONDS = 90.0
+_CHANGE_SECONDS, _SET_SECONDS = 90.0, 60.0
 _STEP = 128 * MIB
 _ODD = 77 * MIB
 _PIECE = 96 * MIB
@@ -84,10 +84,10 @@ def prepare(session: Session, probe: Probe) -> bool:
             raise RowFailed("no driver of the guest bound to the dynamic memory device")
     session.step("waiting for the guest's first memory report")
     await_memory(session, lambda info: info.driver == "ready", _DRIVER_SECONDS, "a memory driver")
-    probe.write(_DELAY, "0")  # by itself it waits 45 seconds before it reports
     hot_plug = bool(probe.read_all(_ONLINE))  # of kernels with CONFIG_MEMORY_HOTPLUG
     if hot_plug:
         probe.write(_ONLINE, "online")
+    probe.write(_DELAY, "0")  # by itself it waits 45 seconds before it reports
     await_memory(session, lambda info: info.demand is not None, _DRIVER_SECONDS, "a report")
     return hot_plug
 
@@ -263,7 +263,7 @@ def _cold_discard(session: Session, probe: Probe, info: MemoryInfo) -> str:
 def _resize(session: Session, probe: Probe, before: Seen, size: int) -> Seen:
     session.step(f"setting the guest's memory to {_mib(size)}")
     started = time.monotonic()
-    session.machine.memory.set(size)
+    session.machine.memory.set(size, session.timing.patiently(_SET_SECONDS))
     seconds = time.monotonic() - started
     after = look(session, probe)
     if after.info.assigned != size:
