@@ -1,7 +1,8 @@
 /*
- * hvhost-fill MIB: fills so much memory, says "filled", and keeps it. On SIGUSR1 it checks all of
- * it and says how many pages there are, how many hold something else than it wrote, how many lie
- * above 4 GiB of physical memory, and the highest physical address, which only root is told.
+ * hvhost-fill MIB [MIB-A-SECOND]: fills so much memory, no quicker than it is told, says "filled",
+ * and keeps it. On SIGUSR1 it checks all of it and says how many pages there are, how many hold
+ * something else than it wrote, how many lie above 4 GiB of physical memory, and the highest
+ * physical address, which only root is told.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -70,13 +71,14 @@ static int report(const char *memory, size_t pages)
 
 int main(int argc, char **argv)
 {
-	size_t size, pages;
+	size_t size, pages, rate = 0;
 	char *memory;
 	sigset_t set;
 	int number;
 
-	if (argc != 2 || !(size = strtoul(argv[1], NULL, 0) * MIB)) {
-		fprintf(stderr, "usage: hvhost-fill MIB\n");
+	if (argc < 2 || argc > 3 || !(size = strtoul(argv[1], NULL, 0) * MIB) ||
+	    (argc == 3 && !(rate = strtoul(argv[2], NULL, 0)))) {
+		fprintf(stderr, "usage: hvhost-fill MIB [MIB-A-SECOND]\n");
 		return 2;
 	}
 	sigemptyset(&set);
@@ -91,6 +93,8 @@ int main(int argc, char **argv)
 	for (size_t page = 0; page < pages; page++) {
 		uint64_t first = mark(page), last = ~first;
 
+		if (rate && page % (MIB / PAGE) == 0)
+			usleep(1000000 / rate);
 		memcpy(memory + page * PAGE, &first, sizeof first);
 		memcpy(memory + (page + 1) * PAGE - sizeof last, &last, sizeof last);
 	}

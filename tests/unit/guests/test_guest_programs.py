@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,9 +76,21 @@ def writable_place(pid: int, size: int) -> int:
     raise AssertionError("not mapped")
 
 
-@pytest.mark.parametrize("words", [[], ["0"], ["1", "2"]])
+def test_fill_takes_its_time() -> None:
+    """For a rate of 20 MiB a second, 2 MiB may not take less than what that needs."""
+    fill = dict(build_programs(apt.NATIVE).others)["usr/bin/hvhost-fill"]
+    started = time.monotonic()
+    with subprocess.Popen([str(fill), "2", "20"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == f"filled {2 << 20}\n"
+        finally:
+            process.kill()
+    assert time.monotonic() - started >= 2 / 20
+
+
+@pytest.mark.parametrize("words", [[], ["0"], ["1", "0"], ["1", "2", "3"]])
 def test_fill_says_how_it_is_used(words: list[str]) -> None:
     fill = dict(build_programs(apt.NATIVE).others)["usr/bin/hvhost-fill"]
     result = subprocess.run([str(fill), *words], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "usage: hvhost-fill MIB" in result.stderr
+    assert "usage: hvhost-fill MIB [MIB-A-SECOND]" in result.stderr
