@@ -359,6 +359,12 @@ def test_completing_twice() -> None:
         (nvsp(1, 0x60001, 0x60001), "anew with its buffers lent"),
         (nvsp(133, 2, 1), "sub-channels"),
         (nvsp(999), "message 999 is unknown"),
+        (nvsp(102), "message 102 is unknown or for hosts to send"),
+        (nvsp(125, 67 + 14, 0, 0, 0), "an MTU of 67 bytes"),
+        (nvsp(125, 65522 + 14, 0, 0, 0), "an MTU of 65522 bytes"),
+        (nvsp(125, 0, 0, 0, 0), "an MTU of -14 bytes"),
+        (struct.pack("<IIII", 125, 1514, 0, 0), "cut it short"),
+        (nvsp(133, 0, 1), "sub-channels"),
         (b"\x6b\0\0\0\0\0\0\0", "has 8 bytes only"),
     ],
 )
@@ -366,6 +372,83 @@ def test_messages_that_cannot_be(message: bytes, sentence: str) -> None:
     driver = started()
     driver.tell(message)
     assert sentence in fault_of(driver)
+
+
+@pytest.mark.parametrize("kind", [100, 101, 104, 125, 133])
+def test_messages_before_a_version(kind: int) -> None:
+    driver = NetvscDriver()
+    driver.open()
+    driver.tell(nvsp(kind, 0, 0))
+    assert f"message {kind} came before a version" in fault_of(driver)
+
+
+def test_a_completion_without_a_receive_buffer() -> None:
+    driver = NetvscDriver()
+    driver.open()
+    driver.channel.write(struct.pack("<II", 108, 1), packet_type=11, transaction_id=3)
+    assert "without a receive buffer" in fault_of(driver)
+
+
+def test_a_packet_of_another_kind() -> None:
+    driver = started()
+    driver.channel.write(nvsp(107, 0, 0, 0), packet_type=7, header=struct.pack("<HBBI", 1, 0, 0, 0))
+    assert "got a packet DATA_USING_XFER_PAGES" in fault_of(driver)
+
+
+@pytest.mark.parametrize("negotiated", [False, True])
+def test_a_frame_before_its_time(negotiated: bool) -> None:
+    driver = NetvscDriver()
+    driver.open()
+    if negotiated:
+        assert driver.negotiate() == 0x60001
+    driver.send_pages_of(rndis_packet(ethernet(0x1234, bytes(60))))
+    assert "a frame came before RNDIS was initialised" in fault_of(driver)
+    assert driver.wire.sent == []
+
+
+def test_a_receive_buffer_of_another_number() -> None:
+    driver = NetvscDriver()
+    driver.open()
+    driver.negotiate()
+    handle, _ = driver.guest.make_gpadl(1, [(4096, 0, driver.guest.allocate(1))])
+    driver.tell(nvsp(101, handle, 0xCAFF))
+    assert "came as number 0xcaff" in fault_of(driver)
+
+
+def test_a_section_without_a_send_buffer() -> None:
+    driver = started()
+    driver.tell(nvsp(106, 0))
+    assert driver.adapter.state.send_buffer is None and not driver.guest.faults
+    driver.tell(nvsp(107, 0, 0, 100))
+    assert "has no send buffer" in fault_of(driver)
+
+
+def test_a_receive_buffer_is_taken_back() -> None:
+    driver = started()
+    driver.tell(nvsp(103, 0xCAFE))
+    assert driver.adapter.state.receive_buffer is None and not driver.guest.faults
+    driver.wire.incoming.append(incoming(ethernet(0x1234, bytes(60), to=MAC)))
+    assert not driver.adapter.readable() and driver.wire.incoming
+    driver.channel.write(struct.pack("<II", 108, 1), packet_type=11, transaction_id=3)
+    assert "without a receive buffer" in fault_of(driver)
+
+
+def test_no_more_channels_than_queues_and_once_only() -> None:
+    driver = started(queues=3)
+    assert driver.open_subchannels(7) == 2
+    assert driver.adapter.state.subchannels == 2 and set(driver.send_table) == {0, 1, 2}
+    driver.tell(nvsp(133, 1, 1))
+    assert "sub-channels" in driver.guest.faults[0]
+
+
+def test_a_sub_channel_is_for_frames() -> None:
+    driver = started(queues=2)
+    assert driver.open_subchannels(1) == 1
+    driver.channels[1].write(nvsp(125, 1514, 0, 0, 0))
+    assert driver.guest.faults == [
+        "channel 2 (network adapter net0, channel 1) faulted: NVSP message 125 came on a "
+        "sub-channel."
+    ]
 
 
 @pytest.mark.parametrize(

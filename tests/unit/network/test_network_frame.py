@@ -66,6 +66,86 @@ def test_no_frame_makes_the_parser_fail(data: bytes) -> None:
     hash_input(data, 0xFF00)
 
 
+def tagged(data: bytes) -> bytes:
+    return data[:12] + b"\x81\0\0\5" + data[12:]
+
+
+@pytest.mark.parametrize("tag", [False, True])
+@pytest.mark.parametrize("ipv6", [False, True])
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_headers_are_where_they_are_and_whole(tag: bool, ipv6: bool, protocol: int) -> None:
+    data = tcp(bytes(40), ipv6=ipv6, protocol=protocol)
+    data = tagged(data) if tag else data
+    network = 18 if tag else 14
+    transport = network + (40 if ipv6 else 20)
+    payload = transport + (20 if protocol == 6 else 8)
+    where = frame.Headers(network, transport, payload, ipv6, protocol)
+    for cut in range(len(data) + 1):
+        assert frame.parse(data[:cut]) == (where if cut >= payload else None), cut
+
+
+@pytest.mark.parametrize("tag", [False, True])
+@pytest.mark.parametrize(
+    ("ipv6", "offset", "value", "known"),
+    [
+        (False, 0, 0x65, False),  # another version of IP
+        (False, 0, 0x44, False),  # a header shorter than the shortest
+        (False, 6, 0x40, True),  # not to be fragmented
+        (False, 6, 0x20, False),  # fragments
+        (False, 6, 0x01, False),
+        (False, 7, 0x01, False),
+        (False, 9, 1, False),  # ICMP
+        (False, 32, 0x40, False),  # TCP's header
+        (False, 32, 0xF0, False),
+        (True, 0, 0x40, False),
+        (True, 6, 0, False),  # options
+        (True, 52, 0x40, False),
+        (True, 52, 0xF0, False),
+    ],
+)
+def test_headers_that_are_not_looked_into(
+    tag: bool, ipv6: bool, offset: int, value: int, known: bool
+) -> None:
+    data = bytearray(tcp(b"x" * 30, ipv6=ipv6))
+    data[14 + offset] = value
+    assert (frame.parse(tagged(data) if tag else data) is not None) is known
+
+
+@pytest.mark.parametrize("tag", [False, True])
+def test_options_of_ip_and_of_tcp(tag: bool) -> None:
+    data = bytearray(tcp(b"x" * 30))
+    data[14], data[46] = 0x46, 0x70
+    data[34:34] = bytes(4)
+    found = frame.parse(tagged(data) if tag else data)
+    start = 18 if tag else 14
+    # TCP's length, 0x70, moved with it.
+    assert found == frame.Headers(start, start + 24, start + 24 + 28, False, 6)
+
+
+def test_frames_that_are_not_what_their_offload_says() -> None:
+    data, datagram = tcp(bytes(3000)), tcp(bytes(3000), protocol=17)
+    for each, kind, size in (
+        (data, frame.GSO_TCPV4, 0),
+        (data, frame.GSO_UDP, 1000),
+        (data, frame.GSO_UDP_L4, 1000),
+        (datagram, frame.GSO_TCPV4, 1000),
+        (datagram, frame.GSO_UDP, 1000),
+        (ethernet(0x0806, bytes(3000)), frame.GSO_TCPV4, 1000),
+    ):
+        assert list(frame.segments(each, frame.Offload(1, kind, 0, size, 34, 16))) == []
+    pieces = list(frame.segments(data, frame.Offload(1, frame.GSO_TCPV4, 0, 1000, 34, 16)))
+    numbers = [int.from_bytes(piece[18:20], "big") for piece in pieces]
+    assert numbers == [1, 2, 3], "of IP"
+
+
+def test_a_sum_is_made_only_where_it_is_asked_for() -> None:
+    data = tcp(b"payload", good=False)
+    (same,) = frame.segments(data, frame.Offload(0, 0, 0, 0, 34, 16))
+    assert same == data
+    (outside,) = frame.segments(data, frame.Offload(1, 0, 0, 0, 34, len(data) - 35))
+    assert outside == data
+
+
 @pytest.mark.parametrize(
     ("source", "target", "ports", "with_ports", "without"),
     [
