@@ -66,8 +66,8 @@ def test_no_frame_makes_the_parser_fail(data: bytes) -> None:
     hash_input(data, 0xFF00)
 
 
-def tagged(data: bytes) -> bytes:
-    return data[:12] + b"\x81\0\0\5" + data[12:]
+def tagged(data: bytes | bytearray) -> bytes:
+    return bytes(data[:12]) + b"\x81\0\0\5" + data[12:]
 
 
 @pytest.mark.parametrize("tag", [False, True])
@@ -108,7 +108,14 @@ def test_headers_that_are_not_looked_into(
 ) -> None:
     data = bytearray(tcp(b"x" * 30, ipv6=ipv6))
     data[14 + offset] = value
+    if value == 0x44:
+        data[14 + 28] = 0x50  # a good length, were this TCP's header a word too early
     assert (frame.parse(tagged(data) if tag else data) is not None) is known
+
+
+@pytest.mark.parametrize("ipv6", [False, True])
+def test_other_frames_that_look_like_it(ipv6: bool) -> None:
+    assert frame.parse(ethernet(0x1234, tcp(b"x" * 30, ipv6=ipv6)[14:])) is None
 
 
 @pytest.mark.parametrize("tag", [False, True])
