@@ -96,6 +96,46 @@ def test_a_checksum_outside_the_frame_is_not_sent() -> None:
     assert driver.wire.sent == [] and driver.adapter.state.counters.transmit_errors == 1
 
 
+@pytest.mark.parametrize("offset", [0, 13])
+def test_a_checksum_inside_the_addresses_is_not_made(offset: int) -> None:
+    driver = started()
+    driver.send(rndis_packet(tcp(b""), (0, 0x5 | offset << 16)))
+    assert driver.wire.sent == [] and driver.adapter.state.counters.transmit_errors == 1
+
+
+@pytest.mark.parametrize("size", [0, 13, frame.FRAME_LIMIT + 1])
+def test_frames_of_no_size_there_is(size: int) -> None:
+    driver = started()
+    driver.send_pages_of(rndis_packet(ethernet(0x1234, bytes(size))[:size]))
+    assert driver.wire.sent == [] and driver.adapter.state.counters.transmit_errors == 1
+    assert not driver.guest.faults
+
+
+LARGE = 1460 | 34 << 20 | 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (tcp(bytes(3000), protocol=17), LARGE),
+        (ethernet(0x0806, bytes(3000)), LARGE),
+        (tcp(bytes(3000)), LARGE & ~(1 << 30)),  # version 1
+        (tcp(bytes(3000)), LARGE | 1 << 31),  # of IPv6
+        (tcp(bytes(3000), ipv6=True), 1460 | 54 << 20 | 1 << 30),
+        (tcp(bytes(3000)), 1460 | 38 << 20 | 1 << 30),
+        (tcp(bytes(3000)), 34 << 20 | 1 << 30),
+        (tcp(bytes(3000)), 65536 | 34 << 20 | 1 << 30),
+    ],
+)
+def test_a_large_send_of_something_else_is_not_sent(data: bytes, value: int) -> None:
+    driver = started()
+    driver.send_pages_of(rndis_packet(data, (2, value)))
+    assert driver.wire.sent == [] and driver.adapter.state.counters.transmit_errors == 1
+    assert not driver.guest.faults
+    driver.send_pages_of(rndis_packet(tcp(bytes(3000)), (2, LARGE)))
+    assert len(driver.wire.sent) == 1
+
+
 @pytest.mark.parametrize("ipv6", [False, True])
 @pytest.mark.parametrize("vlan", [None, 0x7B0])  # VLAN 123
 def test_a_large_send_is_made_whole_and_stays_whole(ipv6: bool, vlan: int | None) -> None:
@@ -404,6 +444,13 @@ def test_a_frame_before_its_time(negotiated: bool) -> None:
     driver.send_pages_of(rndis_packet(ethernet(0x1234, bytes(60))))
     assert "a frame came before RNDIS was initialised" in fault_of(driver)
     assert driver.wire.sent == []
+
+
+def test_the_data_path_is_ours_whatever_is_switched() -> None:
+    driver = started()
+    for path in (0, 1):
+        assert driver.call(nvsp(129, path)) == b""
+    assert not driver.guest.faults
 
 
 def test_a_receive_buffer_of_another_number() -> None:
