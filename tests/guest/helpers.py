@@ -17,6 +17,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
 from hvhost.machine.model import HeartbeatStatus, MachineInfo
 from hvhost.manager.definition import define
+from hvhost.memory.settings import DynamicMemory
 from hvhost.verify.guest import Probe
 from hvhost.verify.live import LiveMachine
 
@@ -72,6 +73,7 @@ class Guest:
         memory: int = 512 << 20,
         transport: str = "auto",
         name: str | None = None,
+        dynamic_memory: DynamicMemory | None = None,
     ) -> Guest:
         """Boot *images* and wait for its probe and its drivers."""
         machine = LiveMachine(
@@ -83,6 +85,7 @@ class Guest:
                 memory=memory,
                 transport=transport,
                 name=name,
+                dynamic_memory=dynamic_memory,
             )
         )
         try:
