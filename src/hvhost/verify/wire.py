@@ -19,7 +19,8 @@ from hvhost.verify.session import Session
 HOST4, GUEST4 = "192.168.77.1", "192.168.77.2"
 HOST6, GUEST6 = "fd77::1", "fd77::2"
 HOST_ADDRESSES = f"{HOST4}/24+{HOST6}/64"
-_READY_SECONDS = 20.0
+#: The driver of a new adapter is given so many times what a single event is.
+_DRIVER_EVENTS = 4
 
 
 class Witness:
@@ -202,7 +203,7 @@ def run(probe: Probe, script: str, timeout: float = 60.0) -> str:
 
 def find_interface(session: Session, probe: Probe, mac: str) -> str:
     """The guest's name for the adapter with address *mac*, once it has one."""
-    deadline = time.monotonic() + session.timing.event
+    deadline = time.monotonic() + _DRIVER_EVENTS * session.timing.event
     while True:
         found = interface_of(probe, mac)
         if found is not None:
