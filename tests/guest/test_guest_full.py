@@ -77,9 +77,7 @@ def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
         append = "crashkernel=192M unknown_nmi_panic=1"
         async with await Machine.start(guest=guest, memory="1G", command_line=append) as machine:
             await await_login(machine)
-            assert await output(
-                machine, "cat /sys/kernel/kexec_crash_loaded; ls /var/crash; sync"
-            ) == ("1\nkexec_cmd")
+            assert await output(machine, "cat /sys/kernel/kexec_crash_loaded; sync") == "1"
             await machine.nmi()
             await await_login(machine)
             told = await output(
