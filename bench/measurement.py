@@ -30,6 +30,6 @@ def wake_ups(pid: int) -> int:
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         with contextlib.suppress(FileNotFoundError):
             for line in status.read_text().splitlines():
-                if line.startswith("voluntary_ctxtwake_ups"):
+                if line.startswith("voluntary_ctxt_switches"):
                     total += int(line.split()[1])
     return total
