@@ -162,12 +162,12 @@ class NatWire:
     def watch(self, *, read: bool, write: bool) -> None:
         del write  # it can always take a frame
         self._reading = read
-        for member in (*self._members.values(), *filter(None, [self._spare])):
+        for member in self._all():
             self._watch(member)
 
     def close(self) -> None:
         """Let all passts go."""
-        members = (*self._members.values(), *filter(None, [self._spare]))
+        members = self._all()
         self._members.clear()
         self._spare = None
         for member in members:
@@ -176,6 +176,11 @@ class NatWire:
             end_passt(process)
 
     # Machines.
+
+    def _all(self) -> list[_Member]:
+        """Also the one that no machine has yet."""
+        spare = [] if self._spare is None else [self._spare]
+        return [*self._members.values(), *spare]
 
     def _member(self, mac: bytes, now: float) -> _Member | None:
         """The machine with that address, with a passt if it can have one now."""

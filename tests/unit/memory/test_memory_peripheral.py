@@ -257,13 +257,8 @@ def test_the_driver_leaves_while_it_is_asked(world: World) -> None:
     assert world.assigned == 640 * MIB
 
 
-def test_a_paused_machine(world: World) -> None:
-    """Its guest answers nothing: asked for nothing, and nobody waits in vain."""
-    world.computer.paused = True
-    with pytest.raises(HvHostError, match="'m' is paused"):
-        world.peripheral.set(600 * MIB, 60.0)
-    assert world.assigned == STARTUP and not world.driver.channel.read(), "it was asked"
-    world.computer.paused = False
+def a_set_that_fails(world: World) -> tuple[threading.Thread, list[str]]:
+    """Somebody who waits for memory to be 600 MiB, under way, and the words this ends with."""
     failures: list[str] = []
 
     def set_memory() -> None:
@@ -275,6 +270,17 @@ def test_a_paused_machine(world: World) -> None:
     waiting.start()
     while world.peripheral.info().work == "idle":
         time.sleep(0.001)
+    return waiting, failures
+
+
+def test_a_paused_machine(world: World) -> None:
+    """Its guest answers nothing: asked for nothing, and nobody waits in vain."""
+    world.computer.paused = True
+    with pytest.raises(HvHostError, match="'m' is paused"):
+        world.peripheral.set(600 * MIB, 60.0)
+    assert world.assigned == STARTUP and not world.driver.channel.read(), "it was asked"
+    world.computer.paused = False
+    waiting, failures = a_set_that_fails(world)
     world.computer.paused = True
     waiting.join(10.0)
     assert failures == [
@@ -289,17 +295,7 @@ def test_a_paused_machine(world: World) -> None:
 
 def test_a_reset_while_somebody_waits(world: World) -> None:
     """What the guest has after it is not what was asked for, and is not told to be."""
-    failures: list[str] = []
-
-    def set_memory() -> None:
-        with pytest.raises(HvHostError) as caught:
-            world.peripheral.set(600 * MIB, 60.0)
-        failures.append(str(caught.value))
-
-    waiting = threading.Thread(target=set_memory)
-    waiting.start()
-    while world.peripheral.info().work == "idle":
-        time.sleep(0.001)
+    waiting, failures = a_set_that_fails(world)
     world.guest.server.reset()
     world.peripheral.detach()
     world.boot(MachineConfig("m", "/k", memory=STARTUP))
