@@ -49,6 +49,21 @@ def runtime_dir(name: str = "") -> Path:
     return _private(root / name, _RUNTIME)
 
 
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file that others see whole or not at all; :class:`OSError` if that cannot be."""
+    import tempfile  # not for those who only ask where things are
+
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        incoming = Path(file.name)
+        try:
+            file.write(content)
+            file.close()
+            incoming.chmod(mode)
+            incoming.replace(path)
+        finally:
+            incoming.unlink(missing_ok=True)
+
+
 def python_environment() -> dict[str, str]:
     """Environment for a Python process of ours that must find this very package."""
     root = str(Path(__file__).parents[1])

@@ -76,3 +76,22 @@ def test_a_python_of_ours_finds_this_package(tmp_path: Path) -> None:
     )
     assert Path(done.stdout.strip()).parent == Path(paths.__file__).parent
     assert paths.python_environment()["PATH"] == os.environ["PATH"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "full")
+
+    path = tmp_path / "file"
+    paths.write_whole(path, b"old", 0o755)
+    assert path.stat().st_mode & 0o777 == 0o755
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="full"):
+            paths.write_whole(path, b"new")
+    assert list(tmp_path.iterdir()) == [path], "nothing is left beside it"
+    assert path.read_bytes() == b"old"
+    paths.write_whole(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)

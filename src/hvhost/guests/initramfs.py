@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests import cpio, elf
 from hvhost.guests.modules import Module, ModuleTree, read_module
 from hvhost.guests.probe import READY_FILE
-from hvhost.paths import cache_dir
+from hvhost.paths import cache_dir, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -312,8 +311,6 @@ def build_initramfs(spec: InitramfsSpec, progress: Callable[[str], None] = log.d
         return target
     progress("making the initramfs")
     content = cpio.archive(_entries(spec))
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
-        temporary.write(content)
-    Path(temporary.name).replace(target)
+    write_whole(target, content)
     log.debug("wrote %s (%d bytes)", target, len(content))
     return target

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvhost.errors import HvHostError
 from hvhost.guests import deb
-from hvhost.paths import cache_dir
+from hvhost.paths import cache_dir, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,7 @@ def lsvmbus_script(package: Path, progress: Callable[[str], None] = log.debug) -
     if content is None:
         raise HvHostError(f"There is no {_IN_SOURCE} in {package}; give a linux-source package.")
     target.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as temporary:
-        temporary.write(content)
-    Path(temporary.name).chmod(0o755)
-    Path(temporary.name).replace(target)
+    write_whole(target, content, 0o755)
     return target
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from hvhost.firmware.extract import cached_vmlinux
 from hvhost.firmware.image import open_kernel
 from hvhost.guests import apt, cpio, deb
 from hvhost.guests.modules import ModuleTree, find_tree, read_module
-from hvhost.paths import cache_dir
+from hvhost.paths import cache_dir, write_whole
 from hvhost.rig import layout
 
 log = logging.getLogger(__name__)
@@ -68,9 +67,7 @@ def build_archive(name: str, entries: Sequence[cpio.Entry]) -> Path:
     content = cpio.archive(list(entries))
     path = cache_dir("rig") / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.cpio"
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
+        write_whole(path, content)
     return path
 
 

@@ -17,10 +17,9 @@ import contextlib
 import hashlib
 import logging
 import re
-import tempfile
 from pathlib import Path
 
-from hvhost.paths import cache_dir
+from hvhost.paths import cache_dir, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +79,4 @@ def _write(copy: Path, content: bytes, original: Path) -> None:
     for name in ("share", "lib"):
         with contextlib.suppress(FileExistsError):
             (copy.parents[1] / name).symlink_to(original / name)
-    with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as file:
-        incoming = Path(file.name)
-        try:
-            file.write(content)
-            file.close()
-            incoming.chmod(0o755)
-            incoming.replace(copy)  # last: it stands for the whole
-        finally:
-            incoming.unlink(missing_ok=True)
+    write_whole(copy, content, 0o755)  # last: it stands for the whole
