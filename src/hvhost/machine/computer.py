@@ -20,7 +20,7 @@ from hvhost.kvm.vcpu import Vcpu
 from hvhost.kvm.vm import SintRoute, Vm
 from hvhost.machine.board import Board, Plug
 from hvhost.machine.loop import Loop
-from hvhost.machine.model import CrashReport, ProcessorInfo, ProcessorState
+from hvhost.machine.model import CrashReport, ProcessorInfo, ProcessorState, paused_error
 from hvhost.partition.crash import CrashRegisters
 from hvhost.partition.hang import hang
 from hvhost.partition.hypercall import Hypercalls
@@ -218,8 +218,7 @@ class Computer:
     def require_running(self) -> None:
         """:class:`HvHostError` if the guest stands still; for what needs its answer."""
         if self.paused:
-            name = self.config.name
-            raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
+            raise paused_error(self.config.name)
 
     def close(self) -> None:
         """Stop for good and give everything back; what the guest wrote last still comes out."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
+from hvhost.errors import HvHostError
 from hvhost.machine.config import MachineConfig as MachineConfig
 from hvhost.machine.kinds import KvpPool as KvpPool
 from hvhost.machine.kinds import Transport as Transport
@@ -22,6 +23,11 @@ class MachineState(StrEnum):
     CRASHED = "crashed"
     STOPPED = "stopped"
     FAILED = "failed"
+
+
+def paused_error(name: str) -> HvHostError:
+    """What to raise where the guest of machine *name* would have to answer."""
+    return HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
 
 
 class HeartbeatStatus(StrEnum):

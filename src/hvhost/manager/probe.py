@@ -7,7 +7,7 @@ import socket
 
 from hvhost.errors import HvHostError
 from hvhost.guests.probe import PROBE_PORT, ProbeClient, ProbeTimeout
-from hvhost.machine.model import MachineState
+from hvhost.machine.model import MachineState, paused_error
 from hvhost.manager.client import MachineClient
 from hvhost.manager.directory import MachineDirectory
 from hvhost.sockets.client import connect
@@ -45,9 +45,8 @@ def connect_probe(directory: MachineDirectory, timeout: float = 10.0) -> ProbeCl
 
 
 def _check_not_paused(directory: MachineDirectory) -> None:
-    name = directory.name
-    if MachineClient(name).info().state is MachineState.PAUSED:
-        raise HvHostError(f"machine {name!r} is paused; `hvhost resume {name}` lets it go on.")
+    if MachineClient(directory.name).info().state is MachineState.PAUSED:
+        raise paused_error(directory.name)
 
 
 def _serial_probe(directory: MachineDirectory) -> ProbeClient:
