@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvhost.errors import HvHostError
@@ -74,18 +74,22 @@ class Guest:
         transport: str = "auto",
         name: str | None = None,
         dynamic_memory: DynamicMemory | None = None,
+        storage_process: bool = False,
     ) -> Guest:
         """Boot *images* and wait for its probe and its drivers."""
         machine = LiveMachine(
-            define(
-                kernel=kernel or images.kernel,
-                initrd=images.initrd,
-                command_line=f"console=ttyS0 panic=0 quiet {append}",
-                cpus=cpus,
-                memory=memory,
-                transport=transport,
-                name=name,
-                dynamic_memory=dynamic_memory,
+            replace(
+                define(
+                    kernel=kernel or images.kernel,
+                    initrd=images.initrd,
+                    command_line=f"console=ttyS0 panic=0 quiet {append}",
+                    cpus=cpus,
+                    memory=memory,
+                    transport=transport,
+                    name=name,
+                    dynamic_memory=dynamic_memory,
+                ),
+                storage_process=storage_process,
             )
         )
         try:

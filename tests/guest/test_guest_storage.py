@@ -32,13 +32,14 @@ def controller(guest: Guest) -> GuestDevice:
     return found
 
 
+@pytest.mark.parametrize("storage_process", [False, True])
 def test_five_processors_have_two_channels_and_use_both(
-    images: GuestImages, start: Start, tmp_path: Path
+    images: GuestImages, start: Start, tmp_path: Path, storage_process: bool
 ) -> None:
     data = os.urandom(8 * MIB)
     path = tmp_path / "disk.img"
     path.write_bytes(data)
-    guest: Guest = start(images, cpus=CPUS)
+    guest: Guest = start(images, cpus=CPUS, storage_process=storage_process)
     assert guest.run("nproc").strip() == str(CPUS)
     guest.machine.drives.add(DriveConfig(str(path)))
     wait_for("the disk", lambda: guest.probe.read_all("/sys/block/sda/size"), 120.0)
@@ -58,3 +59,8 @@ def test_five_processors_have_two_channels_and_use_both(
     assert len(taken) == 2 and all(taken.values()), taken
     guest.run("head -c 1048576 /dev/zero | tr '\\0' x | dd of=/dev/sda bs=64k conv=fsync", 120.0)
     assert path.read_bytes() == b"x" * MIB + data[MIB:]
+    guest.machine.drives.resize("scsi0:0", 16 * MIB)
+    size, blocks = "/sys/block/sda/size", str(16 * MIB // 512)
+    wait_for("the new size", lambda: guest.probe.read_all(size)[size] == blocks, 60.0)
+    guest.machine.drives.remove("scsi0:0")
+    wait_for("the disk's end", lambda: not guest.probe.read_all(size), 60.0)

@@ -207,17 +207,19 @@ class SimulatedGuest:
     """A guest with low and high RAM, a page allocator and the channel protocol of Linux.
 
     Each page it lends to the host is remembered; :meth:`check_memory` fails if the host wrote
-    anywhere else.
+    anywhere else. *backing* is memory for it, twice *pages*, which others may share.
     """
 
-    def __init__(self, *, pages: int = 256, processors: int = 2) -> None:
-        self.low = bytearray(pages * PAGE_SIZE)
-        self.high = bytearray(pages * PAGE_SIZE)
+    def __init__(
+        self, *, pages: int = 256, processors: int = 2, backing: memoryview | None = None
+    ) -> None:
+        size = pages * PAGE_SIZE
+        self.low, self.high = bytearray(size), bytearray(size)
+        low, high = memoryview(self.low), memoryview(self.high)
+        if backing is not None:
+            low, high = backing[:size], backing[size:]
         self.memory = GuestMemory(
-            [
-                MemoryRegion(0, memoryview(self.low)),
-                MemoryRegion(HIGH_MEMORY, memoryview(self.high)),
-            ]
+            [MemoryRegion(0, low), MemoryRegion(HIGH_MEMORY, high, size)],
         )
         self.port = RecordingPort()
         self.events: list[tuple[str, str]] = []

@@ -88,6 +88,14 @@ def run(
             help="A fibre channel adapter (fc0, fc1…) with these world-wide names, or auto.",
         ),
     ] = None,
+    storage_process: Annotated[
+        bool,
+        typer.Option(
+            "--storage-process",
+            help="Serve the disks from a process of their own, confined and beside the machine's"
+            " worker (see docs/storage.md).",
+        ),
+    ] = False,
     kvm: Annotated[
         Transport,
         typer.Option(
@@ -188,6 +196,10 @@ def run(
         from hvhost.manager.storage import with_storage
 
         config = with_storage(config, disk or (), dvd or (), fibre_channel or (), say)
+    if storage_process:
+        from dataclasses import replace
+
+        config = replace(config, storage_process=True)
     if detach:
         from hvhost.manager.launcher import launch
 

@@ -56,7 +56,7 @@ def connect(config: MachineConfig, progress: Callable[[str], None]) -> Transport
         if reason is None:
             from hvhost.kvm.local import LocalTransport
 
-            return LocalTransport(config.backing)
+            return LocalTransport(config.backing, shared=config.storage_process)
         if choice is Choice.LOCAL:
             raise HvHostError(f"--kvm local is not possible: {reason}; use --kvm rig.")
     from hvhost.kvm.remote import RemoteTransport

@@ -25,10 +25,16 @@ _COALESCED_PAGE = 2
 _MAP_NORESERVE = 0x4000  # asm/mman.h; mmap names it from Python 3.12 on only
 
 
-def _memory(size: int) -> mmap.mmap:
+_MADV_REMOVE = 9  # asm-generic/mman-common.h; the mmap module may lack it
+
+
+def _memory(size: int, descriptor: int | None) -> mmap.mmap:
     """Guest memory; private, because only private memory gets huge pages everywhere: far fewer
-    faults here and shorter page walks in the guest."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    faults here and shorter page walks in the guest. *descriptor*: that of memory to be shared."""
+    if descriptor is None:
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    else:
+        memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED | _MAP_NORESERVE)
     with contextlib.suppress(OSError):  # a kernel without them works too
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -45,11 +51,15 @@ class LocalOutEvent:
 
 
 class LocalTransport:
-    """One machine on this computer's own KVM; *memory_size* in bytes."""
+    """One machine on this computer's own KVM; *memory_size* in bytes.
+
+    *shared*: other processes may be given the memory; it costs the huge pages on most computers.
+    """
 
     name = "local"
+    notices_writes = False
 
-    def __init__(self, memory_size: int, device: str = "/dev/kvm") -> None:
+    def __init__(self, memory_size: int, device: str = "/dev/kvm", *, shared: bool = False) -> None:
         try:
             self._kvm = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -57,11 +67,17 @@ class LocalTransport:
                 f"{device} cannot be opened ({error.strerror}); "
                 "run `hvhost doctor` to see what this computer can do, or use --kvm rig."
             ) from error
+        self._shared: int | None = None
         try:
             self._run_size = fcntl.ioctl(self._kvm, KVM_GET_VCPU_MMAP_SIZE, 0)
-            self._map = _memory(memory_size)
+            if shared:
+                self._shared = os.memfd_create("hvhost-memory")
+                os.ftruncate(self._shared, memory_size)
+            self._map = _memory(memory_size, self._shared)
         except OSError as error:
             os.close(self._kvm)
+            if self._shared is not None:
+                os.close(self._shared)
             raise HvHostError(
                 f"{device} cannot run a machine with {format_size(memory_size)} of memory "
                 f"({error.strerror}); run `hvhost doctor` to see what this computer can do."
@@ -85,7 +101,17 @@ class LocalTransport:
         pass
 
     def discard(self, offset: int, size: int) -> None:
-        self._map.madvise(mmap.MADV_DONTNEED, offset, size)
+        self._map.madvise(self._unneeded, offset, size)
+
+    @property
+    def _unneeded(self) -> int:
+        # Of shared memory, only removal frees the pages.
+        return mmap.MADV_DONTNEED if self._shared is None else _MADV_REMOVE
+
+    def share(self) -> tuple[int, int]:
+        if self._shared is None:
+            raise HvHostError("the machine's memory is this process's own; it was not made shared.")
+        return self._shared, 0
 
     def resident(self, offset: int, size: int) -> int:
         return self._residence.bytes_in(offset, size)
@@ -146,6 +172,11 @@ class LocalTransport:
         self._in_events.append((loop, descriptor))
         return descriptor
 
+    def signal(self, loop: EventLoop, descriptor: int) -> Handle:
+        handle = os.dup(descriptor)
+        self._handles.add(handle)
+        return handle
+
     def release(self, handle: Handle) -> None:
         if handle not in self._handles:
             return
@@ -197,4 +228,7 @@ class LocalTransport:
             os.close(handle)
         self._handles.clear()
         # Views of it may live on for a while; its pages must not, the next boot wants them.
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self._map.madvise(self._unneeded)
+        if self._shared is not None:
+            os.close(self._shared)
+            self._shared = None

@@ -175,6 +175,7 @@ class RemoteTransport:
     """One machine in the rig; *memory_size* in bytes, *processors* for the vectors it needs."""
 
     name = "rig"
+    notices_writes = True
 
     def __init__(
         self,
@@ -283,6 +284,9 @@ class RemoteTransport:
             pairs = bytearray(b"".join(_PAIR.pack(*place) for place in some))
             self._mailbox.call(layout.OPERATION_REWRITE, request=len(some), argument=pairs)
 
+    def share(self) -> tuple[int, int]:
+        return self._session.memory_descriptor, self._session.memory_offset
+
     def discard(self, offset: int, size: int) -> None:
         # Of shared memory, only removal frees the pages: for us, for QEMU and for the guest.
         address = ctypes.c_void_p(self._residence.address + offset)
@@ -343,6 +347,9 @@ class RemoteTransport:
         handle = self._keep(layout.OPERATION_IN_EVENT, argument=index)
         self._callbacks[index] = (handle, callback)
         return handle
+
+    def signal(self, loop: EventLoop, descriptor: int) -> Handle:
+        return self.in_event(loop, lambda: os.eventfd_write(descriptor, 1))
 
     def _on_raised(self) -> None:
         try:

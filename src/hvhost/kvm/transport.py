@@ -78,6 +78,18 @@ class Transport(Protocol):
         """
         ...
 
+    def share(self) -> tuple[int, int]:
+        """A descriptor of :attr:`memory` for another process of the machine, and where it begins.
+
+        It stays the transport's. :class:`HvHostError` where the memory was not made to be shared.
+        """
+        ...
+
+    @property
+    def notices_writes(self) -> bool:
+        """Whether :meth:`memory_written` does anything."""
+        ...
+
     def discard(self, offset: int, size: int) -> None:
         """Give whole pages of the memory back to the computer; they read as zero again."""
         ...
@@ -110,6 +122,13 @@ class Transport(Protocol):
 
     def in_event(self, loop: EventLoop, callback: Callable[[], None]) -> Handle:
         """An event from KVM; *callback* runs on *loop* after one or more raises."""
+        ...
+
+    def signal(self, loop: EventLoop, descriptor: int) -> Handle:
+        """An event from KVM that raises the eventfd *descriptor*, which another process waits for.
+
+        It costs nothing here where KVM can raise it itself.
+        """
         ...
 
     def release(self, handle: Handle) -> None:

@@ -436,6 +436,13 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type=_JSON)
 
 
+def _call(machine: LiveMachine, endpoint: Endpoint, parameters: object) -> object:
+    elsewhere = machine.elsewhere(endpoint.family) if endpoint.family else None
+    if elsewhere is None:
+        return endpoint.call(machine, parameters)
+    return msgspec.Raw(elsewhere(endpoint.name, msgspec.json.encode(parameters).decode()).encode())
+
+
 def _route(machine: LiveMachine, endpoint: Endpoint) -> Route:
     async def handle(request: Request) -> Response:
         try:
@@ -443,7 +450,7 @@ def _route(machine: LiveMachine, endpoint: Endpoint) -> Route:
         except msgspec.MsgspecError as error:
             return _json(Problem(f"{endpoint.name}: {error}."), 400)
         try:
-            result = await _in_thread(lambda: endpoint.call(machine, parameters))
+            result = await _in_thread(lambda: _call(machine, endpoint, parameters))
         except HvHostError as error:
             return _json(Problem(str(error)), 409)
         return Response(status_code=204) if result is None else _json(result)

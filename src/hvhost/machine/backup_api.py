@@ -15,6 +15,7 @@ ENDPOINTS = (
         lambda machine, options: machine.peripheral(Backup).start(options),
         BackupOptions,
         BackupInfo,
+        family="storage",
     ),
     Endpoint(
         "GET",
@@ -24,6 +25,7 @@ ENDPOINTS = (
         lambda machine, query: machine.peripheral(Backup).progress(query.timeout),
         WaitQuery,
         BackupInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -32,5 +34,6 @@ ENDPOINTS = (
         "Give up the backup under way",
         lambda machine, _: machine.peripheral(Backup).cancel(),
         result=BackupInfo,
+        family="storage",
     ),
 )

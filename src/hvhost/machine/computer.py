@@ -74,13 +74,19 @@ class BusPort:
     def connect_signal(self, connection_id: int, channel: Channel) -> None:
         if len(self._signals) >= MAXIMUM_SIGNALS:
             return  # the signal arrives as a hypercall, which costs an exit
+        if channel.elsewhere is not None:
+            event = self._vm.transport.signal(self._loop, channel.elsewhere.signal)
+            self._connect(connection_id, event)
+            return
 
         def signalled() -> None:
             with self._lock:
                 if channel.process():
                     self._loop.call_soon_threadsafe(signalled)
 
-        event = self._vm.in_event(self._loop, signalled)
+        self._connect(connection_id, self._vm.in_event(self._loop, signalled))
+
+    def _connect(self, connection_id: int, event: Handle) -> None:
         self._vm.connect_hyperv_signal(connection_id, event)
         self._signals[connection_id] = event
 
@@ -118,7 +124,10 @@ class Computer:
         #: Bytes that were given back to the computer, and of them those the guest told to be free.
         self.discarded_bytes = self.reported_bytes = 0
         self._plugged = self.hot_add.start
-        self.memory_written = self._vm.transport.memory_written
+        self.transport = self._vm.transport
+        self.memory_written = self.transport.memory_written
+        #: Called with each piece of RAM that is plugged, before the guest knows of it.
+        self.on_memory: Callable[[MemoryRegion], None] = lambda region: None
 
         port = BusPort(self._vm, loop, self.lock)
         port.synics += self._wire_synics()
@@ -188,8 +197,10 @@ class Computer:
                 "has."
             ) from error
         view = self._vm.transport.memory[offset : offset + size]
-        self.memory.append(MemoryRegion(start, view, offset))
+        region = MemoryRegion(start, view, offset)
+        self.memory.append(region)
         self._plugged = end
+        self.on_memory(region)
 
     def discard_memory(self, address: int, size: int) -> None:
         """The guest does not use these whole pages: the computer has them back, they read as zero.
@@ -219,6 +230,10 @@ class Computer:
         """:class:`HvHostError` if the guest stands still; for what needs its answer."""
         if self.paused:
             raise paused_error(self.config.name)
+
+    def fail(self, why: str) -> None:
+        """The machine cannot go on: something that it needs is gone; with :attr:`lock` held."""
+        self._failed(why)
 
     def close(self) -> None:
         """Stop for good and give everything back; what the guest wrote last still comes out."""

@@ -26,6 +26,7 @@ class MachineConfig:
     ``False`` leaves a panicked guest to its own ``panic=`` setting. ``memory`` is what the machine
     starts with; without ``dynamic_memory`` it changes only when somebody sets it. ``low_mmio`` and
     ``high_mmio`` are the sizes of the MMIO windows, see :mod:`hvhost.firmware.layout`.
+    ``storage_process``: the disks are served by a process of their own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MachineConfig:
     low_mmio: int = LOW_MMIO_DEFAULT
     high_mmio: int = HIGH_MMIO_DEFAULT
     adapters: tuple[AdapterConfig, ...] = ()
+    storage_process: bool = False
 
     @property
     def backing(self) -> int:

@@ -25,7 +25,8 @@ class WaitQuery(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Endpoint:
     """One route: *call* gets the machine and the decoded parameters, in a thread of its own.
 
-    Parameters of a GET come from the query, those of a POST from the JSON body.
+    Parameters of a GET come from the query, those of a POST from the JSON body. Where the machine
+    has the devices of *family* in another process, *call* is made there.
     """
 
     method: str
@@ -35,3 +36,4 @@ class Endpoint:
     call: Callable[[LiveMachine, Any], object]
     parameters: type = Nothing
     result: Any = None
+    family: str = ""

@@ -40,7 +40,7 @@ from hvhost.machine.model import (
     ServiceInfo,
     ShutdownAction,
 )
-from hvhost.machine.peripheral import Peripheral
+from hvhost.machine.peripheral import Peripheral, PeripheralElsewhere
 from hvhost.services.filecopy import FileCopy
 from hvhost.services.heartbeat import INTERVAL, Heartbeat
 from hvhost.services.kvp import Kvp
@@ -266,6 +266,12 @@ class Machine:
             f"machine {self._config.name!r} was started without a {kind.__name__}; "
             "define it with one and start it again."
         )
+
+    def elsewhere(self, family: str) -> Callable[[str, str], str] | None:
+        for peripheral in self._peripherals:
+            if isinstance(peripheral, PeripheralElsewhere) and peripheral.family == family:
+                return peripheral.call
+        return None
 
     def _running(self) -> Computer:
         computer = self._computer

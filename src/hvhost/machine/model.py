@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol, TypeVar
@@ -216,6 +217,11 @@ class LiveMachine(Protocol):
 
     def peripheral(self, kind: type[Family]) -> Family:
         """The machine's device family of this class (see :mod:`hvhost.machine.peripheral`)."""
+        ...
+
+    def elsewhere(self, family: str) -> Callable[[str, str], str] | None:
+        """What calls a route by its name, parameters and result in JSON, in the process that has
+        this family's devices; ``None`` if that is this one."""
         ...
 
     def info(self) -> MachineInfo: ...

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import MachineConfig
-from hvhost.services.vss import Vss
+from hvhost.services.vss import SnapshotService, Vss
 
 if TYPE_CHECKING:
     from hvhost.machine.computer import Computer
@@ -37,6 +37,16 @@ class Peripheral(Protocol):
         """The machine is over; give back what the constructor took."""
 
 
+@runtime_checkable
+class PeripheralElsewhere(Peripheral, Protocol):
+    """A family whose devices are in another process, and so is what people ask of them."""
+
+    family: str
+
+    def call(self, name: str, parameters: str) -> str:
+        """Call the route *name* there: JSON of its parameters, JSON of its result."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What a peripheral may use of its machine.
@@ -50,7 +60,7 @@ class Surroundings:
     loop: Loop
     directory: Path
     event: Callable[[str, str], None]
-    vss: Vss = field(default_factory=Vss)
+    vss: SnapshotService = field(default_factory=Vss)
 
 
 def build_peripherals(around: Surroundings) -> list[Peripheral]:
@@ -63,15 +73,22 @@ def build_peripherals(around: Surroundings) -> list[Peripheral]:
     from hvhost.memory.peripheral import MemoryPeripheral
     from hvhost.network.peripheral import NetworkPeripheral
     from hvhost.paths import runtime_dir
-    from hvhost.storage.backup import Backup
-    from hvhost.storage.controller import Storage
 
     config = around.config
     commons = Commons(runtime_dir("memory"))
-    storage = Storage(around)
+    disks: list[Peripheral]
+    if config.storage_process:
+        from hvhost.storage.elsewhere import StorageElsewhere
+
+        disks = [StorageElsewhere(around)]
+    else:
+        from hvhost.storage.backup import Backup
+        from hvhost.storage.controller import Storage
+
+        storage = Storage(around)
+        disks = [Backup(around, storage), storage]  # they are closed in this order
     return [
         MemoryPeripheral(config, commons, around.event),
-        Backup(around, storage),  # before the storage: they are closed in this order
-        storage,
+        *disks,
         NetworkPeripheral(config.adapters, around.loop, around.directory),
     ]

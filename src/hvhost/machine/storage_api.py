@@ -113,6 +113,7 @@ ENDPOINTS = (
         "The machine's disks and DVD drives",
         lambda machine, _: machine.peripheral(Storage).drives(),
         result=list[DriveInfo],
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -122,6 +123,7 @@ ENDPOINTS = (
         _add,
         DriveAddRequest,
         DriveInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -131,6 +133,7 @@ ENDPOINTS = (
         lambda machine, request: machine.peripheral(Storage).remove(request.address),
         DriveRequest,
         DriveInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -140,6 +143,7 @@ ENDPOINTS = (
         _insert,
         DriveInsertRequest,
         DriveInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -149,6 +153,7 @@ ENDPOINTS = (
         _eject,
         DriveEjectRequest,
         DriveInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -158,6 +163,7 @@ ENDPOINTS = (
         _resize,
         DriveResizeRequest,
         DriveInfo,
+        family="storage",
     ),
     Endpoint(
         "POST",
@@ -167,5 +173,6 @@ ENDPOINTS = (
         _limit,
         DriveLimitRequest,
         DriveInfo,
+        family="storage",
     ),
 )

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -113,6 +113,7 @@ class Machine:
         dynamic_memory: DynamicMemory | None = None,
         disks: Sequence[str] = (),
         dvds: Sequence[str] = (),
+        storage_process: bool = False,
     ) -> Self:
         """Start a machine and return as soon as its worker can be spoken to.
 
@@ -121,7 +122,8 @@ class Machine:
         ``auto``, ``local`` (``/dev/kvm``) or ``rig`` (KVM in software). Without a *name* one is
         made up. ``console=ttyS0`` is added to a *command_line* that names no console. Memory is
         fixed, see :meth:`set_memory`, unless *dynamic_memory* says between what limits it may be.
-        *disks* and *dvds* are images with options, as ``hvhost run --disk`` takes them.
+        *disks* and *dvds* are images with options, as ``hvhost run --disk`` takes them;
+        *storage_process* serves them from a process of their own.
         """
         if (kernel is None) == (guest is None) or (guest is not None and initrd is not None):
             raise HvHostError(
@@ -151,6 +153,7 @@ class Machine:
                 transport=transport,
                 dynamic_memory=dynamic_memory,
             )
+        config = replace(config, storage_process=storage_process)
         worker = await _launch(with_storage(config, disks, dvds))
         try:
             port = worker.directory.serial_socket(1)

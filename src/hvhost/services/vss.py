@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from hvhost.errors import HvHostError
 from hvhost.services.integration import Conversation, ConversationState
@@ -51,6 +51,17 @@ class VssAnswer:
 Done = Callable[[VssAnswer | HvHostError], None]
 
 
+class SnapshotService(Protocol):
+    """What asks a guest to freeze and thaw; see :class:`Vss`."""
+
+    @property
+    def still_frozen(self) -> bool: ...
+
+    def request(self, operation: VssOperation, done: Done) -> None: ...
+
+    def abandon(self, done: Done) -> None: ...
+
+
 @dataclass(slots=True)
 class VssState:
     """``asked`` is not answered yet; ``frozen``: a FREEZE was sent, and no THAW taken since.
@@ -81,6 +92,11 @@ class Vss:
     def ready(self) -> bool:
         """A driver in the guest takes requests (its daemon may still be missing)."""
         return self._conversation.ready
+
+    @property
+    def still_frozen(self) -> bool:
+        """The guest's file systems were frozen, and nobody has thawed them or reset it since."""
+        return self.ready and self.state.frozen and self.state.asked is None
 
     def request(self, operation: VssOperation, done: Done) -> None:
         """Ask the guest; :class:`HvHostError` if that is not possible now."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from hvhost.errors import HvHostError
 from hvhost.machine.backup_model import BackupInfo, BackupOptions, BackupState, Consistency
@@ -28,7 +28,6 @@ from hvhost.services.vss import ANSWER_SECONDS, FREEZE_SECONDS, VssAnswer
 from hvhost.services.vss_protocol import VssOperation
 
 if TYPE_CHECKING:
-    from hvhost.machine.computer import Computer
     from hvhost.storage.backup_base import Base, Keeper
     from hvhost.storage.block import DiskUnit
     from hvhost.storage.controller import Drive, Storage
@@ -73,6 +72,16 @@ class Job:
     thread: threading.Thread | None = None
 
 
+class Guest(Protocol):
+    """What a backup needs of the computer beside its disks."""
+
+    @property
+    def lock(self) -> threading.RLock: ...
+
+    def require_running(self) -> None:
+        """:class:`HvHostError` if it stands still."""
+
+
 class Backup:
     """Implements :class:`hvhost.machine.peripheral.Peripheral`; one backup at a time.
 
@@ -83,13 +92,13 @@ class Backup:
     def __init__(self, around: Surroundings, storage: Storage) -> None:
         self._config, self._event, self._vss = around.config, around.event, around.vss
         self._storage = storage
-        self._computer: Computer | None = None
+        self._computer: Guest | None = None
         self._starting = threading.Lock()
         self._job: Job | None = None
 
     # Peripheral.
 
-    def attach(self, computer: Computer) -> None:
+    def attach(self, computer: Guest) -> None:
         self._computer = computer
 
     def detach(self) -> None:
@@ -247,12 +256,12 @@ class Backup:
                 "loss of power."
             )
 
-    def _still_frozen(self, computer: Computer | None) -> bool:
+    def _still_frozen(self, computer: Guest | None) -> bool:
         """Nobody has thawed the guest, or reset it, since it was frozen."""
         if computer is None or self._computer is not computer:
             return False
         with computer.lock:
-            return self._vss.ready and self._vss.state.frozen and self._vss.state.asked is None
+            return self._vss.still_frozen
 
     def _thaw(self) -> str | None:
         """Thaw the guest; what there is to say if that failed."""

@@ -12,11 +12,11 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import NAMESPACE_OID, uuid5
 
 from hvhost.errors import HvHostError
@@ -30,13 +30,14 @@ from hvhost.machine.storage_model import (
 )
 
 if TYPE_CHECKING:
-    from hvhost.machine.computer import Computer
+    from hvhost.machine.config import MachineConfig
+    from hvhost.partition.memory import GuestMemory
     from hvhost.storage.block import DiskUnit
     from hvhost.storage.device import StorageController
     from hvhost.storage.disk import Disk
     from hvhost.storage.optical import OpticalUnit
     from hvhost.storage.worker import UnitWorker
-    from hvhost.vmbus.channel import Channel
+    from hvhost.vmbus.channel import Channel, ChannelDevice
 
 _CONTROLLER = re.compile(r"(scsi|fc)(0|[1-9][0-9]{0,2})")
 _ADDRESS = re.compile(r"((?:scsi|fc)\d+):(\d+)")
@@ -94,6 +95,33 @@ def _open_image(config: DriveConfig) -> Disk:
     return open_disk(
         Path(config.path), read_only=config.read_only or dvd, image_format=image_format
     )
+
+
+class Bus(Protocol):
+    """As much of :class:`hvhost.vmbus.server.VmbusServer` as storage uses."""
+
+    def add_device(self, device: ChannelDevice) -> Channel: ...
+
+    def remove_device(self, channel: Channel) -> None: ...
+
+
+class Computer(Protocol):
+    """As much of :class:`hvhost.machine.computer.Computer` as storage uses."""
+
+    @property
+    def config(self) -> MachineConfig: ...
+
+    @property
+    def memory(self) -> GuestMemory: ...
+
+    @property
+    def lock(self) -> threading.RLock: ...
+
+    @property
+    def bus(self) -> Bus: ...
+
+    @property
+    def memory_written(self) -> Callable[[Sequence[memoryview]], None]: ...
 
 
 class Storage:

@@ -14,6 +14,7 @@ into a channel holds the bus's lock.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
@@ -94,6 +95,21 @@ class RestorableDevice(ChannelDevice, Protocol):
         """In place of ``opened``: the device's ``state`` is as it was, and so is *channel*."""
 
 
+@runtime_checkable
+class DeviceElsewhere(ChannelDevice, Protocol):
+    """A device in another process, which has the rings to itself; nothing is received here."""
+
+    @property
+    def signal(self) -> int:
+        """The eventfd that the other process waits for; the guest's signals raise it."""
+
+    def signalled(self) -> None:
+        """Raise :attr:`signal`."""
+
+    def open_rings(self, channel: Channel, pages: array[int], downstream: int) -> None:
+        """As :meth:`Channel.open`; :class:`RemoteProtocolError` if those pages are no rings."""
+
+
 class HostPort(Protocol):
     """The hypervisor below the bus; messages are queued there while the guest's slot is busy."""
 
@@ -123,6 +139,8 @@ class Channel:
         self.channel_id = channel_id
         self.device = device
         self.offer = device.offer
+        #: Its device, if that is in another process.
+        self.elsewhere = device if isinstance(device, DeviceElsewhere) else None
         # As Hyper-V builds it: the SINT in bits 12 to 15 above the channel id.
         self.connection_id = VMBUS_MESSAGE_SINT << 12 | channel_id
         self.state = ChannelState.OFFERED
@@ -142,6 +160,8 @@ class Channel:
         self.packets_received = 0
         self.packets_sent = 0
         self.interrupts = 0
+        #: Why it was faulted last.
+        self.fault_reason = ""
         self._memory, self._port = memory, port
         self._violation, self._find_gpadl = violation, gpadl
         self._incoming: IncomingRing | None = None
@@ -252,6 +272,7 @@ class Channel:
         """Stop this channel for *reason*; the guest may close it and open it again."""
         if self.state not in _ALIVE or self.state is ChannelState.FAULTED:
             return
+        self.fault_reason = reason
         self._leave(ChannelState.FAULTED)
         self._violation(f"channel {self.channel_id} ({self.offer.name}) faulted: {reason}")
 
@@ -264,6 +285,9 @@ class Channel:
         does not signal again. Nothing is raised for what a guest does.
         """
         if self.state is not ChannelState.OPEN:
+            return False
+        if self.elsewhere is not None:
+            self.elsewhere.signalled()
             return False
         try:
             self._processing = True
@@ -286,8 +310,12 @@ class Channel:
 
         :class:`RemoteProtocolError`, and nothing done, if they cannot be rings.
         """
-        from_guest, to_guest = self._rings(gpadl, downstream)
-        incoming, outgoing = IncomingRing(from_guest), OutgoingRing(to_guest)
+        incoming, outgoing = None, None
+        if self.elsewhere is not None:
+            self.elsewhere.open_rings(self, gpadl.ring_pages(), downstream)
+        else:
+            from_guest, to_guest = self._rings(gpadl, downstream)
+            incoming, outgoing = IncomingRing(from_guest), OutgoingRing(to_guest)
         self._enter(ChannelState.OPEN)
         self._incoming, self._outgoing, self._downstream = incoming, outgoing, downstream
         self.paused, self.settle, self.serve = False, None, None
@@ -307,6 +335,8 @@ class Channel:
 
     def save(self, *, offered: bool) -> SavedChannel:
         """All of it that a guest relies on; *offered*: the guest was told of it."""
+        if self.elsewhere is not None and self.is_open:
+            raise LocalProtocolError(f"{self!r} is served by another process, which has its rings.")
         rings = None
         if self._incoming is not None and self._outgoing is not None:
             rings = SavedRings(
@@ -478,5 +508,9 @@ class Channel:
             incoming.guest_has_room = False
         elif not (wanted and outgoing.guest_wants_interrupt()):
             return
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Interrupt the guest, whether it wants that or not; open channels only."""
         self.interrupts += 1
         self._port.signal_event(self.target_vp, VMBUS_MESSAGE_SINT, self.channel_id)

@@ -253,6 +253,7 @@ class FakeTransport:
     """Implements :class:`hvhost.kvm.transport.Transport`; *scripts* are by processor."""
 
     name = "fake"
+    notices_writes = False
 
     def __init__(
         self,
@@ -271,6 +272,8 @@ class FakeTransport:
         self.irqs: dict[int, FakeOutEvent] = {}
         self.resamples: dict[int, Handle] = {}
         self.signals: dict[int, Handle] = {}
+        self.raises: dict[Handle, int] = {}
+        """Descriptors of other processes that :meth:`signal` has KVM raise."""
         self.coalesced_ports: list[int] = []
         self.filtered: tuple[int, int] | None = None
         self.ring = memoryview(bytearray(4096))
@@ -310,6 +313,9 @@ class FakeTransport:
     def memory_written(self, views: Sequence[memoryview]) -> None:
         pass
 
+    def share(self) -> tuple[int, int]:
+        raise HvHostError("nobody shares this memory.")
+
     def open_kvm(self) -> Handle:
         return self._new("kvm")
 
@@ -338,6 +344,11 @@ class FakeTransport:
 
         loop.add_reader(descriptor, ready)
         self._readers[handle] = loop, descriptor
+        return handle
+
+    def signal(self, loop: EventLoop, descriptor: int) -> Handle:
+        handle = self._new("signal")
+        self.raises[handle] = descriptor
         return handle
 
     def raise_event(self, handle: Handle) -> None:

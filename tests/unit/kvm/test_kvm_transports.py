@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import mmap
 import os
 import select
 import signal
@@ -246,6 +247,52 @@ def test_an_event_from_kvm(transport: Any) -> None:
     transport.release(other)
     transport.close()
     loop.close()
+
+
+def test_an_event_from_kvm_to_another_process(transport: Any) -> None:
+    guest = Guest(transport, OUT_FOR_EVER)
+    loop = Loop()
+    descriptor = os.eventfd(0, os.EFD_CLOEXEC)
+    event = transport.signal(loop, descriptor)
+    guest.call(
+        k.KVM_IOEVENTFD,
+        bytearray(struct.pack("<QQIiI36x", 0, 0x1234, 1, 0, 2)),
+        [Fixup(20, FixupKind.DESCRIPTOR, event)],
+    )
+    thread = threading.Thread(target=guest.vcpu.run)
+    thread.start()
+    loop.call_later(1, loop.stop)
+    loop.run()
+    assert os.eventfd_read(descriptor) >= 1
+    guest.vcpu.kick()
+    thread.join(5)
+    transport.release(event)
+    os.eventfd_write(descriptor, 1)  # it is still ours
+    os.close(descriptor)
+    transport.close()
+    loop.close()
+
+
+def test_memory_of_two_processes(transport: Any) -> None:
+    if isinstance(transport, LocalTransport):
+        with pytest.raises(HvHostError, match="was not made shared"):
+            transport.share()
+        transport.close()
+        transport = LocalTransport(MEMORY, shared=True)
+    descriptor, offset = transport.share()
+    there = mmap.mmap(descriptor, MEMORY, offset=offset)
+    transport.memory[4096:8192] = b"a" * 4096
+    assert there[4096:8192] == b"a" * 4096
+    there[0:5] = b"there"
+    assert transport.memory[0:5].tobytes() == b"there"
+    transport.discard(4096, 4096)
+    assert not any(there[4096:8192]) and there[0:5] == b"there"
+    transport.close()
+    deadline = time.monotonic() + 5
+    while any(there[0:5]):  # closing gives the pages back, whoever still has them mapped
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    there.close()
 
 
 def test_port_writes_are_coalesced(transport: Any) -> None:
@@ -557,13 +604,15 @@ def test_which_one_is_taken(
     monkeypatch: pytest.MonkeyPatch, choice: Transport, able: bool, expected: str
 ) -> None:
     monkeypatch.setattr(detect, "why_not_local", lambda: None if able else "no")
-    monkeypatch.setattr(local, "LocalTransport", lambda memory: ("local", memory))
+    monkeypatch.setattr(local, "LocalTransport", lambda memory, shared: ("local", memory, shared))
     monkeypatch.setattr(remote, "RemoteTransport", lambda memory, cpus, tell: ("rig", memory, cpus))
-    config = MachineConfig("m", "/kernel", transport=choice, memory=64 << 20, cpus=3)
+    config = MachineConfig(
+        "m", "/kernel", transport=choice, memory=64 << 20, cpus=3, storage_process=True
+    )
     taken = detect.connect(config, lambda text: None)
     assert config.backing > 64 << 20, "memory may be added while the machine runs"
     assert taken == (
-        ("local", config.backing) if expected == "local" else ("rig", config.backing, 3)
+        ("local", config.backing, True) if expected == "local" else ("rig", config.backing, 3)
     )  # type: ignore[comparison-overlap]
 
 

@@ -60,6 +60,7 @@ class FakeMachine:
         around = Surroundings(config, Loop(), Path(), self.post)
         self.storage = Storage(around)
         self.backup = Backup(around, self.storage)
+        self.storage_elsewhere: Callable[[str, str], str] | None = None
         self.stopped = threading.Event()
         self.post("started")
 
@@ -81,6 +82,9 @@ class FakeMachine:
         if kind is Storage:
             return cast("Family", self.storage)
         raise HvHostError(f"there is no {kind.__name__}.")
+
+    def elsewhere(self, family: str) -> Callable[[str, str], str] | None:
+        return self.storage_elsewhere if family == "storage" else None
 
     def info(self) -> MachineInfo:
         return MachineInfo(

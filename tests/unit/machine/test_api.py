@@ -21,6 +21,7 @@ from fake_machine import FakeMachine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hvhost.errors import HvHostError
 from hvhost.machine.api import ApiServer
 from hvhost.machine.application import ENDPOINTS, MAXIMUM_BODY, openapi
 from hvhost.machine.model import MachineConfig, MachineEvent, MachineInfo
@@ -253,6 +254,23 @@ def test_close_before_any_client(tmp_path: Path) -> None:
     api.server.close()
     assert threading.active_count() == before
     assert not api.path.exists()
+
+
+def test_what_is_in_another_process_is_asked_there(api: Api) -> None:
+    def elsewhere(name: str, parameters: str) -> str:
+        if name == "drive_remove":
+            raise HvHostError("there is no such drive.")
+        return json.dumps({"name": name, "parameters": json.loads(parameters)})
+
+    api.machine.storage_elsewhere = elsewhere
+    status, answer = api.ask("GET", "/v1/machine/drives")
+    assert (status, json.loads(answer)) == (200, {"name": "drives", "parameters": {}})
+    status, answer = api.ask("GET", "/v1/machine/backup?timeout=2")
+    assert (status, json.loads(answer)["parameters"]) == (200, {"timeout": 2.0})
+    status, _ = api.refusal("POST", "/v1/machine/drives/eject", b"{}")
+    assert status == 400, "parameters are checked before they are sent"
+    refused = api.refusal("POST", "/v1/machine/drives/remove", b'{"address":"scsi0:9"}')
+    assert refused == (409, "there is no such drive.")
 
 
 def test_close_without_start(tmp_path: Path) -> None:

@@ -1,0 +1,406 @@
+"""A machine's storage in a process of its own: ``python -m hvhost.storage.process DESCRIPTOR``.
+
+The devices, their threads and the disks are those of any machine. What surrounds them stands here:
+a bus whose rings are read and written in this process while the offers are made by the worker
+(:mod:`hvhost.storage.elsewhere`), which this process knows by the link at DESCRIPTOR only.
+
+Locks are this process's own; none is held while the worker is waited for, except a unit's
+``running``, while it tells of what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from hvhost.errors import HvHostError, RemoteProtocolError
+from hvhost.machine.config_file import load_config
+from hvhost.machine.link import Link, Received
+from hvhost.machine.loop import Loop
+from hvhost.machine.model import LiveMachine, MachineConfig
+from hvhost.machine.peripheral import Surroundings
+from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
+from hvhost.services.vss import Done, VssAnswer
+from hvhost.services.vss_protocol import VssOperation
+from hvhost.storage import messages
+from hvhost.storage.backup import Backup
+from hvhost.storage.confine import confine
+from hvhost.storage.controller import Storage
+from hvhost.vmbus.channel import Channel, ChannelDevice
+from hvhost.vmbus.gpadl import Gpadl, GpaRange
+
+if TYPE_CHECKING:
+    from hvhost.machine.model import Family
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(slots=True)
+class Door:
+    """The eventfds of an open channel: the guest's signals, and ours to the guest.
+
+    A guest may signal before we know that it was told that its channel is open: ``begun``.
+    """
+
+    opening: int
+    signal: int
+    interrupt: int
+    begun: bool = False
+
+
+class Bus:
+    """Implements :class:`hvhost.storage.controller.Bus` and the hypervisor below its channels."""
+
+    def __init__(self, link: Link, loop: Loop, lock: threading.RLock, memory: GuestMemory) -> None:
+        self._link, self._loop, self._lock, self._memory = link, loop, lock, memory
+        self._keys = itertools.count(1)
+        #: By key, which is the channel's number too.
+        self._channels: dict[int, Channel] = {}
+        self._doors: dict[int, Door] = {}
+
+    # For storage, with the lock held.
+
+    def add_device(self, device: ChannelDevice) -> Channel:
+        key = next(self._keys)
+        offer = device.offer
+        channel = self._channels[key] = Channel(
+            key,
+            device,
+            self._memory,
+            self,
+            violation=lambda sentence: self._violation(key),
+            gpadl=_no_gpadl,
+        )
+        self._link.send(
+            messages.Offered(
+                key,
+                offer.interface_type,
+                offer.interface_instance,
+                offer.name,
+                offer.sub_channel_index,
+            )
+        )
+        return channel
+
+    def remove_device(self, channel: Channel) -> None:
+        key = channel.channel_id
+        channel.rescind()
+        del self._channels[key]
+        self._forget(key)
+        self._link.send(messages.Removed(key))
+
+    # For the worker.
+
+    def open(self, message: messages.Open, signal_event: int, interrupt: int) -> None:
+        """Open a channel; :class:`RemoteProtocolError` if its pages are no rings."""
+        key, pages = message.key, array("Q", message.pages)
+        self._forget(key)
+        self._doors[key] = Door(message.opening, signal_event, interrupt)
+        gpadl = Gpadl(0, key, (GpaRange(len(pages) * PAGE_SIZE, 0, pages),))
+        try:
+            if key not in self._channels:
+                raise RemoteProtocolError("its device is gone.")
+            self._channels[key].open(gpadl, message.downstream, 0)
+        except BaseException:
+            self._forget(key)
+            raise
+
+    def begin(self, key: int) -> None:
+        """The guest knows that its channel is open."""
+        channel, door = self._channels.get(key), self._doors.get(key)
+        if channel is not None and door is not None and channel.is_open:
+            door.begun = True
+            channel.start()
+
+    def close(self, key: int) -> None:
+        """The channel is over, and what was begun for it is done."""
+        channel = self._channels.get(key)
+        if channel is not None and channel.held_open:
+            channel.close()
+        self._forget(key)
+
+    # For channels.
+
+    def post_message(self, vp: int, sint: int, message_type: int, payload: bytes) -> None:
+        raise AssertionError("messages to the guest are the worker's")
+
+    def signal_event(self, vp: int, sint: int, flag: int) -> None:
+        door = self._doors.get(flag)
+        if door is not None:
+            os.eventfd_write(door.interrupt, 1)
+
+    def connect_signal(self, connection_id: int, channel: Channel) -> None:
+        door = self._doors[channel.channel_id]
+
+        def signalled() -> None:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(door.signal)
+            process()
+
+        def process() -> None:
+            with self._lock:
+                if door.begun and channel.process():
+                    self._loop.call_soon_threadsafe(process)
+
+        self._loop.add_reader(door.signal, signalled)
+
+    def disconnect_signal(self, connection_id: int) -> None:
+        """The descriptor is let go with its door."""
+
+    def _violation(self, key: int) -> None:
+        """The worker says that sentence, with the channel's number on the bus."""
+        door = self._doors.get(key)
+        if door is not None:
+            reason = self._channels[key].fault_reason
+            self._link.send(messages.Faulted(key, door.opening, reason))
+
+    def _forget(self, key: int) -> None:
+        door = self._doors.pop(key, None)
+        if door is not None:
+            self._loop.remove(door.signal)
+            os.close(door.signal)
+            os.close(door.interrupt)
+
+
+def _no_gpadl(handle: int, channel_id: int) -> Gpadl:
+    raise RemoteProtocolError("storage has no page lists beside its rings.")
+
+
+class Computer:
+    """Implements :class:`hvhost.storage.controller.Computer` for one boot."""
+
+    def __init__(
+        self, config: MachineConfig, link: Link, loop: Loop, attach: messages.Attach, file: int
+    ) -> None:
+        self.config, self.lock = config, threading.RLock()
+        self._link = link
+        self._map = mmap.mmap(file, attach.size, offset=attach.offset)
+        self._view = memoryview(self._map)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.memory = GuestMemory([])
+        for region in attach.regions:
+            self.plug(region)
+        self.bus = Bus(link, loop, self.lock, self.memory)
+        self.memory_written: Callable[[Sequence[memoryview]], None] = (
+            self._tell_written if attach.notices_writes else lambda views: None
+        )
+
+    def plug(self, region: messages.Region) -> None:
+        """RAM above all that there is."""
+        start = region.backing_offset
+        view = self._view[start : start + region.size]
+        self.memory.append(MemoryRegion(region.guest_address, view, start))
+
+    def _tell_written(self, views: Sequence[memoryview]) -> None:
+        places: list[messages.Place] = []
+        for view in filter(len, views):
+            offset = ctypes.addressof(ctypes.c_char.from_buffer(view)) - self._base
+            last = places[-1] if places else None
+            if last is not None and last.offset + last.size == offset:
+                places[-1] = replace(last, size=last.size + len(view))
+            else:
+                places.append(messages.Place(offset, len(view)))
+        if places:
+            self._link.request(messages.Written(tuple(places)))
+
+
+class Guest:
+    """Implements :class:`hvhost.storage.backup.Guest`: what the worker knows of the guest."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        #: Nobody's but the backup's: the worker is waited for while it is held.
+        self.lock = threading.RLock()
+
+    def require_running(self) -> None:
+        self._link.request(messages.RequireRunning())
+
+
+class Snapshots:
+    """Implements :class:`hvhost.services.vss.SnapshotService` by asking the worker."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._asked: dict[int, Done] = {}
+        self._numbers = 0
+
+    @property
+    def still_frozen(self) -> bool:
+        return cast("messages.Result", self._link.request(messages.StillFrozen())).json == "true"
+
+    def request(self, operation: VssOperation, done: Done) -> None:
+        self._numbers += 1
+        self._asked[self._numbers] = done
+        self._link.send(messages.Ask(self._numbers, operation.name))
+
+    def abandon(self, done: Done) -> None:
+        for number, waiting in list(self._asked.items()):
+            if waiting is done:
+                del self._asked[number]
+                self._link.send(messages.Abandon(number))
+
+    def answered(self, message: messages.Answered) -> None:
+        """The guest's answer, or why there is none."""
+        done = self._asked.pop(message.number, None)
+        if done is not None:
+            done(HvHostError(message.error) if message.error else VssAnswer(message.status))
+
+
+class Process:
+    """The process's life, and what stands in for the machine where people ask something."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._loop = Loop()
+        self._link = Link(
+            "the machine's worker",
+            connection,
+            messages.FROM_WORKER,
+            self._received,
+            self._loop.stop,
+        )
+        self._snapshots, self._guest = Snapshots(self._link), Guest(self._link)
+        self._families: tuple[Any, ...] = ()
+        self._config: MachineConfig | None = None
+        self._computer: Computer | None = None
+
+    def run(self) -> None:
+        """Until the worker says so, or is gone; disks are closed then."""
+        self._link.start()
+        try:
+            self._loop.run()
+        finally:
+            self._stop()
+            self._link.close()
+
+    def peripheral(self, kind: type[Family]) -> Family:
+        """As :meth:`hvhost.machine.machine.Machine.peripheral`."""
+        return next(each for each in self._families if isinstance(each, kind))
+
+    # On the link's thread, which must not wait for the worker.
+
+    def _received(self, received: Received) -> None:
+        message, number = received.message, received.number
+        match message:
+            case messages.Answered():
+                self._snapshots.answered(message)
+            case messages.Plug():
+                self._link.serve(number, lambda: self._plug(message.region))
+            case messages.Call():
+                threading.Thread(
+                    target=lambda: self._link.serve(number, lambda: self._call(message)),
+                    name=message.name,
+                    daemon=True,
+                ).start()
+            case _:
+                self._loop.call_soon_threadsafe(
+                    lambda: (
+                        self._link.serve(number, lambda: self._do(message, received.files))
+                        if number
+                        else self._do(message, ())
+                    )
+                )
+
+    def _plug(self, region: messages.Region) -> None:
+        if self._computer is not None:
+            self._computer.plug(region)
+
+    def _call(self, message: messages.Call) -> messages.Result:
+        import msgspec
+
+        from hvhost.machine import backup_api, storage_api
+
+        for endpoint in (*storage_api.ENDPOINTS, *backup_api.ENDPOINTS):
+            if endpoint.name == message.name:
+                parameters: Any = msgspec.json.decode(message.parameters, type=endpoint.parameters)
+                result = endpoint.call(cast("LiveMachine", self), parameters)
+                return messages.Result(msgspec.json.encode(result).decode())
+        raise HvHostError(f"storage has no route {message.name!r}.")
+
+    # On the loop's thread.
+
+    def _do(self, message: Any, files: tuple[int, ...]) -> None:
+        computer = self._computer
+        match message:
+            case messages.Start():
+                self._start(message)
+            case messages.Attach():
+                try:
+                    self._attach(message, files[0])
+                finally:
+                    os.close(files[0])
+            case messages.Detach():
+                self._detach()
+            case messages.Stop():
+                self._stop()
+                self._loop.stop()
+            case messages.Open() if computer is not None:
+                with computer.lock:
+                    computer.bus.open(message, *files)
+            case messages.Begin() if computer is not None:
+                with computer.lock:
+                    computer.bus.begin(message.key)
+            case messages.Close() if computer is not None:
+                with computer.lock:
+                    computer.bus.close(message.key)
+
+    def _start(self, message: messages.Start) -> None:
+        self._config = config = load_config(message.config)
+        around = Surroundings(
+            config,
+            self._loop,
+            Path(message.directory),
+            lambda kind, detail: self._link.send(messages.Event(kind, detail)),
+            self._snapshots,
+        )
+        storage = Storage(around)
+        self._families = (Backup(around, storage), storage)  # closed in this order
+
+    def _attach(self, message: messages.Attach, file: int) -> None:
+        assert self._config is not None
+        self._computer = Computer(self._config, self._link, self._loop, message, file)
+        self.peripheral(Backup).attach(self._guest)
+        self.peripheral(Storage).attach(self._computer)
+
+    def _detach(self) -> None:
+        for each in self._families:
+            each.detach()
+        self._computer = None
+
+    def _stop(self) -> None:
+        families, self._families = self._families, ()
+        for each in families:
+            each.close()
+
+
+def main() -> int:
+    """The process's exit status."""
+    descriptor = int(sys.argv[1])
+    # The worker's end, by whatever cause, is ours: nothing is left running.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
+    )
+    with socket.socket(fileno=descriptor) as connection:
+        os.set_inheritable(descriptor, False)
+        confine()
+        Process(connection).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
