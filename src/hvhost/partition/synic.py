@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError
+from hvhost.partition.atomic import set_bits
 from hvhost.partition.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -117,9 +118,7 @@ class Synic:
             return
         address = (page & _PAGE) + HV_EVENT_FLAGS_BYTE_COUNT * sint + (flag >> 3)
         try:
-            # Only the guest writes here besides us, and it only clears: a lost race repeats a
-            # flag, it never loses one.
-            self._memory.view(address, 1)[0] |= 1 << (flag & 7)
+            set_bits(self._memory.view(address, 1), 1 << (flag & 7))
         except GuestMemoryError as error:
             self._warn(f"event flags page: {error}")
             return

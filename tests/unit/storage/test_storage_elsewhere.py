@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
 import signal
 import struct
@@ -11,183 +9,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 
 from hvhost.errors import GuestMemoryError, HvHostError, RemoteProtocolError
-from hvhost.machine.computer import Computer
-from hvhost.machine.loop import Loop
-from hvhost.machine.model import MachineConfig
-from hvhost.machine.peripheral import Surroundings
 from hvhost.machine.storage_model import DriveConfig
-from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
-from hvhost.services.vss import Vss
-from hvhost.storage.elsewhere import StorageElsewhere
+from hvhost.partition.memory import PAGE_SIZE
 from hvhost.storage.images import create_disk
 from hvhost.vmbus.protocol import OpenChannel, OpenChannelResult
-from hvhost.vmbus.server import VmbusServer
-from simulated.driver import GuestService, SimulatedGuest
-from simulated.storage import Interrupts, StorageDriver, StorageHost
-
-if TYPE_CHECKING:
-    pass
+from simulated.driver import GuestService
+from simulated.elsewhere import MORE, SECONDS, MachineElsewhere
+from simulated.storage import StorageDriver
 
 MIB = 1 << 20
-PAGES = 512
-#: RAM that the guest gets while it runs.
-MORE = 64
-SECONDS = 60.0
-TESTS = Path(__file__).parents[2]
-
-
-class SharedMemory:
-    """A transport's memory, as far as storage is concerned."""
-
-    def __init__(self, notices_writes: bool) -> None:
-        self.notices_writes = notices_writes
-        self.descriptor = os.memfd_create("test")
-        size = (2 * PAGES + MORE) * PAGE_SIZE
-        # Other machines' memory may come before this one's, as it does in the rig.
-        self.offset = 16 * PAGE_SIZE
-        os.ftruncate(self.descriptor, self.offset + size)
-        self.memory = memoryview(mmap.mmap(self.descriptor, size, offset=self.offset))
-
-    def share(self) -> tuple[int, int]:
-        return self.descriptor, self.offset
-
-
-class Board:
-    """As much of a computer as storage uses, with a simulated guest on its bus."""
-
-    require_running = Computer.require_running
-
-    def __init__(self, config: MachineConfig, vss: Vss, *, notices_writes: bool) -> None:
-        self.config, self.paused = config, False
-        self.transport = SharedMemory(notices_writes)
-        backing = self.transport.memory[: 2 * PAGES * PAGE_SIZE]
-        self.guest = SimulatedGuest(pages=PAGES, processors=config.cpus, backing=backing)
-        self.guest.port.interrupts = Interrupts()
-        self.lock = threading.RLock()
-        self.on_memory: Callable[[MemoryRegion], None]
-        self.written: list[bytes] = []
-        self.why: list[str] = []
-        self.failed = threading.Event()
-        self.guest.server.add_device(vss)
-
-    @property
-    def memory(self) -> GuestMemory:
-        return self.guest.memory
-
-    @property
-    def bus(self) -> VmbusServer:
-        return self.guest.server
-
-    def memory_written(self, views: Sequence[memoryview]) -> None:
-        self.written += [bytes(view) for view in views]
-
-    def fail(self, why: str) -> None:
-        self.why.append(why)
-        self.failed.set()
-
-    def plug_memory(self) -> None:
-        """As the computer does it."""
-        start = 2 * PAGES * PAGE_SIZE
-        last = self.memory.regions[-1]
-        view = self.transport.memory[start:]
-        region = MemoryRegion(last.guest_address + last.size, view, start)
-        self.memory.append(region)
-        self.on_memory(region)
-
-
-class Bench:
-    """A machine whose storage is elsewhere, its loop on a thread, and its guest."""
-
-    def __init__(self, directory: Path, *drives: DriveConfig, notices_writes: bool = False) -> None:
-        self.config = MachineConfig("m1", "/vmlinuz", cpus=5, drives=drives, storage_process=True)
-        self.notices_writes = notices_writes
-        self.told: list[tuple[str, str]] = []
-        self.loop, self.vss = Loop(), Vss()
-        self.thread = threading.Thread(target=self.loop.run, daemon=True)
-        self.storage = StorageElsewhere(
-            Surroundings(
-                self.config, self.loop, directory, lambda *event: self.told.append(event), self.vss
-            )
-        )
-        self.thread.start()
-        self.boot()
-
-    def boot(self) -> None:
-        self.board = Board(self.config, self.vss, notices_writes=self.notices_writes)
-        self.on_loop(lambda: self.storage.attach(cast("Computer", self.board)))
-        self.board.guest.connect()
-
-    def on_loop(self, function: Callable[[], None]) -> None:
-        """Methods for the machine are called on its loop's thread."""
-        done, errors = threading.Event(), list[Exception]()
-
-        def call() -> None:
-            try:
-                function()
-            except Exception as error:
-                errors.append(error)
-            done.set()
-
-        self.loop.call_soon_threadsafe(call)
-        assert done.wait(SECONDS)
-        if errors:
-            raise errors[0]
-
-    def power_down(self) -> None:
-        with self.board.lock:
-            self.board.guest.server.reset()
-        self.on_loop(self.storage.detach)
-
-    def close(self) -> None:
-        self.power_down()
-        self.loop.stop()
-        self.thread.join()
-        self.storage.close()
-        assert self.storage.process.returncode == 0
-
-    def call(self, name: str, **parameters: object) -> Any:
-        return json.loads(self.storage.call(name, json.dumps(parameters)))
-
-    def relids(self) -> list[int]:
-        """The controllers' channels, sub-channels and all, in the order of their offers."""
-        with self.board.lock:
-            self.board.guest.collect_offers()
-        return sorted(
-            number
-            for number, offer in self.board.guest.offers.items()
-            if offer.if_type != self.vss.offer.interface_type
-        )
-
-    def driver(self, relid: int | None = None) -> StorageDriver:
-        """The driver of a controller, the last one by default."""
-        with self.board.lock:
-            channel = self.board.guest.open(
-                self.relids()[-1] if relid is None else relid, out_pages=33, in_pages=33
-            )
-        return StorageDriver(cast("StorageHost", self), channel)
-
-    # As a StorageHost, for the driver.
-
-    @property
-    def guest(self) -> SimulatedGuest:
-        return self.board.guest
-
-    @property
-    def lock(self) -> threading.RLock:
-        return self.board.lock
-
-    def until(self, condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.005)
 
 
 @pytest.fixture
@@ -198,19 +35,19 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, image: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path, DriveConfig(str(image)))
+def bench(tmp_path: Path, image: Path) -> Iterator[MachineElsewhere]:
+    bench = MachineElsewhere(tmp_path, DriveConfig(str(image)))
     yield bench
     bench.close()
 
 
-def initialized(bench: Bench) -> StorageDriver:
+def initialized(bench: MachineElsewhere) -> StorageDriver:
     driver = bench.driver()
     driver.initialize()
     return driver
 
 
-def test_data_go_between_guest_and_image(bench: Bench, image: Path) -> None:
+def test_data_go_between_guest_and_image(bench: MachineElsewhere, image: Path) -> None:
     driver = initialized(bench)
     assert driver.luns() == [0]
     data = os.urandom(64 << 10)
@@ -223,7 +60,7 @@ def test_data_go_between_guest_and_image(bench: Bench, image: Path) -> None:
     assert "\nNoNewPrivs:\t1\n" in status and "\nSeccomp:\t2\n" in status
 
 
-def test_many_at_once_on_all_channels(bench: Bench) -> None:
+def test_many_at_once_on_all_channels(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     (first,) = bench.relids()
     assert driver.operate(13, struct.pack("<H", 1))[0] == 0
@@ -249,7 +86,7 @@ def test_many_at_once_on_all_channels(bench: Bench) -> None:
 
 def test_a_transport_that_must_know_is_told_what_was_read(tmp_path: Path, image: Path) -> None:
     image.write_bytes(os.urandom(MIB))
-    bench = Bench(tmp_path, DriveConfig(str(image)), notices_writes=True)
+    bench = MachineElsewhere(tmp_path, DriveConfig(str(image)), notices_writes=True)
     driver = initialized(bench)
     data = driver.read(3, 20, shape=(0, False, 1)).data
     assert data == image.read_bytes()[1536:][: 20 * 512]
@@ -257,7 +94,7 @@ def test_a_transport_that_must_know_is_told_what_was_read(tmp_path: Path, image:
     bench.close()
 
 
-def test_people_reach_the_disks(bench: Bench, tmp_path: Path) -> None:
+def test_people_reach_the_disks(bench: MachineElsewhere, tmp_path: Path) -> None:
     (drive,) = bench.call("drives")
     assert (drive["address"], drive["size"]) == ("scsi0:0", MIB)
     driver = initialized(bench)
@@ -285,10 +122,10 @@ def test_people_reach_the_disks(bench: Bench, tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_opened_is_said_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        Bench(tmp_path, DriveConfig(str(tmp_path / "nowhere.img")))
+        MachineElsewhere(tmp_path, DriveConfig(str(tmp_path / "nowhere.img")))
 
 
-def test_what_a_guest_does_wrong_is_told_by_the_bus(bench: Bench) -> None:
+def test_what_a_guest_does_wrong_is_told_by_the_bus(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     relid = driver.channel.offer.child_relid
     driver.send(struct.pack("<III", 99, 1, 0).ljust(64, b"\0"))
@@ -302,7 +139,7 @@ def test_what_a_guest_does_wrong_is_told_by_the_bus(bench: Bench) -> None:
     assert again.luns() == [0] and len(bench.guest.faults) == 1
 
 
-def test_a_fault_of_an_earlier_opening_is_late(bench: Bench) -> None:
+def test_a_fault_of_an_earlier_opening_is_late(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     relid = driver.channel.offer.child_relid
     with bench.lock:  # so the fault is known here only when the channel is another one
@@ -314,7 +151,7 @@ def test_a_fault_of_an_earlier_opening_is_late(bench: Bench) -> None:
     assert again.luns() == [0] and not bench.guest.faults
 
 
-def test_rings_that_are_none_are_refused(bench: Bench) -> None:
+def test_rings_that_are_none_are_refused(bench: MachineElsewhere) -> None:
     (relid,) = bench.relids()
     with bench.lock:
         pfns = bench.guest.allocate(4)
@@ -329,7 +166,7 @@ def test_rings_that_are_none_are_refused(bench: Bench) -> None:
     bench.until(lambda: len(bench.guest.faults) == 4, "the ring's fault")
 
 
-def test_memory_that_comes_later(bench: Bench) -> None:
+def test_memory_that_comes_later(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     last = bench.board.memory.regions[-1]
     pfn = (last.guest_address + last.size) // PAGE_SIZE
@@ -350,7 +187,7 @@ def test_memory_that_comes_later(bench: Bench) -> None:
     bench.until(lambda: bench.guest.faults, "the fault")
 
 
-def test_a_reset_finds_the_disks_again(bench: Bench) -> None:
+def test_a_reset_finds_the_disks_again(bench: MachineElsewhere) -> None:
     assert initialized(bench).write(0, b"1" * 512).ok
     old = bench.board.transport
     bench.power_down()
@@ -359,14 +196,14 @@ def test_a_reset_finds_the_disks_again(bench: Bench) -> None:
     assert driver.read(0, 1).data == b"1" * 512 and bench.board.transport is not old
 
 
-def test_a_channel_of_another_process_is_not_saved(bench: Bench) -> None:
+def test_a_channel_of_another_process_is_not_saved(bench: MachineElsewhere) -> None:
     initialized(bench)
     with pytest.raises(HvHostError, match="served by another process"), bench.lock:
         bench.guest.server.save()
 
 
 def test_a_storage_process_that_dies_takes_the_machine_along(tmp_path: Path, image: Path) -> None:
-    bench = Bench(tmp_path, DriveConfig(str(image)))
+    bench = MachineElsewhere(tmp_path, DriveConfig(str(image)))
     driver = initialized(bench)
     os.kill(bench.storage.process.pid, signal.SIGKILL)
     assert bench.board.failed.wait(SECONDS)
@@ -409,7 +246,9 @@ def test_nothing_is_left_of_a_worker_that_is_killed() -> None:
         time.sleep(0.01)
 
 
-def guest_freezes(bench: Bench, statuses: dict[int, int]) -> tuple[list[int], threading.Event]:
+def guest_freezes(
+    bench: MachineElsewhere, statuses: dict[int, int]
+) -> tuple[list[int], threading.Event]:
     """The guest's snapshot service; what it was asked, and what ends it."""
     asked, over = list[int](), threading.Event()
     with bench.lock:
@@ -438,12 +277,14 @@ def guest_freezes(bench: Bench, statuses: dict[int, int]) -> tuple[list[int], th
 CHECK, FREEZE, THAW = 0, 1, 2
 
 
-def back_up(bench: Bench, target: Path) -> Any:
+def back_up(bench: MachineElsewhere, target: Path) -> Any:
     bench.call("backup_start", directory=str(target), allow_same_volume=True)
     return bench.call("backup_progress", timeout=SECONDS)
 
 
-def test_a_backup_freezes_the_guest_and_thaws_it(bench: Bench, image: Path, tmp_path: Path) -> None:
+def test_a_backup_freezes_the_guest_and_thaws_it(
+    bench: MachineElsewhere, image: Path, tmp_path: Path
+) -> None:
     driver = initialized(bench)
     assert driver.write(0, b"kept" * 128).ok
     asked, over = guest_freezes(bench, {})
@@ -460,7 +301,7 @@ def test_a_backup_freezes_the_guest_and_thaws_it(bench: Bench, image: Path, tmp_
     over.set()
 
 
-def test_a_guest_that_cannot_freeze_is_said(bench: Bench, tmp_path: Path) -> None:
+def test_a_guest_that_cannot_freeze_is_said(bench: MachineElsewhere, tmp_path: Path) -> None:
     info = back_up(bench, tmp_path / "backups")
     assert info["state"] == "failed" and "takes no snapshot requests" in info["error"]
     bench.board.paused = True
