@@ -8,15 +8,17 @@ queue is what its sysfs says of the channel.
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 
 from hvhost.network.toeplitz import toeplitz
 from hvhost.verify.guest import RowFailed
-from hvhost.verify.session import Session
+from hvhost.verify.session import Session, Timing
 from hvhost.verify.wire import GUEST4, HOST4, Cable, cable
 
 FLOWS = 60
+_OPEN_SECONDS = 10.0
 _FIRST_PORT, _CLOSED_PORT = 20_000, 9
 
 
@@ -55,6 +57,17 @@ def _check(wire: Cable, first: int, what: str) -> Iterator[str]:
     yield f"{what}: {FLOWS} flows, {wanted} frames by Toeplitz, {got} counted by queue"
 
 
+def _await_channels(wire: Cable, timing: Timing) -> tuple[int, list[str]]:
+    """How many channels the driver has, and the processor of each: it opens them one by one."""
+    deadline = time.monotonic() + timing.patiently(_OPEN_SECONDS)
+    while True:
+        channels = int(wire.ethtool("-l").split("Combined:")[-1].split()[0])
+        processors = _processors(wire)
+        if channels == len(processors) > 1 or time.monotonic() >= deadline:
+            return channels, processors
+        time.sleep(timing.poll)
+
+
 def _processors(wire: Cable) -> list[str]:
     """The processor of each channel, by the guest's sysfs."""
     base = f"/sys/class/net/{wire.interface}/device/channels"
@@ -72,9 +85,8 @@ def prove(session: Session) -> Iterator[str]:
     if session.cpus < 2:
         raise RowFailed("the guest has one processor; run it with --cpus 2 or more")
     with cable(session) as wire:
-        channels = wire.ethtool("-l").split("Combined:")[-1].split()[0]
-        processors = _processors(wire)
-        if int(channels) != len(processors) or len(set(processors)) < 2:
+        channels, processors = _await_channels(wire, session.timing)
+        if channels != len(processors) or len(set(processors)) < 2:
             raise RowFailed(f"{channels} channels on processors {', '.join(processors)}")
         yield f"channels: {channels}, on processors {', '.join(processors)}"
         session.step("sending flows that hash to every queue")
@@ -84,7 +96,7 @@ def prove(session: Session) -> Iterator[str]:
         wire.guest(f"ethtool -X $I hkey {key}")
         yield from _check(wire, _FIRST_PORT + FLOWS, "another key (ethtool -X hkey)")
         session.step("changing the table")
-        weights = " ".join("1" if number == 1 else "0" for number in range(int(channels)))
+        weights = " ".join("1" if number == 1 else "0" for number in range(channels))
         wire.guest(f"ethtool -X $I weight {weights}")
         yield from _check(wire, _FIRST_PORT + 2 * FLOWS, "all to queue 1 (ethtool -X weight)")
         session.step("changing the number of channels")
