@@ -74,6 +74,13 @@ class Guest:
 
     def _move(self, change: int) -> None:
         assigned = self.now.assigned + change
+        if "counts-given" in self.faults:
+            before, added = self.now.added, max(self.now.added, assigned - START)
+            self.total += added - before
+            self.now = replace(
+                self.now, assigned=assigned, added=added, ballooned=START + added - assigned
+            )
+            return
         self.now = replace(
             self.now,
             assigned=assigned,
@@ -159,6 +166,14 @@ def test_resize() -> None:
     *_, last = prove(rows.prove_memory_resize, guest)
     assert "600.0 MiB, 677.0 MiB, 549.0 MiB, 395.0 MiB, 472.0 MiB" in last
     assert guest.now.assigned == START, "the guest is left as it was"
+
+
+def test_resize_of_a_kernel_that_counts_what_it_gave() -> None:
+    *lines, last = prove(rows.prove_memory_resize, Guest("counts-given"))
+    assert "600.0 MiB, 677.0 MiB, 677.0 MiB, 677.0 MiB, 677.0 MiB" in last
+    assert "this kernel's MemTotal still counts what it has given back" in lines
+    *lines, _ = prove(rows.prove_memory_resize, Guest())
+    assert "this kernel subtracts ballooned pages from its MemTotal" in lines
 
 
 @pytest.mark.parametrize(
