@@ -84,9 +84,12 @@ class NetvscDriver:
         may_spoof: bool = False,
         processors: int = 4,
         receive_buffer: int = RECEIVE_PAGES,
+        ring_pages: tuple[int, int] = (17, 5),
     ) -> None:
+        """*ring_pages* of each ring: of the first channel, and of the others."""
         self.guest = SimulatedGuest(pages=384 + receive_buffer // 2, processors=processors)
         self.receive_buffer = receive_buffer
+        self.ring_pages = ring_pages
         self.wire = RecordingWire()
         self.adapter = NetworkAdapter(
             "net0",
@@ -119,7 +122,8 @@ class NetvscDriver:
     # Starting.
 
     def open(self, relid: int = 1) -> None:
-        self.channels = [self.guest.open(relid, out_pages=17, in_pages=17)]
+        pages = self.ring_pages[0]
+        self.channels = [self.guest.open(relid, out_pages=pages, in_pages=pages)]
 
     def call(self, message: bytes) -> bytes:
         """An NVSP message that is answered; the answer."""
@@ -182,9 +186,8 @@ class NetvscDriver:
         self.guest.collect_offers()
         for relid, offer in sorted(self.guest.offers.items()):
             if offer.sub_channel_index and relid not in self.guest.open_channels:
-                self.channels.append(
-                    self.guest.open(relid, out_pages=5, in_pages=5, vp=offer.sub_channel_index)
-                )
+                pages, vp = self.ring_pages[1], offer.sub_channel_index
+                self.channels.append(self.guest.open(relid, out_pages=pages, in_pages=pages, vp=vp))
         self.read()
         return int(answer[2])
 
@@ -203,6 +206,7 @@ class NetvscDriver:
         self._request += 1
         self.send_control(struct.pack("<III", kind, 12 + len(body), self._request) + body)
         self.read()
+        assert self._transaction in self.completed
         answer = self.answers.pop()
         answer_kind, length, request = struct.unpack_from("<III", answer)
         assert (answer_kind, length, request) == (kind | 1 << 31, len(answer), self._request)
@@ -264,8 +268,11 @@ class NetvscDriver:
         )
         return self._transaction
 
-    def send_pages_of(self, message: bytes) -> int:
-        """A message in pages of its own, far from each other; the transaction."""
+    def send_pages_of(self, message: bytes, *, kind: int = 0) -> int:
+        """A message in pages of its own, far from each other; the transaction.
+
+        *kind* is its ``channel_type``: 0 for frames, 1 for control messages.
+        """
         count = -(-len(message) // PAGE_SIZE)
         pages = self.guest.allocate(count, scattered=True)
         self.put(pages, 0, message)
@@ -275,7 +282,7 @@ class NetvscDriver:
         )
         self._transaction += 1
         self.channel.write(
-            nvsp(107, 0, 0xFFFFFFFF, 0),
+            nvsp(107, kind, 0xFFFFFFFF, 0),
             packet_type=9,
             flags=1,
             transaction_id=self._transaction,
@@ -308,7 +315,7 @@ class NetvscDriver:
         if packet.type == 11:
             self.completed.append(packet.transaction_id)
             return
-        kind = struct.unpack_from("<I", packet.payload)[0]
+        kind, channel_type = struct.unpack_from("<II", packet.payload)
         if packet.type == 6:
             assert kind == 134
             count, offset = struct.unpack_from("<II", packet.payload, 4)
@@ -325,6 +332,7 @@ class NetvscDriver:
             message = self.get(self.receive_pages, offset, size)
             message_kind, length = struct.unpack_from("<II", message)
             assert length == size
+            assert channel_type == (0 if message_kind == 1 else 1)
             if message_kind == 7:
                 self.indications.append(message)
             elif message_kind != 1:

@@ -146,7 +146,6 @@ class NetworkAdapter:
         """The wire has frames; true if there may be more for which there is room."""
         receiver = self._receiver
         if receiver is None or self._blocked:
-            self._watch()
             return False
         more = receiver.pull(self.wire)
         self._flush()
@@ -157,10 +156,7 @@ class NetworkAdapter:
         """The wire takes frames again."""
         self._drain()
         if not self._waiting:
-            for channel in self._channels():
-                channel.paused = False
-                self.process_later(channel)
-        self._flush()
+            self._go_on()
         self._watch()
 
     # For the channel.
@@ -180,6 +176,10 @@ class NetworkAdapter:
         state.initialized = state.merging = False
         state.filter = 0
         state.subchannels = 0
+        # The next to open it may be another kernel, and need not speak of these.
+        fresh = AdapterState(state.mac)
+        state.mtu, state.capabilities = fresh.mtu, fresh.capabilities
+        state.scaling = fresh.scaling
         self._receiver = self._receive_buffer = self._send_buffer = None
         self._waiting.clear()
         self._done.clear()
@@ -232,7 +232,6 @@ class NetworkAdapter:
             waiting.append((None, channel, packet.transaction_id))
             for other in self._channels():
                 other.paused = True
-            self._watch()
         else:
             done = self._done.setdefault(channel, [])
             done.append(packet.transaction_id)
@@ -268,6 +267,12 @@ class NetworkAdapter:
                 return
             waiting.popleft()
 
+    def _go_on(self) -> None:
+        """Nothing waits for the wire any more: packets are taken again."""
+        for channel in self._channels():
+            channel.paused = False
+            self.process_later(channel)
+
     # NVSP.
 
     def _nvsp(self, channel: Channel, kind: int, packet: Packet) -> None:
@@ -281,9 +286,11 @@ class NetworkAdapter:
             mtu = config.mtu - 14
             if not MINIMUM_MTU <= mtu <= MAXIMUM_MTU:
                 raise RemoteProtocolError(f"the guest wants an MTU of {mtu} bytes.")
+            if self._receive_buffer is not None:  # its sections are made for the MTU there was
+                raise RemoteProtocolError("the guest changes its MTU with its receive buffer lent.")
             self.state.mtu, self.state.capabilities = mtu, Capability(config.capability)
         elif kind == MessageType.SEND_NDIS_VER:
-            protocol.SendNdisVersion.unpack(payload, offset)
+            pass  # 6.1 or 6.30; what they have in common is all that is used
         elif kind == MessageType.SEND_RECV_BUF:
             body = protocol.SendBuffer.unpack(payload, offset)
             self._reply(packet, MessageType.SEND_RECV_BUF_COMPLETE, self._lend_receive(body))
@@ -298,7 +305,6 @@ class NetworkAdapter:
         elif kind == MessageType.REVOKE_RECV_BUF:
             self._receiver = self._receive_buffer = self.state.receive_buffer = None
             self._controls.clear()
-            self._watch()
         elif kind == MessageType.REVOKE_SEND_BUF:
             self._send_buffer = self.state.send_buffer = None
             self._finish_waiting()
@@ -349,6 +355,8 @@ class NetworkAdapter:
         for buffers, channel, transaction in lost:
             if buffers is None:
                 channel.send_completion(transaction, _DONE)
+        if lost:
+            self._go_on()
 
     # Sub-channels.
 
@@ -452,12 +460,14 @@ class NetworkAdapter:
         receiver = self._receiver
         if receiver is not None and receiver.flows.scaling is not self.state.scaling:
             receiver.flows = FlowTable(self.state.scaling)
-        self._watch()
 
     def subchannel_closed(self) -> None:
         """A sub-channel is no longer open: what it had waiting is not sent."""
+        waited = bool(self._waiting)
         self._waiting = deque(item for item in self._waiting if item[1].is_open)
         self._done = {each: ids for each, ids in self._done.items() if each.is_open}
+        if waited and not self._waiting:
+            self._go_on()
         self._watch()
 
 

@@ -116,12 +116,6 @@ class InitComplete(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class SendNdisVersion(Record):
-    ndis_major_ver: U32
-    ndis_minor_ver: U32
-
-
-@dataclass(frozen=True, slots=True)
 class SendBuffer(Record):
     """SEND_RECV_BUF and SEND_SEND_BUF: memory that the guest lends, as a GPADL."""
 
