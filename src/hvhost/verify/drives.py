@@ -12,6 +12,7 @@ from pathlib import Path
 from hvhost.errors import HvHostError
 from hvhost.machine.storage_model import DriveInfo
 from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 MIB = 1 << 20
@@ -31,14 +32,6 @@ def workplace(session: Session) -> Iterator[Path]:
                 for drive in session.machine.drives.list():
                     if drive.address not in before:
                         session.machine.drives.remove(drive.address)
-
-
-def run(probe: Probe, script: str, timeout: float = 60.0) -> str:
-    """A shell script's output in the guest; :class:`RowFailed` with it when it fails."""
-    result = probe.run(["sh", "-c", script], timeout)
-    if result.status:
-        raise RowFailed(f"the guest failed at: {script}", result.output.splitlines()[-6:])
-    return result.output.strip()
 
 
 def find(session: Session, probe: Probe, drive: DriveInfo, timeout: float = FIND_SECONDS) -> str:

@@ -14,6 +14,7 @@ from hvhost.errors import HvHostError
 from hvhost.network.config import new_mac
 from hvhost.network.report import AdapterInfo
 from hvhost.verify.guest import HostLacks, Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 HOST4, GUEST4 = "192.168.77.1", "192.168.77.2"
@@ -191,14 +192,6 @@ class Cable:
             if name.startswith(f"{what}_queue_") and name.endswith("_packets"):
                 found[int(name.split("_")[2])] = int(value)
         return [found[number] for number in sorted(found)]
-
-
-def run(probe: Probe, script: str, timeout: float = 60.0) -> str:
-    """A shell script's output in the guest; :class:`RowFailed` if it fails."""
-    result = probe.run(["sh", "-c", script], timeout)
-    if result.status != 0:
-        raise RowFailed(f"in the guest, {script[:70]!r} failed: {result.output.strip()[-200:]}")
-    return result.output.strip()
 
 
 def find_interface(session: Session, probe: Probe, mac: str) -> str:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 
 from hvhost.machine.storage_model import DriveConfig
-from hvhost.verify.drives import MIB, await_gone, digest, find, require, run, told_digest, workplace
+from hvhost.verify.drives import MIB, await_gone, digest, find, require, told_digest, workplace
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 SIZE = 4 * MIB

@@ -20,6 +20,7 @@ from hvhost.errors import HvHostError
 from hvhost.machine.model import ShutdownAction
 from hvhost.sockets.protocol import describe, service_id
 from hvhost.verify.guest import Carrier, Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 ECHO_PORT = 7000
@@ -31,13 +32,6 @@ CONNECTIONS = 300
 ROUND_TRIPS = 100
 _CONNECT_SECONDS = 40.0
 _DATA_SECONDS = 60.0
-
-
-def _run(probe: Probe, script: str, timeout: float = 60.0) -> str:
-    result = probe.run(["sh", "-c", script], timeout)
-    if result.status != 0:
-        raise RowFailed(f"in the guest, {script[:60]!r} failed: {result.output.strip()[-200:]}")
-    return result.output.strip()
 
 
 def _connect(session: Session, service: int | uuid.UUID = ECHO_PORT) -> socket.socket:
@@ -59,7 +53,7 @@ def _rate(size: int, seconds: float) -> str:
 
 def _guest_connections(probe: Probe) -> int:
     """Devices on the guest's bus whose interface type is a socket port."""
-    listing = _run(probe, "cat /sys/bus/vmbus/devices/*/class_id 2>/dev/null || true")
+    listing = run(probe, "cat /sys/bus/vmbus/devices/*/class_id 2>/dev/null || true")
     return sum("-facb-11e6-bd58-64006a7986d3}" in line for line in listing.splitlines())
 
 
@@ -119,7 +113,7 @@ def _to_host(session: Session, probe: Probe) -> Iterator[str]:
 
         server = threading.Thread(target=serve, daemon=True)
         server.start()
-        told = _run(
+        told = run(
             probe,
             f"head -c {size} /dev/urandom > /tmp/sent; sha256sum < /tmp/sent; "
             f"hvhost-probe connect {HOST_PORT} < /tmp/sent; rm /tmp/sent",
@@ -241,7 +235,7 @@ def _boots(session: Session) -> Iterator[str]:
 def _listen(session: Session, probe: Probe) -> None:
     # The log is there before the program is: it starts in its own time.
     start = f"setsid hvhost-probe listen {ECHO_PORT} </dev/null >>/tmp/echo.log 2>&1 &"
-    _run(probe, f": >/tmp/echo.log; {start}")
+    run(probe, f": >/tmp/echo.log; {start}")
     deadline = time.monotonic() + session.timing.event
     while "listening" not in (log := probe.read("/tmp/echo.log")):
         if time.monotonic() > deadline:

@@ -15,17 +15,9 @@ from hvhost.errors import HvHostError
 from hvhost.machine.backup_model import BackupInfo, BackupOptions, Consistency
 from hvhost.machine.storage_model import DriveConfig
 from hvhost.units import format_size
-from hvhost.verify.drives import (
-    MIB,
-    MOUNT_POINT,
-    await_gone,
-    find,
-    require,
-    run,
-    told_digest,
-    workplace,
-)
+from hvhost.verify.drives import MIB, MOUNT_POINT, await_gone, find, require, told_digest, workplace
 from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 SIZE, FILE_SIZE = 192 * MIB, 24 * MIB

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from hvhost.errors import HvHostError
 from hvhost.network.config import new_mac
 from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 from hvhost.verify.wire import (
     GUEST4,
@@ -26,7 +27,6 @@ from hvhost.verify.wire import (
     cable,
     find_interface,
     interface_of,
-    run,
 )
 
 TRANSFER = 8 << 20

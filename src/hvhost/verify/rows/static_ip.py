@@ -14,8 +14,9 @@ from typing import Any
 
 from hvhost.network.addresses import Addresses
 from hvhost.verify.guest import RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
-from hvhost.verify.wire import GUEST4, GUEST6, HOST4, HOST6, Cable, cable, run
+from hvhost.verify.wire import GUEST4, GUEST6, HOST4, HOST6, Cable, cable
 
 BEYOND4, BEYOND6 = "198.51.100.1", "2001:db8:77::1"
 DNS = ("192.168.77.53", "fd77::53")

@@ -16,12 +16,12 @@ from hvhost.verify.drives import (
     digest,
     find,
     require,
-    run,
     told_digest,
     workplace,
 )
 from hvhost.verify.guest import Probe, RowFailed
 from hvhost.verify.iso import iso_image
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 SIZE = 16 * MIB

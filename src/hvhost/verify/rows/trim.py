@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvhost.machine.storage_model import DriveConfig
-from hvhost.verify.drives import MIB, MOUNT_POINT, await_gone, find, require, run, workplace
+from hvhost.verify.drives import MIB, MOUNT_POINT, await_gone, find, require, workplace
 from hvhost.verify.guest import HostLacks, Probe
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 SIZE, FILLED = 48 * MIB, 24 * MIB

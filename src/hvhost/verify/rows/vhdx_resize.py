@@ -14,11 +14,11 @@ from hvhost.verify.drives import (
     await_size,
     find,
     require,
-    run,
     told_digest,
     workplace,
 )
 from hvhost.verify.guest import Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
 
 SMALL, LARGE, SHRUNK = 48 * MIB, 96 * MIB, 64 * MIB

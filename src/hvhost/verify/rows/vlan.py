@@ -17,8 +17,9 @@ from hvhost.network.config import new_mac
 from hvhost.network.namespace import Namespace, open_namespace
 from hvhost.network.switch_client import Hello, SwitchConfig
 from hvhost.verify.guest import HostLacks, Probe, RowFailed
+from hvhost.verify.script import run
 from hvhost.verify.session import Session
-from hvhost.verify.wire import Witness, find_interface, run
+from hvhost.verify.wire import Witness, find_interface
 
 TEN, TWENTY, THIRTY = "10.10.0", "10.20.0", "10.30.0"
 
