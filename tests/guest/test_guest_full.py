@@ -7,7 +7,6 @@ always run: ``HVHOST_TEST_FULL`` names the guests, as ``make test-matrix`` does.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import subprocess
@@ -17,18 +16,16 @@ from pathlib import Path
 import pytest
 
 from guest.helpers import command, wait_for
+from guest.matrix import FULL, needs_full
 from hvhost import Machine
 from hvhost.guests.full import prepare_full
 from hvhost.machine.backup_model import BackupInfo, BackupState
 from hvhost.machine.model import HeartbeatStatus
 from hvhost.manager.client import MachineClient
 
-FULL = [name for name in os.environ.get("HVHOST_TEST_FULL", "").split(",") if name]
 BOOT_SECONDS = 900.0  # two minutes on a quiet computer; a busy one takes five times that
 
-pytestmark = pytest.mark.skipif(
-    not FULL, reason="takes minutes; HVHOST_TEST_FULL=debian-12-full (make test-matrix) runs it"
-)
+pytestmark = needs_full
 
 
 async def output(machine: Machine, script: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 
 from guest.conftest import Start
 from guest.helpers import Guest, command, wait_for
+from guest.matrix import only_in_matrix
 from guest.pages import commands, do, ended
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
@@ -22,9 +22,7 @@ from hvhost.memory.report import MemoryInfo
 from hvhost.memory.settings import DynamicMemory
 from hvhost.units import KIB, MIB
 
-pytestmark = pytest.mark.skipif(
-    "HVHOST_TEST_GUESTS" not in os.environ, reason="minutes; `make test-matrix` runs it"
-)
+pytestmark = only_in_matrix("minutes")
 
 START = 512 * MIB
 TAKEN = 128 * MIB

@@ -6,7 +6,6 @@ Two machines at once take their time on emulated processors: ``make test-matrix`
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -16,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from guest.helpers import command, wait_for
+from guest.matrix import only_in_matrix
 from guest.pages import commands, do, ended
 
 PAGE = "network.md"
 pytestmark = [
-    pytest.mark.skipif(
-        "HVHOST_TEST_GUESTS" not in os.environ,
-        reason="several machines at once; `make test-matrix` runs it",
-    ),
+    only_in_matrix("several machines at once"),
     pytest.mark.timeout(900),
 ]
 

@@ -13,6 +13,7 @@ import pytest
 
 from guest.conftest import Start
 from guest.helpers import Guest, wait_for
+from guest.matrix import FULL, needs_full, only_in_matrix
 from hvhost import Machine
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
@@ -22,19 +23,16 @@ from hvhost.network.addresses import Addresses
 from hvhost.storage.operations import create_differencing
 
 SIZE = 300 << 20
-WHOLE = "HVHOST_TEST_GUESTS" in os.environ
-FULL = [name for name in os.environ.get("HVHOST_TEST_FULL", "").split(",") if name]
 FULL_BOOT_SECONDS = 800.0
 POOLS = "/var/lib/hyperv/.kvp_pool_"
 
 
+@only_in_matrix("takes minutes")
 @pytest.mark.timeout(2500)
 def test_a_file_of_several_hundred_megabytes(
     images: GuestImages, start: Start, tmp_path: Path
 ) -> None:
     """Whole by the guest's own hash. 6 KiB a message: minutes on emulated processors."""
-    if not WHOLE:
-        pytest.skip("takes minutes; `make test-matrix` runs it")
     if not any("fcopy" in daemon for daemon in images.daemons):
         pytest.skip(f"{images.title} has no file copy daemon")
     source, digest = tmp_path / "large", hashlib.sha256()
@@ -63,10 +61,9 @@ def test_a_file_of_several_hundred_megabytes(
     assert told.split()[0] == digest.hexdigest()
 
 
+@only_in_matrix("another guest to boot")
 def test_addresses_as_the_guests_daemon_reads_them(images: GuestImages, start: Start) -> None:
     """What it writes for those who configure interfaces; nobody does in so small a guest."""
-    if not WHOLE:
-        pytest.skip("another guest to boot; `make test-matrix` runs it")
     guest = start(images)
     guest.machine.network.add("none", "net0")
     wait_for("the adapter", lambda: "eth0" in guest.run("ls /sys/class/net"), 60.0)
@@ -81,17 +78,14 @@ def test_addresses_as_the_guests_daemon_reads_them(images: GuestImages, start: S
     assert lines <= set(told)
 
 
+@needs_full
 @pytest.mark.timeout(3000)  # the first time the guest is built
-@pytest.mark.parametrize("guest", FULL or [None])
-def test_what_a_guest_stored_outlives_its_machine_with_its_disk(
-    guest: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("guest", FULL or ["debian-12-full"])
+def test_what_a_guest_stored_outlives_its_machine_with_its_disk(guest: str, tmp_path: Path) -> None:
     """A machine, and then another one with the same disk: its own name is in pool 3, not the old.
 
     The first one's host forgets all about them; only the guest's files can tell.
     """
-    if guest is None:
-        pytest.skip("takes minutes; HVHOST_TEST_FULL=debian-12-full (make test-matrix) runs it")
     system = prepare_full(guest)
     disk = tmp_path / "kept.vhdx"
     create_differencing(disk, system.disk)

@@ -7,7 +7,6 @@ And what no page can show: that each service can be switched off and on while th
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 
 from guest import pages
 from guest.helpers import hvhost, wait_for
+from guest.matrix import only_in_matrix
 from hvhost.machine.model import HeartbeatStatus
 from hvhost.manager.client import MachineClient
 
@@ -27,10 +27,7 @@ NAME = "demo"  # the pages' word
 POOL = "/var/lib/hyperv/.kvp_pool_0"
 DEVICES = "/sys/bus/vmbus/devices"
 pytestmark = [
-    pytest.mark.skipif(
-        "HVHOST_TEST_GUESTS" not in os.environ,
-        reason="minutes on emulated processors; `make test-matrix` runs it",
-    ),
+    only_in_matrix("minutes on emulated processors"),
     pytest.mark.timeout(900),
 ]
 

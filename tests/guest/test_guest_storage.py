@@ -10,6 +10,7 @@ import pytest
 
 from guest.conftest import Start
 from guest.helpers import Guest, wait_for
+from guest.matrix import only_in_matrix
 from hvhost.guests.build import GuestImages
 from hvhost.machine.storage_model import DriveConfig
 from hvhost.verify.contract import HV_SCSI_GUID
@@ -19,10 +20,7 @@ CPUS = 5
 MIB = 1 << 20
 
 pytestmark = [
-    pytest.mark.skipif(
-        "HVHOST_TEST_GUESTS" not in os.environ,
-        reason="a guest of five processors; `make test-matrix` runs it",
-    ),
+    only_in_matrix("a guest of five processors"),
     pytest.mark.timeout(600),
 ]
 

@@ -16,6 +16,7 @@ import pytest
 
 from guest.conftest import GUESTS
 from guest.helpers import command, hvhost, machines_of, processes_of, wait_for
+from guest.matrix import only_in_matrix
 from hvhost.guests.build import GuestImages
 from hvhost.verify.contract import ROWS, Status
 from hvhost.verify.session import patience
@@ -23,7 +24,6 @@ from hvhost.verify.session import patience
 PROVEN = ("smp", "heartbeat", "shutdown", "nmi", "lsvmbus")
 # Without the rows whose load loses an emulated guest too often, such as hvsocket.
 ONE_OF_EACH_FAMILY = ("time-sync", "storage", "network", "memory-resize")
-WHOLE = "HVHOST_TEST_GUESTS" in os.environ
 FINDING_SECONDS = 90.0
 
 
@@ -70,11 +70,10 @@ def test_a_row_of_each_family_is_proven(tmp_path: Path) -> None:
     check_works(rows, ONE_OF_EACH_FAMILY)
 
 
+@only_in_matrix("a quarter of an hour for each guest")
 @pytest.mark.timeout(2500)
 @pytest.mark.parametrize("guest", GUESTS)
 def test_the_whole_table(guest: str, tmp_path: Path) -> None:
-    if not WHOLE:
-        pytest.skip("a quarter of an hour for each guest; `make test-matrix` runs it")
     rows = verified(tmp_path, "--guest", guest, timeout=2400)
     assert [*rows] == [row.id for row in ROWS]
     check_works(rows, PROVEN)
@@ -90,10 +89,9 @@ def test_file_copy_with_the_daemon_of_another_release(tmp_path: Path) -> None:
     assert "hv_fcopy_uio_daemon" in rows["file-copy"]["evidence"][0]
 
 
+@only_in_matrix("downloads a kernel's source")
 @pytest.mark.timeout(900)  # the first time the kernel's source is downloaded
 def test_the_bus_is_listed_by_the_script_of_the_kernel_source(tmp_path: Path) -> None:
-    if not WHOLE:
-        pytest.skip("downloads a kernel's source; `make test-matrix` runs it")
     words = ("--guest", "debian-12-python", "--rows", "lsvmbus")
     rows = verified(tmp_path, *words, timeout=800)
     check_works(rows, ["lsvmbus"])
