@@ -23,6 +23,7 @@ from bench.services import services
 from bench.services_rig import measure as measure_services
 from bench.storage import storage
 from bench.storage_peer import storage_peer
+from bench.storage_process import storage_process
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages, prepare_guest
 from hvhost.guests.initramfs import READY_LINE
@@ -245,6 +246,7 @@ CASES: dict[str, Callable[[int], Iterable[Measurement]]] = {
     "start-up": start_up,
     "bus": bus,
     "storage": storage,
+    "storage-process": storage_process,
     "network": network,
     "services": services,
     "services-rig": services_rig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -17,6 +18,7 @@ from hvhost.machine.model import MachineConfig
 from hvhost.machine.peripheral import Surroundings
 from hvhost.machine.storage_model import DriveConfig
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
+from hvhost.partition.synic import HV_EVENT_FLAGS_BYTE_COUNT, VMBUS_MESSAGE_SINT, Synic
 from hvhost.services.vss import Vss
 from hvhost.storage.elsewhere import StorageElsewhere
 from hvhost.vmbus.server import VmbusServer
@@ -44,6 +46,28 @@ class SharedMemory:
         return self.descriptor, self.offset
 
 
+class EventLine:
+    """What raises the interrupt of a VP."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def trigger(self) -> None:
+        os.eventfd_write(self.descriptor, 1)
+
+
+_TAKE = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+_TAKE.write(bytes.fromhex("31 c0 86 07 c3"))  # xor %eax, %eax; xchg %al, (%rdi); ret
+_take = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
+    ctypes.addressof(ctypes.c_char.from_buffer(_TAKE))
+)
+
+
+def clear_bits(byte: memoryview) -> int:
+    """Take a byte's bits, as a processor does: none that another one sets meanwhile is lost."""
+    return int(_take(ctypes.byref(ctypes.c_char.from_buffer(byte))))
+
+
 class Board:
     """As much of a computer as storage uses, with a simulated guest on its bus."""
 
@@ -64,6 +88,26 @@ class Board:
         self.why: list[str] = []
         self.failed = threading.Event()
         self.guest.server.add_device(vss)
+        self.event_lines = [EventLine() for _ in range(config.cpus)]
+        self.synics = [
+            Synic(self.guest.memory, vp, line, line) for vp, line in enumerate(self.event_lines)
+        ]
+        self.flags = self.guest.allocate(config.cpus)
+        for synic, pfn in zip(self.synics, self.flags, strict=True):
+            synic.registers_changed(1, pfn * PAGE_SIZE | 1, 0)
+
+    def interrupted(self, vp: int) -> None:
+        """As the guest's interrupt handler: take the flags, and see to those channels."""
+        os.eventfd_read(self.event_lines[vp].descriptor)
+        flags = self.memory.view(
+            self.flags[vp] * PAGE_SIZE + VMBUS_MESSAGE_SINT * HV_EVENT_FLAGS_BYTE_COUNT,
+            HV_EVENT_FLAGS_BYTE_COUNT,
+        )
+        for place in range(HV_EVENT_FLAGS_BYTE_COUNT):
+            taken = clear_bits(flags[place : place + 1]) if flags[place] else 0
+            for bit in range(8):
+                if taken >> bit & 1:
+                    self.guest.port.interrupts.append((vp, place * 8 + bit))
 
     @property
     def memory(self) -> GuestMemory:
@@ -111,7 +155,10 @@ class MachineElsewhere:
 
     def boot(self) -> None:
         self.board = Board(self.config, self.vss, self.pages, notices_writes=self.notices_writes)
-        self.on_loop(lambda: self.storage.attach(cast("Computer", self.board)))
+        board = self.board
+        for vp, line in enumerate(board.event_lines):
+            self.loop.add_reader(line.descriptor, lambda vp=vp: board.interrupted(vp))  # type: ignore[misc]
+        self.on_loop(lambda: self.storage.attach(cast("Computer", board)))
         self.board.guest.connect()
 
     def on_loop(self, function: Callable[[], None]) -> None:
@@ -134,6 +181,9 @@ class MachineElsewhere:
         with self.board.lock:
             self.board.guest.server.reset()
         self.on_loop(self.storage.detach)
+        for line in self.board.event_lines:
+            self.loop.remove(line.descriptor)
+            os.close(line.descriptor)
 
     def close(self) -> None:
         self.power_down()

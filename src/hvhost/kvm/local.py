@@ -44,7 +44,7 @@ class LocalOutEvent:
     """An eventfd of this process."""
 
     def __init__(self) -> None:
-        self.handle = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.handle = self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def trigger(self) -> None:
         os.eventfd_write(self.handle, 1)

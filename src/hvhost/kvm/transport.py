@@ -40,6 +40,11 @@ class OutEvent(Protocol):
     @property
     def handle(self) -> Handle: ...
 
+    @property
+    def descriptor(self) -> int:
+        """The eventfd of this process that raises it; others may be given copies."""
+        ...
+
     def trigger(self) -> None:
         """Raise it; never blocks."""
         ...

@@ -15,7 +15,7 @@ from functools import partial
 
 from hvhost.errors import HvHostError
 from hvhost.kvm.constants import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
-from hvhost.kvm.transport import Handle
+from hvhost.kvm.transport import Handle, OutEvent
 from hvhost.kvm.vcpu import Vcpu
 from hvhost.kvm.vm import SintRoute, Vm
 from hvhost.machine.board import Board, Plug
@@ -130,6 +130,9 @@ class Computer:
         self.on_memory: Callable[[MemoryRegion], None] = lambda region: None
 
         port = BusPort(self._vm, loop, self.lock)
+        self.synics = port.synics
+        #: What raises each VP's interrupt, once its event flags are set.
+        self.event_lines: list[OutEvent] = []
         port.synics += self._wire_synics()
         self.bus = VmbusServer(
             self.memory, port, on_event=notices.event, processors=self.config.cpus
@@ -169,6 +172,7 @@ class Computer:
         for vp, gsi in pairs:
             taken = self._vm.in_event(self._loop, lambda vp=vp: self._message_taken(synics[vp]))  # type: ignore[misc]
             event_line = self._vm.irq_event(gsi)
+            self.event_lines.append(event_line)
             message_line = self._vm.irq_event(gsi + 1, resample=taken)
             synics.append(Synic(self.memory, vp, message_line, event_line))
         return synics

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes of the longest frame: a ring of a million pages, which no driver asks for, fits.
 LONGEST: Final = 16 << 20
-_MOST_FILES: Final = 4
+_MOST_FILES: Final = 253  # SCM_MAX_FD
 _HEADER = struct.Struct("<IIB")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,12 +63,15 @@ class Synic:
         self._memory = memory
         self._message_line = message_line
         self._event_line = event_line
+        #: Told where the event flags are, with each change, for who signals from another process.
+        self.on_event_flags: Callable[[int], None] = lambda page: None
 
     def registers_changed(self, control: int, event_flags_page: int, message_page: int) -> None:
         """The guest wrote SCONTROL, SIEFP or SIMP (``KVM_EXIT_HYPERV_SYNIC``)."""
         self.state.control = control
         self.state.event_flags_page = event_flags_page
         self.state.message_page = message_page
+        self.on_event_flags(event_flags_page)
         self.deliver()
 
     def post(self, message_type: int, payload: bytes) -> None:

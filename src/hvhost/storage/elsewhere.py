@@ -1,9 +1,10 @@
 """A machine's storage in a process of its own, as the machine's worker sees it.
 
-The worker negotiates: offers, rings, interrupts are the bus's business and stay here. The rings
-themselves, the disks and all threads that move data are in :mod:`hvhost.storage.process`, which
-maps the guest's memory, waits for an eventfd that KVM raises, and raises another one for an
-interrupt. So disks do not wait for the worker's interpreter, nor the worker for the disks'.
+The worker negotiates: offers and where the rings are is the bus's business and stays here. The
+rings themselves, the disks and all threads that move data are in :mod:`hvhost.storage.process`,
+which maps the guest's memory, waits for an eventfd that KVM raises, and interrupts the guest by its
+event flags and another eventfd. So disks do not wait for the worker's interpreter, nor the worker
+for the disks'.
 
 Whoever holds the bus's lock may wait for the storage process, which therefore never waits for that
 lock: what needs it is done on the loop's thread, and nobody waits for that.
@@ -15,6 +16,7 @@ wrote last may be lost, as when a disk loses its power.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
@@ -22,13 +24,14 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from hvhost.errors import HvHostError
 from hvhost.machine.config_file import dump_config
 from hvhost.machine.link import Link, LinkLostError, Received
 from hvhost.machine.peripheral import Surroundings
+from hvhost.partition.synic import Synic
 from hvhost.services.vss import Done, VssAnswer
 from hvhost.services.vss_protocol import VssOperation
 from hvhost.storage import messages
@@ -51,18 +54,25 @@ class ChannelElsewhere:
         self.key, self.opening = key, 0
         self.channel: Channel | None = None
         self.signal = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.interrupt = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._link = link
 
     def signalled(self) -> None:
         os.eventfd_write(self.signal, 1)
 
-    def open_rings(self, channel: Channel, pages: array[int], downstream: int) -> None:
+    def open_rings(
+        self, channel: Channel, pages: array[int], downstream: int, target_vp: int
+    ) -> None:
         self.opening += 1
         self._link.request(
-            messages.Open(self.key, self.opening, tuple(pages), downstream),
-            [self.signal, self.interrupt],
+            messages.Open(
+                self.key, self.opening, channel.channel_id, tuple(pages), downstream, target_vp
+            ),
+            [self.signal],
         )
+
+    def moved(self, target_vp: int) -> None:
+        with contextlib.suppress(LinkLostError):
+            self._link.request(messages.Move(self.key, target_vp))
 
     def opened(self, channel: Channel) -> None:
         self._link.send(messages.Begin(self.key))
@@ -75,9 +85,8 @@ class ChannelElsewhere:
         raise AssertionError("what the guest sends is read by the other process")
 
     def release(self) -> None:
-        """Give the eventfds back."""
+        """Give the eventfd back."""
         os.close(self.signal)
-        os.close(self.interrupt)
 
 
 class StorageElsewhere:
@@ -130,11 +139,13 @@ class StorageElsewhere:
             messages.Region(each.guest_address, each.backing_offset, each.size)
             for each in computer.memory.regions
         )
+        flags = _event_flags(computer.synics)
         first = self._first = list[ChannelElsewhere]()
         self._link.request(
             messages.Attach(offset, len(transport.memory), transport.notices_writes, regions),
-            [descriptor],
+            [descriptor, flags, *(each.descriptor for each in computer.event_lines)],
         )
+        os.close(flags)
         self._first = None
         for device in first:
             self._add(device)
@@ -147,11 +158,7 @@ class StorageElsewhere:
         with contextlib.suppress(LinkLostError):
             self._link.request(messages.Detach())
         while self._channels:
-            self._release(self._channels.popitem()[1])
-
-    def _release(self, device: ChannelElsewhere) -> None:
-        self._loop.remove(device.interrupt)
-        device.release()
+            self._channels.popitem()[1].release()
 
     def tick(self, now: float) -> None:
         """Nothing of storage needs the time."""
@@ -279,16 +286,7 @@ class StorageElsewhere:
     def _add(self, device: ChannelElsewhere) -> None:
         computer = self._computer
         assert computer is not None
-        channel = device.channel = computer.bus.add_device(device)
-
-        def interrupt() -> None:
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(device.interrupt)
-                with computer.lock:
-                    if channel.is_open:
-                        channel.interrupt()
-
-        self._loop.add_reader(device.interrupt, interrupt)
+        device.channel = computer.bus.add_device(device)
 
     def _remove(self, key: int) -> None:
         computer, device = self._computer, self._channels.pop(key)
@@ -296,7 +294,7 @@ class StorageElsewhere:
         assert computer is not None and channel is not None
         if channel.state not in (ChannelState.RESCINDED, ChannelState.RELEASED):
             computer.bus.remove_device(channel)
-        self._release(device)
+        device.release()
 
     def _fault(self, message: messages.Faulted) -> None:
         device = self._channels.get(message.key)
@@ -326,6 +324,21 @@ class StorageElsewhere:
         done = self._asked.pop(number, None)
         if done is not None:
             self._vss.abandon(done)
+
+
+def _event_flags(synics: Sequence[Synic]) -> int:
+    """A file of where each VP's event flags are, kept up to date; see :class:`messages.Attach`."""
+    descriptor = os.memfd_create("hvhost-synic", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, mmap.PAGESIZE * -(-len(synics) * 8 // mmap.PAGESIZE))
+    table = memoryview(mmap.mmap(descriptor, 0)).cast("Q")
+
+    def keep(synic: Synic) -> None:
+        synic.on_event_flags = lambda page: table.__setitem__(synic.vp, page)
+        synic.on_event_flags(synic.state.event_flags_page)
+
+    for synic in synics:
+        keep(synic)
+    return descriptor
 
 
 def _how_it_ended(status: int) -> str:

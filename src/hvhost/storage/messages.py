@@ -8,9 +8,10 @@ be late.
 message            from       answer
 =================  =========  =====================================================================
 Start              worker     Done, when all disks are open
-Attach + memory    worker     Done, when all controllers were offered
+Attach + files     worker     Done, when all controllers were offered
 Plug               worker     Done
-Open + 2 eventfds  worker     Done, or why those pages are no rings
+Open + eventfd     worker     Done, or why those pages are no rings
+Move               worker     Done, when the other VP is interrupted no more
 Begin              worker     none: the guest knows now that its channel is open
 Close              worker     Done, when nobody uses the guest's memory for that channel any more
 Detach             worker     Done, when nobody uses the memory any more
@@ -51,9 +52,11 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """A new boot. The memory lies at ``offset`` of the descriptor, ``size`` bytes.
+    """A new boot. The memory lies at ``offset`` of the first file, ``size`` bytes.
 
-    ``notices_writes``: the worker wants to know what was read into it.
+    The second file has, for each VP, ``HV_X64_MSR_SIEFP`` as 64 bits; the others are eventfds, one
+    for each VP, that raise its interrupt. ``notices_writes``: the worker wants to know what was
+    read into the memory.
     """
 
     offset: int
@@ -71,12 +74,25 @@ class Plug:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """The guest opens a channel whose rings are in ``pages``: page frame numbers, first its own."""
+    """The guest opens a channel whose rings are in ``pages``: page frame numbers, first its own.
+
+    ``channel_id`` is its number on the bus, and of the event flag for it on ``target_vp``.
+    """
 
     key: int
     opening: int
+    channel_id: int
     pages: tuple[int, ...]
     downstream: int
+    target_vp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A channel interrupts another VP."""
+
+    key: int
+    target_vp: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +218,7 @@ class RequireRunning:
     """Whether the guest runs."""
 
 
-FROM_WORKER = (Start, Attach, Plug, Open, Begin, Close, Detach, Call, Answered, Stop, Result)
+FROM_WORKER = (Start, Attach, Plug, Open, Move, Begin, Close, Detach, Call, Answered, Stop, Result)
 FROM_STORAGE = (
     Offered, Removed, Faulted, Event, Written, Ask, Abandon, StillFrozen, RequireRunning, Result,
 )  # fmt: skip

@@ -33,6 +33,7 @@ from hvhost.machine.loop import Loop
 from hvhost.machine.model import LiveMachine, MachineConfig
 from hvhost.machine.peripheral import Surroundings
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
+from hvhost.partition.synic import Synic
 from hvhost.services.vss import Done, VssAnswer
 from hvhost.services.vss_protocol import VssOperation
 from hvhost.storage import messages
@@ -50,31 +51,69 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(slots=True)
 class Door:
-    """The eventfds of an open channel: the guest's signals, and ours to the guest.
+    """The eventfd of an open channel, which the guest's signals raise.
 
     A guest may signal before we know that it was told that its channel is open: ``begun``.
     """
 
     opening: int
     signal: int
-    interrupt: int
     begun: bool = False
+
+
+class Line:
+    """Implements :class:`hvhost.partition.synic.Line` with an eventfd of the worker's."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def trigger(self) -> None:
+        os.eventfd_write(self.descriptor, 1)
+
+
+class Interrupts:
+    """Event flags and interrupts of each VP; *flags* and *lines* as with :class:`Attach`."""
+
+    def __init__(self, memory: GuestMemory, flags: int, lines: Sequence[int]) -> None:
+        self._pages = memoryview(mmap.mmap(flags, 0, prot=mmap.PROT_READ)).cast("Q")
+        self._lines = [Line(os.dup(each)) for each in lines]
+        self._synics = [Synic(memory, vp, line, line) for vp, line in enumerate(self._lines)]
+
+    def signal(self, vp: int, sint: int, flag: int) -> None:
+        """As :meth:`hvhost.partition.synic.Synic.signal`."""
+        synic = self._synics[vp]
+        # A guest moves the page when nothing is open that could be signalled there.
+        synic.state.event_flags_page = self._pages[vp]
+        synic.signal(sint, flag)
+
+    def close(self) -> None:
+        """Give the eventfds back."""
+        for line in self._lines:
+            os.close(line.descriptor)
 
 
 class Bus:
     """Implements :class:`hvhost.storage.controller.Bus` and the hypervisor below its channels."""
 
-    def __init__(self, link: Link, loop: Loop, lock: threading.RLock, memory: GuestMemory) -> None:
+    def __init__(
+        self,
+        link: Link,
+        loop: Loop,
+        lock: threading.RLock,
+        memory: GuestMemory,
+        interrupts: Interrupts,
+    ) -> None:
         self._link, self._loop, self._lock, self._memory = link, loop, lock, memory
-        self._keys = itertools.count(1)
-        #: By key, which is the channel's number too.
+        self._interrupts = interrupts
+        self._numbers = itertools.count(1)
         self._channels: dict[int, Channel] = {}
+        self._keys: dict[Channel, int] = {}
         self._doors: dict[int, Door] = {}
 
     # For storage, with the lock held.
 
     def add_device(self, device: ChannelDevice) -> Channel:
-        key = next(self._keys)
+        key = next(self._numbers)
         offer = device.offer
         channel = self._channels[key] = Channel(
             key,
@@ -84,6 +123,7 @@ class Bus:
             violation=lambda sentence: self._violation(key),
             gpadl=_no_gpadl,
         )
+        self._keys[channel] = key
         self._link.send(
             messages.Offered(
                 key,
@@ -96,7 +136,7 @@ class Bus:
         return channel
 
     def remove_device(self, channel: Channel) -> None:
-        key = channel.channel_id
+        key = self._keys.pop(channel)
         channel.rescind()
         del self._channels[key]
         self._forget(key)
@@ -104,19 +144,26 @@ class Bus:
 
     # For the worker.
 
-    def open(self, message: messages.Open, signal_event: int, interrupt: int) -> None:
+    def open(self, message: messages.Open, signal_event: int) -> None:
         """Open a channel; :class:`RemoteProtocolError` if its pages are no rings."""
         key, pages = message.key, array("Q", message.pages)
         self._forget(key)
-        self._doors[key] = Door(message.opening, signal_event, interrupt)
+        self._doors[key] = Door(message.opening, signal_event)
         gpadl = Gpadl(0, key, (GpaRange(len(pages) * PAGE_SIZE, 0, pages),))
         try:
             if key not in self._channels:
                 raise RemoteProtocolError("its device is gone.")
-            self._channels[key].open(gpadl, message.downstream, 0)
+            channel = self._channels[key]
+            channel.channel_id = message.channel_id
+            channel.open(gpadl, message.downstream, message.target_vp)
         except BaseException:
             self._forget(key)
             raise
+
+    def move(self, key: int, target_vp: int) -> None:
+        """Interrupt another VP for that channel."""
+        if key in self._channels:
+            self._channels[key].move(target_vp)
 
     def begin(self, key: int) -> None:
         """The guest knows that its channel is open."""
@@ -138,12 +185,10 @@ class Bus:
         raise AssertionError("messages to the guest are the worker's")
 
     def signal_event(self, vp: int, sint: int, flag: int) -> None:
-        door = self._doors.get(flag)
-        if door is not None:
-            os.eventfd_write(door.interrupt, 1)
+        self._interrupts.signal(vp, sint, flag)
 
     def connect_signal(self, connection_id: int, channel: Channel) -> None:
-        door = self._doors[channel.channel_id]
+        door = self._doors[self._keys[channel]]
 
         def signalled() -> None:
             with contextlib.suppress(BlockingIOError):
@@ -172,7 +217,6 @@ class Bus:
         if door is not None:
             self._loop.remove(door.signal)
             os.close(door.signal)
-            os.close(door.interrupt)
 
 
 def _no_gpadl(handle: int, channel_id: int) -> Gpadl:
@@ -183,17 +227,23 @@ class Computer:
     """Implements :class:`hvhost.storage.controller.Computer` for one boot."""
 
     def __init__(
-        self, config: MachineConfig, link: Link, loop: Loop, attach: messages.Attach, file: int
+        self,
+        config: MachineConfig,
+        link: Link,
+        loop: Loop,
+        attach: messages.Attach,
+        files: Sequence[int],
     ) -> None:
         self.config, self.lock = config, threading.RLock()
         self._link = link
-        self._map = mmap.mmap(file, attach.size, offset=attach.offset)
+        self._map = mmap.mmap(files[0], attach.size, offset=attach.offset)
         self._view = memoryview(self._map)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.memory = GuestMemory([])
         for region in attach.regions:
             self.plug(region)
-        self.bus = Bus(link, loop, self.lock, self.memory)
+        self.interrupts = Interrupts(self.memory, files[1], files[2:])
+        self.bus = Bus(link, loop, self.lock, self.memory, self.interrupts)
         self.memory_written: Callable[[Sequence[memoryview]], None] = (
             self._tell_written if attach.notices_writes else lambda views: None
         )
@@ -338,9 +388,10 @@ class Process:
                 self._start(message)
             case messages.Attach():
                 try:
-                    self._attach(message, files[0])
+                    self._attach(message, files)
                 finally:
-                    os.close(files[0])
+                    for each in files:
+                        os.close(each)
             case messages.Detach():
                 self._detach()
             case messages.Stop():
@@ -349,6 +400,9 @@ class Process:
             case messages.Open() if computer is not None:
                 with computer.lock:
                     computer.bus.open(message, *files)
+            case messages.Move() if computer is not None:
+                with computer.lock:
+                    computer.bus.move(message.key, message.target_vp)
             case messages.Begin() if computer is not None:
                 with computer.lock:
                     computer.bus.begin(message.key)
@@ -368,15 +422,17 @@ class Process:
         storage = Storage(around)
         self._families = (Backup(around, storage), storage)  # closed in this order
 
-    def _attach(self, message: messages.Attach, file: int) -> None:
+    def _attach(self, message: messages.Attach, files: Sequence[int]) -> None:
         assert self._config is not None
-        self._computer = Computer(self._config, self._link, self._loop, message, file)
+        self._computer = Computer(self._config, self._link, self._loop, message, files)
         self.peripheral(Backup).attach(self._guest)
         self.peripheral(Storage).attach(self._computer)
 
     def _detach(self) -> None:
         for each in self._families:
             each.detach()
+        if self._computer is not None:
+            self._computer.interrupts.close()
         self._computer = None
 
     def _stop(self) -> None:

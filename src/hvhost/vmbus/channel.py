@@ -106,8 +106,13 @@ class DeviceElsewhere(ChannelDevice, Protocol):
     def signalled(self) -> None:
         """Raise :attr:`signal`."""
 
-    def open_rings(self, channel: Channel, pages: array[int], downstream: int) -> None:
+    def open_rings(
+        self, channel: Channel, pages: array[int], downstream: int, target_vp: int
+    ) -> None:
         """As :meth:`Channel.open`; :class:`RemoteProtocolError` if those pages are no rings."""
+
+    def moved(self, target_vp: int) -> None:
+        """Another VP is to be interrupted from now on."""
 
 
 class HostPort(Protocol):
@@ -312,7 +317,7 @@ class Channel:
         """
         incoming, outgoing = None, None
         if self.elsewhere is not None:
-            self.elsewhere.open_rings(self, gpadl.ring_pages(), downstream)
+            self.elsewhere.open_rings(self, gpadl.ring_pages(), downstream, target_vp)
         else:
             from_guest, to_guest = self._rings(gpadl, downstream)
             incoming, outgoing = IncomingRing(from_guest), OutgoingRing(to_guest)
@@ -392,6 +397,12 @@ class Channel:
             self.fault(str(error))
         if self.process():
             self.fault("the guest filled the ring before it knew that the channel is open.")
+
+    def move(self, target_vp: int) -> None:
+        """Interrupt that VP from now on."""
+        self.target_vp = target_vp
+        if self.elsewhere is not None and self.is_open:
+            self.elsewhere.moved(target_vp)
 
     def close(self) -> None:
         """The guest closed it."""
@@ -508,9 +519,5 @@ class Channel:
             incoming.guest_has_room = False
         elif not (wanted and outgoing.guest_wants_interrupt()):
             return
-        self.interrupt()
-
-    def interrupt(self) -> None:
-        """Interrupt the guest, whether it wants that or not; open channels only."""
         self.interrupts += 1
         self._port.signal_event(self.target_vp, VMBUS_MESSAGE_SINT, self.channel_id)

@@ -451,7 +451,7 @@ class VmbusServer:
             if not channel.held_open and channel.state is not ChannelState.RESCINDED:
                 raise RemoteProtocolError("the guest moved it while it was not open.")
             self._check_vp(message.target_vp)
-            channel.target_vp = message.target_vp
+            channel.move(message.target_vp)
         except RemoteProtocolError as refused:
             error, status = refused, STATUS_UNSUCCESSFUL
         if version >= Version.WIN10_V5_3:  # earlier ones send no answer

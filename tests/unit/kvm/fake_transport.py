@@ -231,7 +231,7 @@ class FakeOutEvent:
     """An event towards KVM that counts its raises."""
 
     def __init__(self, handle: Handle) -> None:
-        self.handle = handle
+        self.handle, self.descriptor = handle, -1
         self.raised = 0
 
     def trigger(self) -> None:

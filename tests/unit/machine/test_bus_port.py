@@ -32,8 +32,12 @@ class Elsewhere:
     def signalled(self) -> None:
         os.eventfd_write(self.signal, 1)
 
-    def open_rings(self, channel: Channel, pages: array[int], downstream: int) -> None:
+    def open_rings(
+        self, channel: Channel, pages: array[int], downstream: int, target_vp: int
+    ) -> None:
         raise LocalProtocolError("nobody opens it here.")
+
+    def moved(self, target_vp: int) -> None: ...
 
     def opened(self, channel: Channel) -> None: ...
 

@@ -84,6 +84,27 @@ def test_many_at_once_on_all_channels(bench: MachineElsewhere) -> None:
     bench.until(lambda: len(bench.relids()) == 2, "the sub-channel's second offer")
 
 
+def test_the_guest_is_interrupted_where_it_wants(bench: MachineElsewhere) -> None:
+    driver = initialized(bench)
+    relid, interrupts = driver.channel.offer.child_relid, bench.guest.port.interrupts
+    assert set(interrupts) == {(0, relid)}
+    for vp in (3, 1):
+        with bench.lock:
+            assert bench.guest.move(relid, vp) == 0
+        interrupts.clear()
+        assert driver.luns() == [0]
+        assert set(interrupts) == {(vp, relid)}
+    # A guest that has no page for event flags is not written to.
+    flags = bench.board.flags[1] * PAGE_SIZE
+    bench.board.synics[1].registers_changed(1, flags, 0)
+    interrupts.clear()
+    tag = driver.start(bytes(6))
+    time.sleep(0.3)
+    assert not interrupts and not any(bench.board.memory.read(flags, PAGE_SIZE))
+    bench.board.synics[1].registers_changed(1, flags | 1, 0)
+    assert driver.finish(tag).ok
+
+
 def test_a_transport_that_must_know_is_told_what_was_read(tmp_path: Path, image: Path) -> None:
     image.write_bytes(os.urandom(MIB))
     bench = MachineElsewhere(tmp_path, DriveConfig(str(image)), notices_writes=True)
