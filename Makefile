@@ -27,8 +27,8 @@ test: setup-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest $(UNIT)
-	$(BIN)/pytest -m guest
+	$(BIN)/pytest $(UNIT) --durations=10
+	$(BIN)/pytest -m guest --durations=10
 
 check: setup-dev
 	$(BIN)/ruff check

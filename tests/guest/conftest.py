@@ -112,3 +112,21 @@ def start() -> Iterator[Start]:
     for machine in machines:
         tell(machine)
         machine.kill()
+
+
+PowerOn = Callable[..., LiveMachine]
+
+
+@pytest.fixture
+def power_on() -> Iterator[PowerOn]:
+    """Starts machines without waiting for their guests: :meth:`Guest.power_on`."""
+    machines: list[LiveMachine] = []
+
+    def begin(images: GuestImages, name: str | None = None) -> LiveMachine:
+        machines.append(Guest.power_on(images, name=name))
+        return machines[-1]
+
+    yield begin
+    for machine in machines:
+        tell(machine)
+        machine.kill()

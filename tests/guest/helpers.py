@@ -100,6 +100,20 @@ class Guest:
             raise
 
     @staticmethod
+    def power_on(images: GuestImages, *, name: str | None = None) -> LiveMachine:
+        """The machine alone, for tests that need nothing of its guest; it runs two processors."""
+        machine = LiveMachine(
+            define(kernel=images.kernel, initrd=images.initrd, name=name, transport="rig", cpus=2)
+        )
+        try:
+            wait_for("the machine", lambda: machine.info().exits)
+        except BaseException:
+            tell(machine)
+            machine.kill()
+            raise
+        return machine
+
+    @staticmethod
     def _connect(machine: LiveMachine) -> Probe:
         probe = machine.connect_probe(BOOT_SECONDS)
         assert probe is not None, "the guest did not come up"

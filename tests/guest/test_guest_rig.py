@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guest.conftest import Start
+from guest.conftest import PowerOn, Start
 from guest.helpers import (
     Guest,
     emulators_of,
@@ -39,13 +39,9 @@ def own_rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def worker_of(guest: Guest) -> int:
-    return guest.machine.info().pid
-
-
-def test_a_killed_worker_leaves_nothing(own_rig: Path, one: GuestImages, start: Start) -> None:
+def test_a_killed_worker_leaves_nothing(own_rig: Path, one: GuestImages, power_on: PowerOn) -> None:
     """Its session is freed, so the rig is idle and ends; ``ps`` says what happened."""
-    guest: Guest = start(one, transport="rig", name="victim")
+    machine = power_on(one, name="victim")
     assert keeper_of(own_rig) is not None
     (emulator,) = emulators_of(own_rig)
     assert Path(f"/proc/{emulator}").exists()
@@ -53,7 +49,7 @@ def test_a_killed_worker_leaves_nothing(own_rig: Path, one: GuestImages, start: 
     numbers = [int(number) for number in line.split()]
     assert 0 not in numbers  # its state is written to by the others, see qemu.py
     assert len(numbers) >= 2
-    pid = worker_of(guest)
+    pid = machine.info().pid
     os.kill(pid, signal.SIGKILL)
     wait_for("the end of rig and emulator", lambda: not processes_of(own_rig), 30.0)
     assert not Path(f"/proc/{emulator}").exists()
@@ -68,9 +64,9 @@ def test_a_killed_worker_leaves_nothing(own_rig: Path, one: GuestImages, start: 
 
 @pytest.mark.parametrize("victim", ["emulator", "keeper"])
 def test_a_rig_that_dies_is_told(
-    victim: str, own_rig: Path, one: GuestImages, start: Start
+    victim: str, own_rig: Path, one: GuestImages, start: Start, power_on: PowerOn
 ) -> None:
-    guest: Guest = start(one, transport="rig", cpus=2)
+    machine = power_on(one)
     if victim == "emulator":
         (pid,) = emulators_of(own_rig)
     else:
@@ -78,9 +74,9 @@ def test_a_rig_that_dies_is_told(
         assert keeper is not None
         pid = keeper
     os.kill(pid, signal.SIGKILL)
-    assert guest.machine.wait_stopped(15), "the worker did not notice"
+    assert machine.wait_stopped(15), "the worker did not notice"
     with pytest.raises(HvHostError, match="the rig") as caught:
-        guest.machine.info()
+        machine.info()
     sentence = str(caught.value)
     assert "died" in sentence or "was killed" in sentence
     assert "\n" not in sentence
@@ -102,7 +98,7 @@ def test_a_worker_that_is_killed_gives_its_place_back(
     assert first.run("cat /proc/sys/kernel/random/boot_id") != second.run(
         "cat /proc/sys/kernel/random/boot_id"
     )
-    os.kill(worker_of(second), signal.SIGKILL)
+    os.kill(second.machine.info().pid, signal.SIGKILL)
     assert len(first.machine.heartbeat_round_trips(20)) == 20
     third: Guest = start(one, transport="rig")
     assert third.run("echo alive") == "alive\n"
