@@ -79,7 +79,8 @@ def test_a_hung_guest_leaves_its_memory_on_its_disk(guest: str) -> None:
             await await_login(machine)
             told = await output(
                 machine,
-                "cd /var/crash/2* && dump=$(ls dump.*) && makedumpfile -R /tmp/core <$dump >/tmp/log "
+                "cd /var/crash/2* && dump=$(ls dump.*) "
+                "&& makedumpfile -R /tmp/core <$dump >/tmp/log "
                 "&& makedumpfile --dump-dmesg /tmp/core /tmp/told >/tmp/log && cat /tmp/told",
             )
             assert re.search(r"Kernel panic - not syncing: .*NMI", told), told[-2000:]
