@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import socket
 import struct
 import sys
@@ -20,6 +19,7 @@ from hvhost.network.leases import LEASE_LIMIT, Leases, Reply, resolve
 from hvhost.network.namespace import open_namespace
 from hvhost.network.switch_client import Hello, SwitchConfig
 from hvhost.verify.wire import Witness
+from simulated.dhcp_client import lease
 
 OWN = ipaddress.IPv4Interface("192.168.77.1/24")
 DISCOVER, OFFER, REQUEST, ACK, NAK, RELEASE, INFORM = 1, 2, 3, 5, 6, 7, 8
@@ -146,36 +146,14 @@ def test_nothing_makes_it_fail(tail: bytes, question: bytes) -> None:
     resolve(query("host")[:12] + question, leases.names)
 
 
-CLIENT = """
-import json, socket, struct, subprocess, sys
-def options(data):
-    found, at = {}, 240
-    while data[at] != 255:
-        found[data[at]] = data[at + 2 : at + 2 + data[at + 1]]
-        at += 2 + data[at + 1]
-    return found
-hardware = bytes.fromhex("02000000000a")
-head = struct.pack("!BBBBIHH", 1, 1, 6, 0, 99, 0, 0x8000) + bytes(16) + hardware
-head = head.ljust(236, b"\\0") + bytes((99, 130, 83, 99))
-sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-sock.setsockopt(socket.SOL_SOCKET, 25, b"tap0")
-sock.bind(("", 68))
-sock.settimeout(10)
-def ask(kind, more=b""):
-    sock.sendto(head + bytes((53, 1, kind)) + more + b"\\xff", ("255.255.255.255", 67))
-    return sock.recv(2000)
-offer = ask(1)
-address, server = offer[16:20], options(offer)[54]
-answer = ask(3, bytes((50, 4)) + address + bytes((54, 4)) + server + bytes((12, 3)) + b"web")
-assert options(answer)[53] == bytes((5,)), answer
-text = socket.inet_ntoa(address)
-subprocess.run(["ip", "address", "add", text + "/24", "dev", "tap0"], check=True)
+#: Asks a server for the address of "host".
+RESOLVER = """
+import socket, struct, sys
 dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 dns.settimeout(10)
 dns.sendto(struct.pack("!6H", 7, 256, 1, 0, 0, 0) + b"\\4host\\0" + bytes((0, 1, 0, 1)),
-    (socket.inet_ntoa(options(answer)[6]), 53))
-print(json.dumps({"address": text, "host": socket.inet_ntoa(dns.recv(500)[-4:])}))
+    (sys.argv[1], 53))
+print(socket.inet_ntoa(dns.recv(500)[-4:]))
 """
 
 
@@ -193,14 +171,20 @@ def test_a_host_only_network_gives_out_addresses_and_names(
     switch_client.attach("lan", Hello("tap", "guest"), namespace.descriptors[0])
     guest = Witness(namespace.pid)
     try:
-        # Broadcasts need some way out.
-        guest.command("ip", "route", "add", "default", "dev", "tap0")
         if dhcp:
             with pytest.raises(HvHostError, match="TimeoutError"):
-                guest.command(sys.executable, "-c", CLIENT)
+                lease(guest, "web")
             return
-        got = json.loads(guest.command(sys.executable, "-c", CLIENT))
-        assert got == {"address": "192.168.77.2", "host": str(OWN.ip)}
+        got = lease(guest, "web")
+        assert got == {
+            "address": "192.168.77.2",
+            "mask": "255.255.255.0",
+            "gateway": None,
+            "dns": str(OWN.ip),
+        }
+        guest.command("ip", "address", "add", f"{got['address']}/24", "dev", "tap0")
+        said = guest.command(sys.executable, "-c", RESOLVER, str(OWN.ip))
+        assert said.strip() == str(OWN.ip)
         assert guest.do("ping", to=str(OWN.ip))["answers"] == 1
     finally:
         switch_client.stop("lan")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import os
 import shutil
 import socket
@@ -30,6 +29,7 @@ from hvhost.network.nat import GATEWAY_MAC, HEAD_SIZE, NatWire, for_gateway
 from hvhost.network.passt import Lease
 from hvhost.network.switch_client import Hello, SwitchConfig
 from hvhost.verify.wire import Witness
+from simulated.dhcp_client import lease
 
 OWN = ipaddress.IPv4Address("192.168.78.1")
 ALL, SOMEBODY = b"\xff" * 6, bytes.fromhex("00155d000001")
@@ -273,42 +273,6 @@ def test_an_address_that_is_no_gateway_is_refused(address: str, passts: Passts) 
 
 # Real ones.
 
-CLIENT = """
-import json, socket, struct, sys
-mac = bytes.fromhex(sys.argv[1].replace(":", ""))
-def options(data):
-    found, at = {}, 240
-    while data[at] != 255:
-        found[data[at]] = data[at + 2 : at + 2 + data[at + 1]]
-        at += 2 + data[at + 1]
-    return found
-head = struct.pack("!BBBBIHH", 1, 1, 6, 0, 99, 0, 0x8000) + bytes(16) + mac
-head = head.ljust(236, b"\\0") + bytes((99, 130, 83, 99))
-sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
-sock.bind(("tap0", 0))
-sock.settimeout(10)
-def ask(kind, more=b""):
-    message = head + bytes((53, 1, kind)) + more + b"\\xff"
-    udp = struct.pack("!HHHH", 68, 67, 8 + len(message), 0)
-    ip = bytearray(struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28 + len(message), 0, 0, 64, 17, 0,
-        bytes(4), b"\\xff" * 4))
-    total = sum(struct.unpack("!10H", ip))
-    total = (total & 0xFFFF) + (total >> 16)
-    ip[10:12] = struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
-    sock.send(b"\\xff" * 6 + mac + b"\\x08\\x00" + bytes(ip) + udp + message)
-    while True:
-        frame = sock.recv(4096)
-        if frame[23] == 17 and frame[36:38] == b"\\x00\\x44":
-            return frame[42:]
-offer = ask(1)
-address = offer[16:20]
-answer = ask(3, bytes((50, 4)) + address + bytes((54, 4)) + options(offer)[54])
-given = options(answer)
-assert given[53] == bytes((5,)), given
-print(json.dumps({"address": socket.inet_ntoa(address), "gateway": socket.inet_ntoa(given[3]),
-    "mask": socket.inet_ntoa(given[1])}))
-"""
-
 
 @contextlib.contextmanager
 def echo_server(family: socket.AddressFamily, address: str) -> Iterator[int]:
@@ -375,8 +339,7 @@ def test_two_kernels_on_one_switch_reach_this_computer_and_each_other(
     kernels = [lan(), lan()]
     addresses = []
     for kernel in kernels:
-        link = json.loads(kernel.command("ip", "-json", "link", "show", "tap0"))[0]
-        got = json.loads(kernel.command(sys.executable, "-c", CLIENT, link["address"]))
+        got = lease(kernel)
         assert (got["gateway"], got["mask"]) == ("192.168.78.1", "255.255.255.0")
         kernel.command("ip", "address", "add", f"{got['address']}/24", "dev", "tap0")
         kernel.command("ip", "route", "add", "default", "via", got["gateway"])
