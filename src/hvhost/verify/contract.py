@@ -51,7 +51,8 @@ class Row:
     """One row of the contract.
 
     ``daemons`` are alternatives: a guest needs one of them where any is named. ``options`` are
-    what the kernel must be built with beside its drivers.
+    what the kernel must be built with beside its drivers. ``served`` says which daemon goes with
+    which driver: the first of these drivers that the kernel has takes the device.
     """
 
     id: str
@@ -60,6 +61,7 @@ class Row:
     drivers: tuple[Driver, ...]
     daemons: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    served: tuple[tuple[Driver, str], ...] = ()
 
 
 def vmbus_alias(interface_type: str) -> str:
@@ -116,6 +118,9 @@ _HEARTBEAT = _vmbus_driver("CONFIG_HYPERV_UTILS", HV_HEART_BEAT_GUID, "hv_utils"
 _KVP = _vmbus_driver("CONFIG_HYPERV_UTILS", HV_KVP_GUID, "hv_utils")
 _VSS = _vmbus_driver("CONFIG_HYPERV_UTILS", HV_VSS_GUID, "hv_utils")
 _FCOPY = Driver(("uio_hv_generic", "hv_utils"), None, "CONFIG_UIO_HV_GENERIC, CONFIG_HYPERV_UTILS")
+# Linux 6.10 took file copy out of hv_utils; a program does it since then, through UIO.
+_FCOPY_KERNEL = _vmbus_driver("CONFIG_HYPERV_UTILS", HV_FCOPY_GUID, "hv_utils")
+_FCOPY_UIO = Driver(("uio_hv_generic",), None, "CONFIG_UIO_HV_GENERIC")
 _BALLOON = _vmbus_driver("CONFIG_HYPERV_BALLOON", HV_DM_GUID, "hv_balloon")
 _MOUSE = _vmbus_driver("CONFIG_HID_HYPERV_MOUSE", HV_MOUSE_GUID, "hid_hyperv")
 _NET = _vmbus_driver("CONFIG_HYPERV_NET", HV_NIC_GUID, "hv_netvsc")
@@ -182,6 +187,7 @@ ROWS: tuple[Row, ...] = (
         "File copied in without a network",
         (VMBUS, _FCOPY),
         ("hv_fcopy_daemon", "hv_fcopy_uio_daemon"),
+        served=((_FCOPY_KERNEL, "hv_fcopy_daemon"), (_FCOPY_UIO, "hv_fcopy_uio_daemon")),
     ),
     Row("lsvmbus", "Video, others", "The bus can be listed in the guest", (VMBUS,)),
     Row("hvsocket", "Video, others", "Stream sockets between host and guest", (VMBUS, _VSOCK)),

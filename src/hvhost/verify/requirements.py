@@ -40,4 +40,24 @@ def what_guest_lacks(row: Row, modules: Modules | None, daemons: AbstractSet[str
             return f"kernel {modules.release} is built without {option}, says its configuration"
     if row.daemons and not daemons & set(row.daemons):
         return f"the distribution has no {' or '.join(row.daemons)}"
+    return None if modules is None else _misfit(row, modules, daemons)
+
+
+def _misfit(row: Row, modules: Modules, daemons: AbstractSet[str]) -> str | None:
+    """What is wrong with daemons that are there, but for a driver that this kernel has not."""
+    for driver, daemon in row.served:
+        if driver.alias is None:
+            there = has_driver(driver, modules)
+        else:
+            there = not set(driver.modules).isdisjoint(modules.drivers_for(driver.alias))
+            if not there and any(map(modules.is_builtin, driver.modules)):
+                return None  # built in, and perhaps without a list of its devices: nobody can tell
+        if there and daemon not in daemons:
+            others = " and ".join(sorted(daemons & set(row.daemons)))
+            return (
+                f"kernel {modules.release} serves {row.id} through {driver}, which goes with "
+                f"{daemon}; the guest was given {others}, which needs another driver"
+            )
+        if there:
+            return None
     return None

@@ -68,6 +68,46 @@ def test_what_is_lacking_is_named() -> None:
     assert lacks is not None and "hv_a or hv_b (CONFIG_A)" in lacks
 
 
+OLD, NEW = "hv_fcopy_daemon", "hv_fcopy_uio_daemon"
+FCOPY_ALIAS = "vmbus:e34bd134e4dec8419ae76b174977c192"
+TREES: dict[str, dict[str, str]] = {
+    "6.1": {FCOPY_ALIAS: "hv_utils"},
+    "6.12": {FCOPY_ALIAS: "uio_hv_generic"},
+    "6.12.95": {},  # as Debian built it for its release 12
+}
+
+
+@pytest.mark.parametrize("release", TREES)
+@pytest.mark.parametrize("daemons", [{OLD}, {NEW}, {OLD, NEW}])
+def test_a_file_copy_daemon_of_another_release_may_not_fit(release: str, daemons: set[str]) -> None:
+    (row,) = find_rows(["file-copy"], option="--rows")
+    modules = ScriptedModules(
+        release,
+        {"acpi:VMBUS:": "hv_vmbus", **TREES[release]},
+        names=frozenset({"hv_vmbus", "hv_utils", "uio_hv_generic"}),
+    )
+    wanted, driver = (OLD, "hv_utils") if release == "6.1" else (NEW, "uio_hv_generic")
+    lacks = what_guest_lacks(row, modules, daemons | {"hv_kvp_daemon"})
+    if wanted in daemons:
+        assert lacks is None
+        return
+    (given,) = daemons
+    assert lacks is not None and lacks.startswith(
+        f"kernel {release} serves file-copy through {driver} ("
+    )
+    assert lacks.endswith(
+        f"which goes with {wanted}; the guest was given {given}, which needs another driver"
+    )
+
+
+def test_nothing_is_said_of_daemons_where_the_kernel_does_not_say() -> None:
+    (row,) = find_rows(["file-copy"], option="--rows")
+    assert what_guest_lacks(row, None, {OLD}) is None
+    builtin = ScriptedModules(builtin=frozenset({"hv_vmbus", "hv_utils"}))
+    for daemon in (OLD, NEW):
+        assert what_guest_lacks(row, builtin, {daemon}) is None
+
+
 def test_rows_come_in_the_contracts_order_once() -> None:
     assert [row.id for row in find_rows(["nmi", "smp", "nmi"], option="--rows")] == ["smp", "nmi"]
     assert requested_rows([]) == ROWS
