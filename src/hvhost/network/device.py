@@ -60,7 +60,7 @@ _DONE = protocol.encode(
 _COMP, _INBAND = PacketType.COMP, PacketType.DATA_INBAND
 _GPA_DIRECT = PacketType.DATA_USING_GPA_DIRECT
 _SEND_RNDIS_PKT = int(MessageType.SEND_RNDIS_PKT)
-_SUB_NAMESPACE = uuid.UUID("c7f0b2a5-6a0f-4c6c-a0a5-6e6574767363")
+_INSTANCES = uuid.UUID("c7f0b2a5-6a0f-4c6c-a0a5-6e6574767363")
 
 
 class Wire(Source, Protocol):
@@ -96,10 +96,9 @@ class NetworkAdapter:
         *,
         queues: int = 1,
         may_spoof: bool = False,
-        instance: uuid.UUID | None = None,
     ) -> None:
         self.state = AdapterState(mac)
-        instance = instance or uuid.uuid5(_SUB_NAMESPACE, mac.hex())
+        instance = uuid.uuid5(_INSTANCES, mac.hex())
         self.offer = Offer(protocol.HV_NIC_GUID, instance, f"network adapter {name}")
         self.wire = wire
         self.queues = max(1, min(queues, protocol.VRSS_CHANNEL_MAX))
@@ -355,8 +354,7 @@ class NetworkAdapter:
         for buffers, channel, transaction in lost:
             if buffers is None:
                 channel.send_completion(transaction, _DONE)
-        if lost:
-            self._go_on()
+        self._go_on()
 
     # Sub-channels.
 

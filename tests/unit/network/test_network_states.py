@@ -223,6 +223,27 @@ def test_a_control_message_has_a_largest_size() -> None:
     assert "8200 bytes came in 8192 bytes" in fault
 
 
+def test_a_control_message_ends_where_its_packet_says() -> None:
+    driver = started()
+    driver.put(driver.send_pages, 0, struct.pack("<III", 8, 12, 7))
+    driver.channel.write(nvsp(107, 1, 0, 12), flags=1, transaction_id=5)
+    driver.read()
+    assert struct.unpack_from("<III", driver.answers[-1]) == (0x80000008, 16, 7)
+    driver.channel.write(nvsp(107, 1, 0, 8), flags=1, transaction_id=6)
+    (fault,) = driver.guest.faults
+    assert "12 bytes came in 8 bytes" in fault
+
+
+def test_rndis_without_a_version_moves_no_frames() -> None:
+    driver = NetvscDriver()
+    driver.open()
+    driver.send_control(struct.pack("<IIIIII", 2, 24, 1, 1, 0, 0x4000))
+    assert driver.adapter.state.initialized
+    driver.send_pages_of(rndis_packet(number(1)))
+    (fault,) = driver.guest.faults
+    assert "before RNDIS was initialised" in fault and driver.wire.sent == []
+
+
 def test_a_request_without_an_answer_gets_none() -> None:
     driver = started()
     driver.send_control(struct.pack("<III", 3, 12, 7))  # HALT
@@ -319,11 +340,12 @@ def test_a_send_buffer_taken_back_takes_its_frames_along() -> None:
     driver.channel.write(nvsp(106, 0), signal=False)
     driver.channel.signal()
     driver.read()
-    assert driver.completed[-1] == 5 and driver.adapter.state.send_buffer is None
+    assert driver.completed[-1] == 5 and 0 not in driver.completed
+    assert driver.adapter.state.send_buffer is None
+    assert driver.wire.watching == (True, False), "the wire will not say that it takes more"
     driver.wire.takes = 100
-    driver.adapter.writable()
-    assert sent(driver) == []
     driver.send_pages_of(rndis_packet(number(2)))
+    driver.adapter.writable()
     assert sent(driver) == [number(2)]
 
 
@@ -428,6 +450,25 @@ def test_the_largest_mtu() -> None:
     driver.wire.incoming.append(NO_OFFLOAD + data)
     (received,) = driver.pull()
     assert received.data == data and received.fragments == 1
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "version", "status"),
+    [
+        (0x2, 0x60001, 0x60001, 1),
+        (0x30002, 0x50000, 0x50000, 1),
+        (0x50001, 0x5FFFF, 0, 7),
+        (0x60001, 0x2, 0, 7),
+    ],
+)
+def test_the_newest_version_that_both_speak(
+    lowest: int, highest: int, version: int, status: int
+) -> None:
+    """Linux looks at the status alone."""
+    driver = NetvscDriver()
+    driver.open()
+    answer = struct.unpack_from("<4I", driver.call(nvsp(1, lowest, highest)))
+    assert (answer[0], answer[1], answer[3]) == (2, version, status)
 
 
 def test_the_mtu_stays_while_the_receive_buffer_is_lent() -> None:

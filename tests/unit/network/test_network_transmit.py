@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvhost.errors import RemoteProtocolError
-from hvhost.network import transmit
+from hvhost.network import frame, transmit
 from hvhost.network.buffers import Span
-from hvhost.network.state import AdapterState
+from hvhost.network.state import AdapterState, Counters
 from simulated.frames import tcp
 from simulated.netvsc import MAC, rndis_packet
 
@@ -151,6 +151,100 @@ def test_a_frame_far_behind_its_header_is_found_each_time() -> None:
     for _ in range(2):
         got = outcome(far, 0, may_spoof=False)
         assert isinstance(got, tuple) and got[0] == [bytes(10) + data]
+
+
+def counted(data: bytes, *, may_spoof: bool = False) -> tuple[list[bytes], Counters]:
+    """As :func:`outcome`, of messages without a mistake."""
+    got = outcome(data, 0, may_spoof=may_spoof)
+    assert isinstance(got, tuple)
+    return got
+
+
+@pytest.mark.parametrize("info", [(HASH, 1), (CHECKSUM, 0x5 | 34 << 16), (VLAN, 5 << 4)])
+def test_frames_are_counted_as_sent_or_as_from_somebody_else(info: tuple[int, int]) -> None:
+    transmit._shapes.clear()
+    for _ in range(2):  # decoded, and remembered
+        data = message(20, [info], [], MAC) * 3 + message(20, [info], [], bytes(6))
+        frames, counters = counted(data)
+        assert len(frames) == 3
+        assert counters == Counters(transmitted=3, transmitted_bytes=3 * 74, spoofed=1)
+        frames, counters = counted(data, may_spoof=True)
+        assert counters == Counters(transmitted=4, transmitted_bytes=4 * 74)
+
+
+def test_a_packet_has_so_many_messages_and_no_more() -> None:
+    tiny = rndis_packet(bytes(6) + MAC + b"\x12\x34")
+    limit = transmit.MESSAGES_PER_PACKET
+    for count in (limit - 1, limit, limit + 1):
+        transmit._shapes.clear()
+        assert len(counted(tiny * count)[0]) == min(count, limit)
+        assert len(counted(tiny * count)[0]) == min(count, limit)
+
+
+@pytest.mark.parametrize(("bit", "field"), [(0x5, 18), (0x9, 8)])
+def test_a_sum_has_to_lie_in_the_frame(bit: int, field: int) -> None:
+    """TCP's and UDP's, from byte 34 on, in a frame that just holds it, and in a shorter one."""
+    transmit._shapes.clear()
+    body = tcp(b"x" * 100)
+    for _ in range(2):  # decoded, and remembered
+        whole, counters = counted(rndis_packet(body[: 34 + field], (CHECKSUM, bit | 34 << 16)))
+        assert len(whole) == 1 and whole[0][0] == frame.NEEDS_CSUM
+        short, counters = counted(rndis_packet(body[: 33 + field], (CHECKSUM, bit | 34 << 16)))
+        assert short == [] and counters.transmit_errors == 1
+
+
+def test_a_sum_may_begin_behind_the_ethernet_header_and_not_before() -> None:
+    for offset, count in ((13, 0), (14, 1)):
+        got, _ = counted(rndis_packet(tcp(b"x" * 100), (CHECKSUM, 0x5 | offset << 16)))
+        assert len(got) == count
+
+
+@pytest.mark.parametrize("vlan", [[], [(VLAN, 0x7B << 4)]])
+def test_an_ip_header_s_sum_is_made_here(vlan: list[tuple[int, int]]) -> None:
+    good = tcp(b"x" * 300)
+    bad = good[:24] + bytes(2) + good[26:]
+    wants = (CHECKSUM, 0x10), *vlan
+    (sent,), _ = counted(rndis_packet(bad, *wants))
+    tag = b"\x81\x00\x00\x7b" if vlan else b""
+    assert sent == bytes(10) + good[:12] + tag + good[12:]
+    (sent,), _ = counted(rndis_packet(bad, (CHECKSUM, 0x15 | 34 << 16), *vlan))
+    assert sent[10:] == good[:12] + tag + good[12:]
+    moved = len(tag)
+    assert frame.unpack_offload(sent) == frame.Offload(1, 0, 0, 0, 34 + moved, 16)
+    other = MAC + MAC + b"\x08\x06" + bytes(200)
+    (sent,), _ = counted(rndis_packet(other, (CHECKSUM, 0x10)))
+    assert sent == bytes(10) + other, "what is not IP has no such sum"
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1, 0), (1460, 0), (1461, 1)])
+def test_a_large_send_of_one_segment_is_none(size: int, kind: int) -> None:
+    (sent,), counters = counted(
+        rndis_packet(tcp(b"x" * size), (LARGE_SEND, 1460 | 34 << 20 | 1 << 30))
+    )
+    offload = frame.unpack_offload(sent)
+    assert offload == frame.Offload(1, kind, 54, 1460 if kind else 0, 34, 16)
+    assert counters.large_sends == kind
+
+
+@pytest.mark.parametrize(("mss", "count"), [(0, 0), (1, 1), (65535, 1), (65536, 0)])
+def test_sizes_of_segments(mss: int, count: int) -> None:
+    got, _ = counted(rndis_packet(tcp(b"x" * 99), (LARGE_SEND, mss | 34 << 20 | 1 << 30)))
+    assert len(got) == count
+
+
+def test_a_large_send_from_another_address_is_not_sent() -> None:
+    data = message(3000, [(LARGE_SEND, 1448 | 34 << 20 | 1 << 30)], [], bytes(6))
+    got, counters = counted(data)
+    assert got == [] and counters.spoofed == 1
+    assert len(counted(data, may_spoof=True)[0]) == 1
+
+
+def test_much_information_is_read_all_the_same() -> None:
+    """Sixty items of sixteen bytes, the tag last: more than what is read first."""
+    data = tcp(b"x" * 300)
+    infos = [(HASH, 1)] * 59 + [(VLAN, 5 << 4)]
+    (sent,), _ = counted(rndis_packet(data, *infos))
+    assert sent == bytes(10) + data[:12] + b"\x81\x00\x00\x05" + data[12:]
 
 
 def test_what_is_remembered_is_bounded() -> None:
