@@ -482,6 +482,7 @@ def test_a_receive_buffer_is_taken_back() -> None:
 
 def test_no_more_channels_than_queues_and_once_only() -> None:
     driver = started(queues=3)
+    assert started(queues=4).open_subchannels(1) == 1, "no more than it asks for"
     assert driver.open_subchannels(7) == 2
     assert driver.adapter.state.subchannels == 2 and set(driver.send_table) == {0, 1, 2}
     driver.tell(nvsp(133, 1, 1))
