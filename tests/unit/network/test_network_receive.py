@@ -1,0 +1,173 @@
+"""Frames from the wire at their bounds: sizes, what lay there before, sums, too little room."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+
+from hvhost.network import frame
+from hvhost.network.buffers import HEADROOM, SECTION_SIZE
+from hvhost.network.state import Counters
+from simulated.frames import ethernet, sums_are_right, tcp
+from simulated.netvsc import MAC, NO_OFFLOAD, PEER, NetvscDriver, Received
+
+CAPACITY = SECTION_SIZE - HEADROOM
+GOOD = {0: 1 << 3}
+
+
+def started(*, merging: bool = True, mtu: int = 1500, sections: int = 32) -> NetvscDriver:
+    driver = NetvscDriver(receive_buffer=4 * sections)
+    driver.start(merging=merging, mtu=mtu)
+    return driver
+
+
+def whole(size: int, *, good: bool = True) -> bytes:
+    """A TCP frame of *size* bytes for the guest."""
+    return tcp(os.urandom(size - 54), to=MAC, sender=PEER, flags=0x10, good=good)
+
+
+def segmented(data: bytes, size: int = 1448) -> bytes:
+    """It as another kernel leaves it to be cut."""
+    made = bytearray(data)
+    where = frame.parse(bytes(made))
+    assert where is not None
+    frame.set_pseudo_checksum(made, where, len(made))
+    return frame.Offload(1, 1, 54, size, 34, 16).pack() + bytes(made)
+
+
+def received(driver: NetvscDriver, *frames: bytes) -> list[Received]:
+    driver.wire.incoming.extend(frames)
+    return driver.pull()
+
+
+def counters(driver: NetvscDriver) -> Counters:
+    return driver.adapter.state.counters
+
+
+def test_frames_about_as_large_as_a_section() -> None:
+    """One of a kind after another, for what is expected of the next depends on the last."""
+    driver = started()
+    sizes = [CAPACITY - 1, CAPACITY, CAPACITY + 1, CAPACITY + 1, CAPACITY, 2 * CAPACITY]
+    sizes += [2 * CAPACITY + 1, 1000, 65_000, 65_000, 100, CAPACITY]
+    for size in sizes:
+        data = segmented(whole(size))
+        (each,) = received(driver, data)
+        assert each.data == data[10:] and each.fragments == -(-size // CAPACITY), size
+    assert counters(driver).received == len(sizes)
+    assert counters(driver).received_bytes == sum(sizes)
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 0), (13, 0), (14, 1)])
+def test_the_smallest_frame(size: int, count: int) -> None:
+    driver = started()
+    data = ethernet(0x1234, b"", to=MAC, sender=PEER)[:size]
+    got = received(driver, NO_OFFLOAD + data)
+    assert [each.data for each in got] == [data] * count
+    assert counters(driver).receive_errors == 1 - count
+
+
+def test_what_lay_in_a_section_before_is_not_seen() -> None:
+    """A frame cut in its header of TCP, where another one's still lies: nobody vouches for it."""
+    cut = whole(200)[:40]
+    for before in ([], [NO_OFFLOAD + whole(200)] * 40):
+        driver = started(merging=False)
+        received(driver, *before)
+        (each,) = received(driver, frame.Offload(1, 0, 0, 0, 34, 16).pack() + cut)
+        assert each.data == cut and each.infos == {}
+
+
+@pytest.mark.parametrize(("size", "stripped"), [(18, False), (19, True), (1518, True)])
+def test_a_tag_is_taken_out_of_a_frame_that_is_more_than_a_tag(size: int, stripped: bool) -> None:
+    driver = started()
+    head = MAC + PEER + struct.pack("!HHH", 0x8100, 5, 0x1234)
+    data = head + os.urandom(size - 18)
+    (each,) = received(driver, NO_OFFLOAD + data)
+    assert each.data == (data[:12] + data[16:] if stripped else data)
+    assert each.infos == ({6: 5 << 4} if stripped else {})
+
+
+def test_a_tagged_frame_too_large_without_its_tag() -> None:
+    driver = started()
+    data = MAC + PEER + struct.pack("!HHH", 0x8100, 5, 0x1234) + bytes(1501)
+    assert received(driver, NO_OFFLOAD + data) == [] and counters(driver).receive_errors == 1
+
+
+@pytest.mark.parametrize("size", [1000, 4000, 8000])
+def test_all_of_a_frame_is_summed_before_the_guest_need_not(size: int) -> None:
+    """Also what lies in the second page of a section, which may be anywhere."""
+    driver = started(mtu=9000)
+    good = tcp(os.urandom(size // 2) + bytes(size // 2), to=MAC, sender=PEER, flags=0x10)
+    bad = good[:-1] + b"\1"  # the sum of what comes before is right
+    for data in (good, bad):
+        (each,) = received(driver, NO_OFFLOAD + data)
+        assert each.data == data
+        if data is bad:
+            assert each.infos == {}
+
+
+def test_segments_for_which_there_is_no_room_are_counted() -> None:
+    driver = started(merging=False, sections=16)
+    data = whole(54 + 20 * 1448)
+    driver.wire.incoming.append(segmented(data))
+    driver.adapter.readable()
+    driver.read(complete=False)
+    got = driver.frames
+    assert len(got) == 16 - 5 and all(sums_are_right(each.data) for each in got)
+    assert b"".join(each.data[54:] for each in got) == data[54 : 54 + 11 * 1448]
+    assert counters(driver).no_buffer == 9 and counters(driver).receive_errors == 0
+
+
+def test_a_segment_larger_than_a_section_is_counted() -> None:
+    driver = started(merging=False)
+    data = whole(20_000)
+    (rest,) = received(driver, segmented(data, 18_000))
+    assert rest.data[54:] == data[18_054:] and counters(driver).no_buffer == 1
+
+
+def test_frames_that_cannot_be_cut_are_errors() -> None:
+    driver = started(merging=False)
+    other = ethernet(0x1234, bytes(3000), to=MAC, sender=PEER)
+    assert received(driver, frame.Offload(1, 1, 54, 1448, 34, 16).pack() + other) == []
+    assert counters(driver).receive_errors == 1
+
+
+@pytest.mark.parametrize("port", [53, 67, 547])
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_sums_are_made_for_clients_of_dhcp_alone(port: int, protocol: int) -> None:
+    driver = started()
+    data = bytearray(
+        tcp(b"x" * 40, protocol=protocol, ports=(port, 68), to=MAC, sender=PEER, good=False)
+    )
+    where = frame.parse(bytes(data))
+    assert where is not None
+    frame.set_pseudo_checksum(data, where, len(data))
+    field = 16 if protocol == 6 else 6
+    unmade = frame.Offload(1, 0, 0, 0, 34, field).pack() + bytes(data)
+    (each,) = received(driver, unmade)
+    if protocol == 17 and port in (67, 547):
+        assert sums_are_right(each.data) and each.infos == {}
+    else:
+        assert each.data == bytes(data)
+        assert each.infos == {0: 1 << 3 if protocol == 6 else 1 << 4}
+
+
+def test_a_train_ends_before_what_needs_work() -> None:
+    driver = started()
+    first = whole(1000)
+    offer = tcp(b"x", protocol=17, ports=(67, 68), to=MAC, sender=PEER)
+    unmade = frame.Offload(1, 0, 0, 0, 34, 6).pack() + offer
+    got = received(driver, NO_OFFLOAD + first, unmade)
+    assert [each.data[:14] for each in got] == [first[:14], offer[:14]]
+    assert got[0].data == first
+
+
+@pytest.mark.parametrize("filters", [0x01, 0x20, 0x0D])
+def test_a_multicast_address_is_nobody_s_own(filters: int) -> None:
+    driver = started()
+    driver.set(0x1010E, struct.pack("<I", filters))
+    group = ethernet(0x1234, bytes(50), to=b"\1" + MAC[1:], sender=PEER)
+    got = received(driver, NO_OFFLOAD + group)
+    assert len(got) == (filters != 0x01)
+    assert counters(driver).filtered == (filters == 0x01)
