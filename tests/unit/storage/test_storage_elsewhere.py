@@ -84,6 +84,25 @@ def test_many_at_once_on_all_channels(bench: MachineElsewhere) -> None:
     bench.until(lambda: len(bench.relids()) == 2, "the sub-channel's second offer")
 
 
+def test_a_sub_channel_that_goes_while_it_is_opened(bench: MachineElsewhere) -> None:
+    driver = initialized(bench)
+    (first,) = bench.relids()
+    assert driver.operate(13, struct.pack("<H", 1))[0] == 0
+    bench.until(lambda: len(bench.relids()) == 2, "the sub-channel's offer")
+    sub = bench.relids()[-1]
+    with bench.lock:  # so neither the bus nor the guest knows yet that it is gone
+        pfns = bench.guest.allocate(8)
+        handle, _ = bench.guest.make_gpadl(sub, [(8 * PAGE_SIZE, 0, pfns)])
+        bench.guest.close(first)
+        bench.guest.post(OpenChannel(sub, sub, handle, 0, 4))
+        assert bench.guest.reply(OpenChannelResult).status != 0
+    assert "its device is gone" in bench.guest.faults[0]
+    bench.until(lambda: bench.guest.take_rescinds() == [sub], "the sub-channel's end")
+    again = bench.driver(first)
+    again.initialize()
+    assert again.luns() == [0]
+
+
 def test_the_guest_is_interrupted_where_it_wants(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     relid, interrupts = driver.channel.offer.child_relid, bench.guest.port.interrupts
@@ -329,6 +348,12 @@ def test_a_guest_that_cannot_freeze_is_said(bench: MachineElsewhere, tmp_path: P
     with pytest.raises(HvHostError, match="is paused"):
         back_up(bench, tmp_path / "backups")
     bench.board.paused = False
+    asked, over = guest_freezes(bench, {})
+    bench.power_down()
+    info = back_up(bench, tmp_path / "backups")
+    assert info["state"] == "failed" and "is being reset" in info["error"] and asked == []
+    over.set()
+    bench.boot()
 
 
 @pytest.mark.parametrize(
