@@ -103,6 +103,8 @@ class StorageElsewhere:
         #: Offers that are made by :meth:`attach` itself, before the guest looks.
         self._first: list[ChannelElsewhere] | None = None
         self._asked: dict[int, Done] = {}
+        #: What to do of :meth:`_with_computer` where the loop comes to an end before.
+        self._waiting: dict[object, Callable[[], None]] = {}
         self._stopping = False
         ours, theirs = socket.socketpair()
         with theirs:
@@ -165,6 +167,7 @@ class StorageElsewhere:
 
     def close(self) -> None:
         self._stopping = True
+        self._give_up()
         stopped = threading.Event()
 
         def stop() -> None:
@@ -229,9 +232,14 @@ class StorageElsewhere:
         self, function: Callable[[], None], otherwise: Callable[[], None] = lambda: None
     ) -> None:
         """Do something with the bus's lock held, on the loop's thread; *otherwise* without."""
-        computer = self._computer
+        computer, this = self._computer, object()
+        self._waiting[this] = otherwise
+        if self._stopping:
+            self._give_up()
 
         def locked() -> None:
+            if self._waiting.pop(this, None) is None:
+                return
             if computer is None or computer is not self._computer:
                 otherwise()
                 return
@@ -239,6 +247,13 @@ class StorageElsewhere:
                 function()
 
         self._loop.call_soon_threadsafe(locked)
+
+    def _give_up(self) -> None:
+        """The loop does nothing any more, and the storage process must not wait for it."""
+        for each in list(self._waiting):
+            otherwise = self._waiting.pop(each, None)
+            if otherwise is not None:
+                otherwise()
 
     def _link_ended(self) -> None:
         if self._stopping:
