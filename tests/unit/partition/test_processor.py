@@ -174,6 +174,50 @@ def test_memory_nobody_has() -> None:
         assert not machine.events
 
 
+def test_the_machine_is_locked_while_an_exit_is_answered() -> None:
+    seen: list[tuple[str, bool]] = []
+    lock = threading.RLock()
+
+    def free() -> bool:
+        taken: list[bool] = []
+        thread = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+        return taken[0]
+
+    class Watching:
+        """Ports and MSRs at once: a name and whether somebody else could have the lock."""
+
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            return lambda *_: seen.append((name, free())) or 1  # type: ignore[func-returns-value]
+
+    steps = [
+        *(Out(0x80, 1, b"x"), In(0x71), ReadMsr(0x40000100), WriteMsr(0x40000100, 5)),
+        *(Hypercall(0x5C, 0, 0), SynicWrite(1, 2, 3)),
+    ]
+
+    def script(transport: FakeTransport) -> Script:
+        for step in steps:
+            _ = yield step
+        yield Other(Exit.SHUTDOWN)
+
+    transport = FakeTransport(1 << 20, script)
+    vm = transport.ioctl_handle(transport.open_kvm(), k.KVM_CREATE_VM)
+    watching, ended = Watching(), threading.Event()
+    processor = Processor(
+        Vcpu(transport, vm, 0),
+        Handlers(
+            lock, watching, watching, watching.hypercall, watching.synic,  # type: ignore[arg-type]
+            watching.before_port, lambda reason: ended.set(),  # type: ignore[arg-type]
+        ),
+    )  # fmt: skip
+    processor.start()
+    assert ended.wait(60)
+    processor.stop()
+    names = ["before_port", "write", "before_port", "read", "read", "write", "hypercall", "synic"]
+    assert seen == [(name, False) for name in names]
+
+
 def test_a_hypercall_gets_its_result() -> None:
     with running(Hypercall(0x5C, 0x1000, 7)) as (_, processor, machine, answers):
         assert answers == [0x12]
@@ -249,6 +293,17 @@ def test_a_reset_ends_the_loop(step: Step) -> None:
         ),
         (Other(Exit.UNKNOWN, 7), "KVM stopped virtual processor 0 with UNKNOWN (detail 0x7)."),
         (Other(77, 7), "KVM stopped virtual processor 0 with 77 (detail 0x7)."),
+        (
+            Other(Exit.SYSTEM_EVENT, 1),
+            "KVM stopped virtual processor 0 with SYSTEM_EVENT (detail 0x1).",
+        ),
+        *(
+            (
+                Other(Exit.INTERNAL_ERROR, kind),
+                f"KVM stopped virtual processor 0 with INTERNAL_ERROR (detail {kind:#x}).",
+            )
+            for kind in (k.KVM_SYSTEM_EVENT_CRASH, k.KVM_SYSTEM_EVENT_RESET)
+        ),
         (Fails(errno.EFAULT), "KVM cannot run virtual processor 0: EFAULT."),
         (Fails(9999), "KVM cannot run virtual processor 0: 9999."),
     ],
@@ -382,6 +437,54 @@ def test_a_processor_that_does_not_come_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert processor.call(lambda: 2) == 2
     assert not ran, "what nobody waits for any more is not done"
     processor.stop()
+
+
+def test_who_gave_up_does_not_keep_the_end_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two callers wait when the guest ends, and one of them no longer does."""
+    free = threading.Event()
+    told: list[str] = []
+
+    def script(transport: FakeTransport) -> Script:
+        free.wait(60)
+        yield Other(Exit.SHUTDOWN)
+
+    _, processor, machine = build(script)
+    processor.start()
+    monkeypatch.setattr(module, "_CALL_SECONDS", 0.01)
+    with pytest.raises(HvHostError, match="did not answer"):
+        processor.call(lambda: 1)
+    monkeypatch.setattr(module, "_CALL_SECONDS", 60.0)
+
+    def call() -> None:
+        try:
+            processor.call(lambda: 2)
+        except HvHostError as error:
+            told.append(str(error))
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    while len(processor._requests) < 2:
+        time.sleep(0.001)
+    free.set()
+    caller.join(30)
+    assert told == ["virtual processor 0 does not run (any more); start the machine again."]
+    assert machine.stops == ["reset"]
+
+
+def test_a_processor_may_be_stopped_by_its_own_thread() -> None:
+    with running() as (_, processor, machine, _):
+        processor.call(processor.stop)
+        processor._thread.join(30)
+        assert not processor._thread.is_alive() and not machine.stops
+
+
+def test_a_paused_processor_that_is_stopped_runs_nothing_more() -> None:
+    _, processor, machine = build(counting)
+    processor.start()
+    processor.pause()
+    before = counts(machine)
+    processor.stop()
+    assert counts(machine) == before and not machine.stops
 
 
 def test_kicks_without_a_reason() -> None:
