@@ -106,7 +106,7 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
                     position += length
                     continue
             if rndis.info_size(head) > _USUAL_INFO:
-                head = span.read(position, min(left, _HEAD))
+                head = span.read(position, _HEAD)
         message = rndis.decode_packet(head, left)
         if shape is None:
             _learn(head, message)

@@ -399,6 +399,9 @@ def test_a_flow_of_a_closed_sub_channel_comes_on_the_first() -> None:
     assert driver.set_rss([1] * 128, KEY) == 0
     data = ethernet(0x0800, bytes.fromhex("4500002800010000400600000a0000010a000002"), to=MAC)
     driver.wire.incoming.append(NO_OFFLOAD + data.ljust(60, b"\0"))
+    before = interrupts(driver)
+    driver.adapter.readable()
+    assert interrupts(driver) == [*before, 2]
     assert [each.channel for each in driver.pull()] == [1]
     del driver.channels[1]
     driver.guest.close(2)

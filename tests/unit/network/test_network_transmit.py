@@ -92,6 +92,7 @@ def test_it_makes_no_difference_what_came_before(
 @pytest.mark.parametrize(
     ("word", "value", "sentence"),
     [
+        (0, 9, "type 0x9"),  # no frame
         (1, 2000, "came in"),  # longer than what there is
         (1, 60, "60 bytes puts"),  # shorter than its frame
         (3, 2000, "2000 bytes of data"),
@@ -111,6 +112,21 @@ def test_a_known_shape_with_other_lengths_is_checked(
         assert sentence in str(bad)
     else:
         assert isinstance(bad, tuple) and bad[0] == [] and bad[1].transmit_errors == 1
+
+
+@pytest.mark.parametrize("infos", [[], [(HASH, 1)]])
+def test_a_frame_of_a_known_shape_is_a_whole_one(infos: list[tuple[int, int]]) -> None:
+    transmit._shapes.clear()
+    for size, count in ((14, 1), (13, 0), (0, 0), (14, 1)):
+        got, counters = counted(rndis_packet((MAC * 3)[:size], *infos), may_spoof=True)
+        assert (len(got), counters.transmit_errors) == (count, 1 - count)
+
+
+@pytest.mark.parametrize("size", [1, 8, 32, 36, 43])
+def test_a_packet_ends_with_a_whole_header(size: int) -> None:
+    good = message(20, [], [], MAC)
+    for data in (good[:size], good + good[:size]):
+        assert f"{size} bytes has no whole header" in str(outcome(data, 0, may_spoof=False))
 
 
 def raw(length: int, offset: int, size: int, info: tuple[int, int], body: bytes) -> bytes:
@@ -166,7 +182,9 @@ def test_frames_are_counted_as_sent_or_as_from_somebody_else(info: tuple[int, in
     for _ in range(2):  # decoded, and remembered
         data = message(20, [info], [], MAC) * 3 + message(20, [info], [], bytes(6))
         frames, counters = counted(data)
-        assert len(frames) == 3
+        data_of = tcp(b"x" * 20, sender=MAC)
+        tag = b"\x81\x00\x00\x05" if info[0] == VLAN else b""
+        assert [each[10:] for each in frames] == [data_of[:12] + tag + data_of[12:]] * 3
         assert counters == Counters(transmitted=3, transmitted_bytes=3 * 74, spoofed=1)
         frames, counters = counted(data, may_spoof=True)
         assert counters == Counters(transmitted=4, transmitted_bytes=4 * 74)
@@ -203,17 +221,27 @@ def test_a_sum_may_begin_behind_the_ethernet_header_and_not_before() -> None:
 def test_an_ip_header_s_sum_is_made_here(vlan: list[tuple[int, int]]) -> None:
     good = tcp(b"x" * 300)
     bad = good[:24] + bytes(2) + good[26:]
-    wants = (CHECKSUM, 0x10), *vlan
-    (sent,), _ = counted(rndis_packet(bad, *wants))
     tag = b"\x81\x00\x00\x7b" if vlan else b""
-    assert sent == bytes(10) + good[:12] + tag + good[12:]
-    (sent,), _ = counted(rndis_packet(bad, (CHECKSUM, 0x15 | 34 << 16), *vlan))
-    assert sent[10:] == good[:12] + tag + good[12:]
-    moved = len(tag)
-    assert frame.unpack_offload(sent) == frame.Offload(1, 0, 0, 0, 34 + moved, 16)
+    moved = frame.Offload(1, 0, 0, 0, 34 + len(tag), 16).pack()
     other = MAC + MAC + b"\x08\x06" + bytes(200)
-    (sent,), _ = counted(rndis_packet(other, (CHECKSUM, 0x10)))
-    assert sent == bytes(10) + other, "what is not IP has no such sum"
+    for _ in range(2):  # decoded, and remembered
+        (sent,), _ = counted(rndis_packet(bad, (CHECKSUM, 0x10), *vlan))
+        assert sent == bytes(10) + good[:12] + tag + good[12:]
+        (sent,), _ = counted(rndis_packet(bad, (CHECKSUM, 0x15 | 34 << 16), *vlan))
+        assert sent == moved + good[:12] + tag + good[12:]
+        (sent,), _ = counted(rndis_packet(other, (CHECKSUM, 0x10)))
+        assert sent == bytes(10) + other, "what is not IP has no such sum"
+
+
+def test_more_information_than_its_size_s_first_byte_tells_is_read_each_time() -> None:
+    """Its data lie in it, so that all of it is among what is read first."""
+    for last, tag in (((HASH, 1), b""), ((VLAN, 5 << 4), b"\x81\x00\x00\x05")):
+        items = [(HASH, 1)] * 16 + [last]
+        info = b"".join(struct.pack("<4I", 16, kind, 12, value) for kind, value in items)
+        data = raw(400, 36, 60, (36, len(info)), info)
+        for _ in range(2):
+            (sent,), _ = counted(data, may_spoof=True)
+            assert sent == bytes(10) + info[:12] + tag + info[12:60]
 
 
 @pytest.mark.parametrize(("size", "kind"), [(1, 0), (1460, 0), (1461, 1)])
