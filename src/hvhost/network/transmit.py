@@ -150,7 +150,7 @@ def _frame_buffers(
     head: bytes | bytearray
     if large_send is None and not (wants or 0) & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
         inside = offset + size <= len(copy)
-        copied = size if inside else min(_ADDRESSES, size)
+        copied = size if inside else _ADDRESSES
         head = copy[offset : offset + copied]
         if len(head) < copied:
             head = span.read(start + offset, copied)
@@ -181,7 +181,7 @@ def _frame_buffers(
     if header is not frame.NO_OFFLOAD:
         offload = frame.unpack_offload(header)
         header = offload._replace(
-            csum_start=offload.csum_start + frame.TAG_SIZE if offload.flags else 0,
+            csum_start=offload.csum_start + frame.TAG_SIZE,
             hdr_len=offload.hdr_len + frame.TAG_SIZE if offload.hdr_len else 0,
         ).pack()
     tag = frame.ETHERTYPE_TAG + rndis.tag_of_info(vlan).to_bytes(2, "big")

@@ -244,6 +244,15 @@ def test_rndis_without_a_version_moves_no_frames() -> None:
     assert "before RNDIS was initialised" in fault and driver.wire.sent == []
 
 
+def test_rndis_may_be_reset_before_a_buffer_is_lent() -> None:
+    driver = NetvscDriver()
+    driver.open()
+    driver.negotiate()
+    driver.send_control(struct.pack("<IIIIII", 2, 24, 1, 1, 0, 0x4000))
+    driver.send_control(struct.pack("<III", 6, 12, 0))
+    assert not driver.guest.faults and driver.guest.server.channels[0].is_open
+
+
 def test_a_request_without_an_answer_gets_none() -> None:
     driver = started()
     driver.send_control(struct.pack("<III", 3, 12, 7))  # HALT
@@ -377,6 +386,23 @@ def test_the_first_channel_goes_on_when_a_full_wire_s_other_one_closes() -> None
     assert sent(driver) == [number(2)], "what the closed one had waiting is not sent"
     driver.read()
     assert driver.completed[-1] == second
+
+
+def test_a_full_wire_still_holds_back_when_an_idle_sub_channel_closes() -> None:
+    driver = started(queues=2, channels=1)
+    driver.wire.takes = 0
+    driver.send(rndis_packet(number(1)))
+    driver.send(rndis_packet(number(2)), section=1)
+    later: list[Channel] = []
+    driver.adapter.process_later = later.append
+    del driver.channels[1]
+    driver.guest.close(2)
+    assert driver.wire.watching == (True, True) and not later
+    driver.wire.takes = 100
+    driver.adapter.writable()
+    assert sent(driver) == [number(1)] and len(later) == 1
+    later[0].process()
+    assert sent(driver) == [number(1), number(2)]
 
 
 def test_a_sub_channel_opened_again_hears_nothing_of_earlier_packets() -> None:

@@ -233,6 +233,41 @@ def test_an_ip_header_s_sum_is_made_here(vlan: list[tuple[int, int]]) -> None:
         assert sent == bytes(10) + other, "what is not IP has no such sum"
 
 
+@pytest.mark.parametrize("vlan", [[], [(VLAN, 0x7B << 4)]])
+def test_an_ip_header_s_sum_is_the_guest_s_if_it_does_not_ask(vlan: list[tuple[int, int]]) -> None:
+    bad = bytearray(tcp(b"x" * 300))
+    bad[24] ^= 1
+    tag = b"\x81\x00\x00\x7b" if vlan else b""
+    transmit._shapes.clear()
+    for _ in range(2):
+        (sent,), _ = counted(rndis_packet(bytes(bad), *vlan))
+        assert sent == bytes(10) + bad[:12] + tag + bad[12:]
+
+
+def test_headers_to_be_worked_on_lie_anywhere_and_end_with_their_frame() -> None:
+    good = tcp(b"x" * 20)
+    bad = good[:24] + bytes(2) + good[26:]
+    several = rndis_packet(bad, (CHECKSUM, 0x10)) * 3
+    assert counted(several)[0] == [bytes(10) + good] * 3
+    item = struct.pack("<4I", 16, CHECKSUM, 12, 0x10)
+    for offset in (200, 260, 300, 1000):
+        far = raw(8 + offset + 400, offset, len(bad), (36, 16), item)
+        far = far[: 8 + offset] + bad + far[8 + offset + len(bad) :]
+        assert counted(far)[0] == [bytes(10) + good]
+
+
+@pytest.mark.parametrize("info", [(HASH, 1), (VLAN, 0x7B << 4)])
+def test_the_sizes_that_a_frame_may_have(info: tuple[int, int]) -> None:
+    tag = 4 if info[0] == VLAN else 0
+    for size, count in ((13, 0), (14, 1), (frame.FRAME_LIMIT, 1), (frame.FRAME_LIMIT + 1, 0)):
+        data = rndis_packet((MAC * 2).ljust(size, b"x")[:size], info)
+        transmit._shapes.clear()
+        for _ in range(2):  # decoded, and remembered
+            got, counters = counted(data, may_spoof=True)
+            assert [len(each) for each in got] == [10 + size + tag] * count
+            assert counters.transmit_errors == 1 - count
+
+
 def test_more_information_than_its_size_s_first_byte_tells_is_read_each_time() -> None:
     """Its data lie in it, so that all of it is among what is read first."""
     for last, tag in (((HASH, 1), b""), ((VLAN, 5 << 4), b"\x81\x00\x00\x05")):
