@@ -16,7 +16,8 @@ BOOT_SECONDS = 240.0
 
 def block(page: str, heading: str, language: str = "sh") -> str:
     """The first code block in *language* below *heading* of *page*."""
-    part = (DOCS / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    below = re.split(rf"^#+ {re.escape(heading)}$", (DOCS / page).read_text(), flags=re.M)[1]
+    part = below.partition("\n## ")[0]
     found = re.search(rf"^( *)```{language}\n(.*?)^ *```", part, re.MULTILINE | re.DOTALL)
     assert found is not None, f"{page} has no block of {language} below {heading}"
     return "".join(line.removeprefix(found[1]) for line in found[2].splitlines(keepends=True))
