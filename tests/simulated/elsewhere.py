@@ -138,9 +138,16 @@ class MachineElsewhere:
     """A machine whose storage is elsewhere, its loop on a thread, and its guest."""
 
     def __init__(
-        self, directory: Path, *drives: DriveConfig, pages: int = 512, notices_writes: bool = False
+        self,
+        directory: Path,
+        *drives: DriveConfig,
+        pages: int = 512,
+        notices_writes: bool = False,
+        cpus: int = 5,
     ) -> None:
-        self.config = MachineConfig("m1", "/vmlinuz", cpus=5, drives=drives, storage_process=True)
+        self.config = MachineConfig(
+            "m1", "/vmlinuz", cpus=cpus, drives=drives, storage_process=True
+        )
         self.pages, self.notices_writes = pages, notices_writes
         self.told: list[tuple[str, str]] = []
         self.loop, self.vss = Loop(), Vss()

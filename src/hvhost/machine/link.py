@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 #: Bytes of the longest frame: a ring of a million pages, which no driver asks for, fits.
 LONGEST: Final = 16 << 20
-_MOST_FILES: Final = 253  # SCM_MAX_FD
+MOST_FILES: Final = 253  # SCM_MAX_FD
 _HEADER = struct.Struct("<IIB")
 
 
@@ -188,7 +188,7 @@ class Link:
 
     def _next(self) -> bool:
         """Handle one frame; false at the end."""
-        header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, _MOST_FILES)
+        header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, MOST_FILES)
         kept = False
         try:
             if not header:

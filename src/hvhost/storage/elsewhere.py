@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 from hvhost.errors import HvHostError
 from hvhost.machine.config_file import dump_config
-from hvhost.machine.link import Link, LinkLostError, Received
+from hvhost.machine.link import MOST_FILES, Link, LinkLostError, Received
 from hvhost.machine.peripheral import Surroundings
 from hvhost.partition.synic import Synic
 from hvhost.services.vss import Done, VssAnswer
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: How long a process may take to close its disks before it is ended.
 _STOP_SECONDS: Final = 60.0
+#: One eventfd each goes to the process at once, beside two files.
+MOST_PROCESSORS: Final = MOST_FILES - 2
 
 
 class ChannelElsewhere:
@@ -96,6 +98,11 @@ class StorageElsewhere:
     """
 
     def __init__(self, around: Surroundings) -> None:
+        if around.config.cpus > MOST_PROCESSORS:
+            raise HvHostError(
+                f"a storage process serves machines of up to {MOST_PROCESSORS} virtual processors, "
+                f"and {around.config.name!r} has {around.config.cpus}; leave --storage-process out."
+            )
         self._machine, self._event = around.config.name, around.event
         self._loop, self._vss = around.loop, around.vss
         self._computer: Computer | None = None

@@ -168,6 +168,14 @@ def test_a_disk_that_cannot_be_opened_is_said_at_the_start(tmp_path: Path) -> No
         MachineElsewhere(tmp_path, DriveConfig(str(tmp_path / "nowhere.img")))
 
 
+def test_more_processors_than_files_that_go_at_once(tmp_path: Path, image: Path) -> None:
+    bench = MachineElsewhere(tmp_path, DriveConfig(str(image)), cpus=251)
+    assert initialized(bench).luns() == [0]
+    bench.close()
+    with pytest.raises(HvHostError, match="up to 251 virtual processors"):
+        MachineElsewhere(tmp_path, DriveConfig(str(image)), cpus=252)
+
+
 def test_what_a_guest_does_wrong_is_told_by_the_bus(bench: MachineElsewhere) -> None:
     driver = initialized(bench)
     relid = driver.channel.offer.child_relid
