@@ -176,7 +176,7 @@ FIELDS = {
     "ranges": [1, 0, 2],
     "length": [4096, 512, 8192, 1, 0, 4097, 1 << 31],
     "offset": [0, 512, 3584, 4095, 4096, 1 << 31],
-    "pages": [1, 2, 3],
+    "pages": [1, 0, 2, 3],
     "pfn": [700, 701, 1023, 1024, 1 << 40, (1 << 64) - 1],
     "operation": [3, 4, 1],
     "path": [0, 1],
@@ -200,6 +200,10 @@ TOGETHER = [
     {"length": 0, "transfer": 0, "blocks": 0},
     {"offset": 4096, "pages": 2},
     {"offset": 512, "pages": 2, "length": 8192, "transfer": 8192, "blocks": 16},
+    *(
+        {"pages": pages, "length": pages << 12, "transfer": pages << 12, "blocks": pages << 3}
+        for pages in (128, 129, 130)  # the largest transfer, and what is larger
+    ),
 ]
 PACKETS = st.lists(st.sampled_from(CHANGES), max_size=3).map(lambda some: GOOD | dict(some))
 
