@@ -256,6 +256,17 @@ def test_what_is_different_is_answered_alike(change: dict[str, int], opcode: int
     assert outcome([packet], quick=True) == outcome([packet], quick=False)
 
 
+def test_nothing_is_read_before_the_driver_is_ready() -> None:
+    disk = MemoryDisk(SIZE)
+    host = StorageHost.build(DiskUnit(disk))
+    host.guest.connect()
+    send(host.open(1), 1000, GOOD)
+    with host.lock:
+        host.guest.server.channels[0].process()
+    assert disk.at_once == 0 and len(host.guest.faults) == 1
+    host.close()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(PACKETS, min_size=1, max_size=6))
 def test_both_ways_answer_alike(packets: list[dict[str, int]]) -> None:
