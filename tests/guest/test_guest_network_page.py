@@ -41,20 +41,21 @@ def test_ssh_into_a_guest() -> None:
         do(start)
         host_port = int(start[start.index("-p") + 1].partition(":")[0])
         lease("demo")
-        listen = "(echo SSH-2.0-somebody | nc -l -p 22) > /dev/null 2>&1 &"
+        listen = "(while echo SSH-2.0-somebody | nc -l -p 22; do :; done) > /dev/null 2>&1 &"
         do(["exec", "demo", "--", "sh", "-c", listen])
 
         def banner() -> bytes:
             where = ("127.0.0.1", host_port)
             with contextlib.suppress(OSError), socket.create_connection(where, 5) as stream:
-                stream.settimeout(5)
+                stream.settimeout(20)
                 return stream.recv(100)
             return b""
 
         said = b""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not said and time.monotonic() < deadline:
             said = banner()
+            time.sleep(0.5)
         assert said == b"SSH-2.0-somebody\n"
 
 
