@@ -82,7 +82,7 @@ class Guest:
                 define(
                     kernel=kernel or images.kernel,
                     initrd=images.initrd,
-                    command_line=f"console=ttyS0 panic=0 quiet {append}",
+                    command_line=f"console=ttyS0 panic=0 quiet {images.command_line} {append}",
                     cpus=cpus,
                     memory=memory,
                     transport=transport,

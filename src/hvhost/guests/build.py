@@ -37,7 +37,8 @@ _BANNER = re.compile(rb"Linux version (\d[^\s\0]*) \(")
 class GuestImages:
     """What a machine boots: ``modules`` is ``None`` if the kernel's modules are not at hand.
 
-    ``architecture`` is Debian's name for what its programs are made for.
+    ``architecture`` is Debian's name for what its programs are made for; ``command_line`` is what
+    the kernel cannot do without.
     """
 
     kernel: Path
@@ -47,6 +48,7 @@ class GuestImages:
     release: str
     daemons: tuple[str, ...]
     architecture: str = apt.NATIVE
+    command_line: str = ""
 
 
 def kernel_release(path: Path) -> str:
@@ -253,7 +255,8 @@ def prepare_named(
     if chosen.kernel_source:
         names = (chosen.kernel_source,)
         (source,) = apt.download(chosen.suite, names, refresh=refresh, progress=progress)
-    return _from_packages(kernel, userland, chosen.title, progress, source)
+    images = _from_packages(kernel, userland, chosen.title, progress, source)
+    return replace(images, command_line=chosen.command_line)
 
 
 def prepare_debs(

@@ -13,6 +13,7 @@ class GuestRecipe:
     """One guest: ``suite`` is Debian's, the rest are package names in it.
 
     ``pae`` names the guest of the same distribution that has a 32-bit kernel, if there is one.
+    ``command_line`` is what its kernel cannot do without.
     """
 
     name: str
@@ -30,6 +31,7 @@ class GuestRecipe:
     kernel_source: str = ""
     architecture: str = NATIVE
     pae: str | None = None
+    command_line: str = ""
 
     @property
     def userland(self) -> tuple[str, ...]:
@@ -60,6 +62,11 @@ _SUITES = (
     ("sid", "Debian sid", "sid", (*_RENAMED_T64, "libunistring5", "libffi8")),
 )
 
+# 32-bit kernels of Linux 6.1 call the hypercall page by a stack slot, and a retpoline, which
+# processors without enhanced IBRS get, looks one slot off: the kernel jumps to where its number of
+# pages stands as soon as it flushes another processor's TLB.
+_WITHOUT_RETPOLINES = "spectre_v2=off"
+
 DEFAULT_GUEST = "debian-12"
 DEFAULT_GUEST_32 = "debian-12-pae"
 #: Kernels from this release on have no driver for hv_fcopy_daemon, but one for hv_fcopy_uio_daemon,
@@ -78,6 +85,7 @@ GUESTS: dict[str, GuestRecipe] = {
             kernel,
             libraries=_LIBRARIES + libraries,
             architecture=architecture,
+            command_line=_WITHOUT_RETPOLINES if architecture == I386 else "",
             pae=f"{name}-pae" if name in _PAE_SUITES else None,
         )
         for variant, kind, kernel, architecture in (

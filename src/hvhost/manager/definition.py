@@ -129,10 +129,10 @@ def define_guest(
         from hvhost.machine.storage_model import DriveConfig
 
         images = prepare_full(guest, progress=progress)
-        command_line = f"{images.command_line} {command_line}".rstrip()
         drives = (DriveConfig(str(images.disk), temporary=True),)
     else:
         images = prepare_guest(guest, progress=progress)
+    command_line = f"{images.command_line} {command_line}".strip()
     config = define(
         kernel=images.kernel,
         initrd=images.initrd,

@@ -431,7 +431,13 @@ class LiveGuest:
                     initrd=self.images.initrd,
                     command_line=" ".join(
                         filter(
-                            None, (COMMAND_LINE, "" if verbose else "quiet", self.options.append)
+                            None,
+                            (
+                                COMMAND_LINE,
+                                self.images.command_line,
+                                "" if verbose else "quiet",
+                                self.options.append,
+                            ),
                         )
                     ),
                     cpus=self.options.cpus,

@@ -12,6 +12,7 @@ from hvhost.errors import HvHostError
 from hvhost.guests import apt, build, catalog
 from hvhost.guests.build import kernel_release, prepare_guest
 from hvhost.guests.programs import Programs
+from hvhost.manager.definition import define_guest
 
 RELEASE = "6.1.0-test"
 
@@ -86,6 +87,7 @@ def programs(architecture: str, progress: apt.Progress = apt.silent) -> Programs
 
 def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     images = prepare_guest()
+    assert images.command_line == ""
     assert packages_without_network[0] == "bookworm linux-image-cloud-amd64"
     assert images.kernel.name == f"vmlinuz-{RELEASE}"
     assert images.release == RELEASE
@@ -106,6 +108,9 @@ def test_a_32_bit_guest(packages_without_network: list[str]) -> None:
     ]
     assert all(each.endswith(":i386") for each in packages_without_network)
     assert (images.architecture, images.title) == ("i386", "Debian 12, 32-bit kernel")
+    assert images.command_line == "spectre_v2=off"
+    line = define_guest("debian-12-pae", command_line="debug").command_line
+    assert line == "console=ttyS0 spectre_v2=off debug"
     assert "usr/bin/hvhost-clock-i386" in read_cpio.read(images.initrd.read_bytes())
 
 

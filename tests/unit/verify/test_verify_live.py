@@ -291,3 +291,6 @@ def test_the_guests_command_line(
     assert (config.command_line, config.cpus, config.memory) == (line, 3, 256 << 20)
     assert (config.kernel, config.initrd) == ("/k", "/i")
     assert (guest.release, guest.os_name, guest.modules) == ("6.1", "T", None)
+    needing = replace(images, command_line="needed=1")
+    LiveGuest(needing, VerifyOptions(append=append)).start(verbose=verbose)
+    assert configs[1].command_line == line.replace("panic=0", "panic=0 needed=1")
