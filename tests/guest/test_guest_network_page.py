@@ -48,6 +48,7 @@ def test_ssh_into_a_guest() -> None:
             where = ("127.0.0.1", host_port)
             with contextlib.suppress(OSError), socket.create_connection(where, 5) as stream:
                 stream.settimeout(20)
+                stream.sendall(b"SSH-2.0-of-a-client\r\n")  # as ssh does, before it hears anything
                 return stream.recv(100)
             return b""
 
