@@ -44,7 +44,7 @@ HYPERV = (
 VIRTIO_BALLOON = ("-device", "virtio-balloon-pci")
 HV_BALLOON = (
     *("-cpu", f"host,{HYPERV}"),
-    *("-m", f"{MEMORY // MIB}M,maxmem=4G,slots=2"),
+    *("-m", f"{MEMORY // MIB}M,maxmem=80G,slots=2"),
     *("-global", "PIIX4_PM.disable_s4=1"),  # with S4 Linux neither balloons nor adds
     *("-object", f"memory-backend-ram,id=more,size={GIB}"),
     *("-device", "vmbus-bridge", "-device", "hv-balloon,memdev=more,status-report=on"),
