@@ -55,6 +55,7 @@ FAST = Timing(
     boot=0.3,
     heartbeat=0.1,
     no_contact=0.1,
+    bus=0.1,
     event=0.1,
     poll=0.005,
     silence=0.01,
