@@ -140,7 +140,7 @@ def _paused(session: Session, probe: Probe, watch: Watch) -> str:
     seconds, off = _await_right(session, watch)
     if seconds > LIMIT:
         raise RowFailed(f"after a pause of {paused:.1f} s the guest's clock is {off:+.1f} s wrong")
-    stood = time.monotonic() - began - (_uptime(probe) - uptime)
+    stood = max(0.0, time.monotonic() - began - (_uptime(probe) - uptime))
     # Another clock source, such as the TSC itself, is not Hyper-V's to stop.
     if source.startswith("hyperv_") and stood < paused * STOOD:
         raise RowFailed(
