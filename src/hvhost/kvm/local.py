@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from hvhost.errors import HvHostError
 from hvhost.kvm.constants import KVM_GET_VCPU_MMAP_SIZE, KVM_RUN
-from hvhost.kvm.residence import Residence
+from hvhost.kvm.residence import MADV_REMOVE, Residence
 from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.units import format_size
@@ -23,9 +23,6 @@ from hvhost.units import format_size
 _IMMEDIATE_EXIT = 1  # offset in struct kvm_run
 _COALESCED_PAGE = 2
 _MAP_NORESERVE = 0x4000  # asm/mman.h; mmap names it from Python 3.12 on only
-
-
-_MADV_REMOVE = 9  # asm-generic/mman-common.h; the mmap module may lack it
 
 
 def _memory(size: int, descriptor: int | None) -> mmap.mmap:
@@ -105,8 +102,7 @@ class LocalTransport:
 
     @property
     def _unneeded(self) -> int:
-        # Of shared memory, only removal frees the pages.
-        return mmap.MADV_DONTNEED if self._shared is None else _MADV_REMOVE
+        return mmap.MADV_DONTNEED if self._shared is None else MADV_REMOVE
 
     def share(self) -> tuple[int, int]:
         if self._shared is None:

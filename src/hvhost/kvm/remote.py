@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hvhost.errors import HvHostError
-from hvhost.kvm.residence import Residence
+from hvhost.kvm.residence import MADV_REMOVE, Residence
 from hvhost.kvm.transport import EventLoop, Fixup, FixupKind, Handle
 from hvhost.rig import layout
 from hvhost.rig.client import RigSession, close_session, open_session, reason_of_end
@@ -33,7 +33,6 @@ _FIXUP_KINDS = {
     FixupKind.BUFFER_ADDRESS: layout.FIXUP_ADD_BUFFER,
 }
 _VECTORS_PER_PROCESSOR = 2
-_MADV_REMOVE = 9  # asm-generic/mman-common.h; the mmap module may lack it
 _VECTORS_PER_MACHINE = 6
 
 
@@ -271,17 +270,10 @@ class RemoteTransport:
             self._mailbox.call(layout.OPERATION_REWRITE, request=place - start, argument=start)
 
     def memory_written(self, views: Sequence[memoryview]) -> None:
-        first = self._session.memory_offset - self._residence.address
-        places: list[tuple[int, int]] = []
-        for view in filter(len, views):
-            offset = first + ctypes.addressof(ctypes.c_char.from_buffer(view))
-            if places and sum(places[-1]) == offset:
-                places[-1] = places[-1][0], places[-1][1] + len(view)
-            else:
-                places.append((offset, len(view)))
+        first, places = self._session.memory_offset, self._residence.places(views)
         for start in range(0, len(places), _PLACES):
             some = places[start : start + _PLACES]
-            pairs = bytearray(b"".join(_PAIR.pack(*place) for place in some))
+            pairs = bytearray(b"".join(_PAIR.pack(first + offset, size) for offset, size in some))
             self._mailbox.call(layout.OPERATION_REWRITE, request=len(some), argument=pairs)
 
     def share(self) -> tuple[int, int]:
@@ -290,7 +282,7 @@ class RemoteTransport:
     def discard(self, offset: int, size: int) -> None:
         # Of shared memory, only removal frees the pages: for us, for QEMU and for the guest.
         address = ctypes.c_void_p(self._residence.address + offset)
-        if self._madvise(address, ctypes.c_size_t(size), _MADV_REMOVE):
+        if self._madvise(address, ctypes.c_size_t(size), MADV_REMOVE):
             reason = os.strerror(ctypes.get_errno())
             raise HvHostError(f"the rig could not give memory back to this computer: {reason}.")
 

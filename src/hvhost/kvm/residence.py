@@ -1,19 +1,22 @@
-"""How much of a mapping lies in the computer's memory."""
+"""A mapping and the memory behind it: how much of it there is, and where views of it lie."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 
 from hvhost.errors import HvHostError
 from hvhost.partition.memory import PAGE_SIZE
 
+#: Of shared memory, only removal frees pages. asm-generic/mman-common.h; mmap may lack it.
+MADV_REMOVE = 9
 _PIECE = 1 << 30
 
 
 class Residence:
-    """Asks ``mincore(2)`` about one mapping; works for anonymous and for shared memory."""
+    """What is asked about one mapping; works for anonymous and for shared memory."""
 
     def __init__(self, mapping: mmap.mmap) -> None:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
@@ -24,8 +27,25 @@ class Residence:
         """Where the mapping begins in this process."""
         return self._base
 
+    def places(self, views: Sequence[memoryview]) -> list[tuple[int, int]]:
+        """Offset and size of *views* of the mapping, in order, those that follow each other joined.
+
+        Empty ones are left out.
+        """
+        found: list[tuple[int, int]] = []
+        for view in filter(len, views):
+            offset = ctypes.addressof(ctypes.c_char.from_buffer(view)) - self._base
+            if found and sum(found[-1]) == offset:
+                found[-1] = found[-1][0], found[-1][1] + len(view)
+            else:
+                found.append((offset, len(view)))
+        return found
+
     def bytes_in(self, offset: int, size: int) -> int:
-        """Bytes of ``offset`` to ``offset + size`` that are there; both multiples of a page."""
+        """Bytes of ``offset`` to ``offset + size`` that are there, says ``mincore(2)``.
+
+        Both are multiples of a page.
+        """
         pages = 0
         for start in range(offset, offset + size, _PIECE):
             length = min(_PIECE, offset + size - start)

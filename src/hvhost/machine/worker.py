@@ -138,10 +138,10 @@ def live(directory: Path, load: Callable[[], MachineConfig]) -> int:
 
     *load* gives the machine's configuration once *directory* is this process's own.
     """
+    from hvhost.process import log_to_stderr
+
     _on_stop_signals(_stopped_early)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     with (directory / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         pid_file = directory / "worker.pid"

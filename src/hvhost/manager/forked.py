@@ -9,8 +9,8 @@ import time
 
 from hvhost.machine.config import MachineConfig
 from hvhost.manager.directory import MachineDirectory
-from hvhost.manager.launcher import die_with
 from hvhost.paths import python_environment
+from hvhost.process import die_with
 
 _POLL_SECONDS = 0.005
 

@@ -19,6 +19,7 @@ from hvhost.firmware.layout import memory_layout
 from hvhost.machine.config import MachineConfig
 from hvhost.manager.directory import MachineDirectory
 from hvhost.memory.settings import check_dynamic
+from hvhost.process import die_with
 from hvhost.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ _POLL_SECONDS = 0.005
 _SLOW_POLL_SECONDS = 0.05
 _STOPPED = re.compile(r"^\S+ \S+ hvhost\.machine\.machine: stopped (.+)$", re.MULTILINE)
 _PROGRESS = re.compile(r"^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$", re.MULTILINE)
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,20 +197,6 @@ def _spawn(
             start_new_session=True,
             preexec_fn=None if detach else die_with(os.getpid()),
         )
-
-
-def die_with(parent: int) -> Callable[[], None]:
-    """For a child that was just forked: be told to stop when *parent* is gone."""
-    import ctypes
-
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-
-    def bind() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return bind
 
 
 def _wait_until_open(

@@ -38,6 +38,7 @@ from hvhost.network.switch_client import (
 )
 from hvhost.network.uplinks import Cable, plug_in
 from hvhost.network.wires import DescriptorWire, enlarge
+from hvhost.process import log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -336,9 +337,7 @@ class SwitchProcess:
 
 def main() -> int:
     directory = Path(sys.argv[1])
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     loop = Loop()
     try:
         switch = SwitchProcess(directory, SwitchConfig.load(directory), loop)

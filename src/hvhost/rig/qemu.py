@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ from typing import IO
 
 from hvhost.errors import HvHostError
 from hvhost.guests import apt, deb
+from hvhost.process import die_with
 from hvhost.rig.repair import repaired
 
 # XSAVE is inconsistent in a guest of a guest under TCG; without it the nested KVM offers none.
@@ -31,7 +31,6 @@ RIG_OPTIONS = "console=ttyS0 intel_iommu=on iommu=pt maxcpus=1"
 GUESTLESS_PROCESSORS = 1
 MOST_GUEST_PROCESSORS = 4
 DEVICE_ADDRESS = 3
-PR_SET_PDEATHSIG = 1
 COMMON_OPTIONS = ("-nodefaults", "-no-user-config", "-display", "none")
 
 # Before 9.0 TCG loses a processor's flags now and then: 3 of 15 kernels crashed while they booted
@@ -94,10 +93,6 @@ def _backported(progress: Callable[[str], None]) -> Qemu:
     return Qemu(program, version, ("-L", str(share / "qemu"), "-L", str(share / "seabios")))
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def start(
     arguments: Sequence[str], *, stdout: int | IO[bytes] = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
@@ -109,7 +104,7 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=subprocess.STDOUT,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with(os.getpid(), signal.SIGKILL),
     )
 
 

@@ -10,8 +10,6 @@ Locks are this process's own; none is held while the worker is waited for, excep
 
 from __future__ import annotations
 
-import ctypes
-import logging
 import mmap
 import os
 import signal
@@ -19,17 +17,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hvhost.errors import HvHostError
+from hvhost.kvm.residence import Residence
 from hvhost.machine.config_file import load_config
 from hvhost.machine.link import Link, Received
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import LiveMachine, MachineConfig
 from hvhost.machine.peripheral import Surroundings
 from hvhost.partition.memory import GuestMemory, MemoryRegion
+from hvhost.process import die_with, log_to_stderr
 from hvhost.services.vss import Done, VssAnswer
 from hvhost.services.vss_protocol import VssOperation
 from hvhost.storage import messages
@@ -40,8 +39,6 @@ from hvhost.storage.process_bus import Bus, Interrupts
 
 if TYPE_CHECKING:
     from hvhost.machine.model import Family
-
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Computer:
@@ -59,7 +56,7 @@ class Computer:
         self._link = link
         self._map = mmap.mmap(files[0], attach.size, offset=attach.offset)
         self._view = memoryview(self._map)
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._residence = Residence(self._map)
         self.memory = GuestMemory([])
         for region in attach.regions:
             self.plug(region)
@@ -76,16 +73,9 @@ class Computer:
         self.memory.append(MemoryRegion(region.guest_address, view, start))
 
     def _tell_written(self, views: Sequence[memoryview]) -> None:
-        places: list[messages.Place] = []
-        for view in filter(len, views):
-            offset = ctypes.addressof(ctypes.c_char.from_buffer(view)) - self._base
-            last = places[-1] if places else None
-            if last is not None and last.offset + last.size == offset:
-                places[-1] = replace(last, size=last.size + len(view))
-            else:
-                places.append(messages.Place(offset, len(view)))
+        places = tuple(messages.Place(*each) for each in self._residence.places(views))
         if places:
-            self._link.request(messages.Written(tuple(places)))
+            self._link.request(messages.Written(places))
 
 
 class Guest:
@@ -266,12 +256,10 @@ def main() -> int:
     """The process's exit status."""
     descriptor = int(sys.argv[1])
     # The worker's end, by whatever cause, is ours: nothing is left running.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with(os.getppid(), signal.SIGKILL)()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     with socket.socket(fileno=descriptor) as connection:
         os.set_inheritable(descriptor, False)
         confine()

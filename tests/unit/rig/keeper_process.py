@@ -7,12 +7,15 @@ a constant of :mod:`hvhost.rig.server`.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from hvhost.process import die_with
 from hvhost.rig import image, qemu, server
 
 
@@ -32,7 +35,7 @@ def main() -> int:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
-            preexec_fn=qemu._die_with_parent,
+            preexec_fn=die_with(os.getpid(), signal.SIGKILL),
         )
 
     qemu.start = start
