@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from hvhost.errors import GuestMemoryError, HvHostError, RemoteProtocolError
@@ -116,8 +116,13 @@ class Link:
         with contextlib.suppress(LinkLostError):
             self._write(0, False, message, files)
 
-    def request(self, message: Any, files: Sequence[int] = ()) -> Any:
-        """Send a message and wait for its answer; the exception it may be is raised."""
+    def request(
+        self, message: Any, files: Sequence[int] = (), *, timeout: float | None = None
+    ) -> Any:
+        """Send a message and wait for its answer; the exception it may be is raised.
+
+        :class:`TimeoutError` if there is none within *timeout* seconds.
+        """
         answer: SimpleQueue[Any] = SimpleQueue()
         with self._sending:
             self._numbers += 1
@@ -127,7 +132,9 @@ class Link:
             if self._over:
                 raise LinkLostError(self._gone)
             self._write(number, False, message, files)
-            result = answer.get()
+            result = answer.get(timeout=timeout)
+        except Empty:
+            raise TimeoutError(f"{self._name} does not answer.") from None
         finally:
             self._waiting.pop(number, None)
         if isinstance(result, Failure):

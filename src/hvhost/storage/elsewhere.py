@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -175,16 +174,11 @@ class StorageElsewhere:
     def close(self) -> None:
         self._stopping = True
         self._give_up()
-        stopped = threading.Event()
-
-        def stop() -> None:
-            with contextlib.suppress(HvHostError, OSError):
-                self._link.request(messages.Stop())
-            stopped.set()
-
-        threading.Thread(target=stop, daemon=True).start()
-        if not stopped.wait(_STOP_SECONDS):
-            self.process.kill()
+        with contextlib.suppress(HvHostError, OSError):
+            try:
+                self._link.request(messages.Stop(), timeout=_STOP_SECONDS)
+            except TimeoutError:
+                self.process.kill()
         self._link.close()
         try:
             self.process.wait(_STOP_SECONDS)

@@ -128,6 +128,14 @@ def test_who_waits_learns_of_the_end(pair: tuple[End, End]) -> None:
         one.link.request(Hello("c"))
 
 
+def test_who_waits_no_longer(pair: tuple[End, End]) -> None:
+    one, other = pair
+    other.link._receive = lambda received: None
+    with pytest.raises(TimeoutError, match="does not answer"):
+        one.link.request(Hello("a"), timeout=0.05)
+    assert not one.link._waiting
+
+
 @pytest.mark.parametrize(
     "body",
     [
