@@ -41,6 +41,11 @@ def do(words: list[str]) -> str:
     return result.stdout
 
 
+def inside(name: str, script: str) -> str:
+    """Standard output of a shell script in the guest of machine *name*; it must succeed."""
+    return do(["exec", name, "--", "sh", "-c", script])
+
+
 @contextlib.contextmanager
 def ended(*machines: str, switch: str = "") -> Iterator[None]:
     """Afterwards there is none of these machines, and no such switch."""

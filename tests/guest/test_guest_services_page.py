@@ -6,6 +6,7 @@ And what no page can show: that each service can be switched off and on while th
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -24,17 +25,13 @@ from hvhost.manager.client import MachineClient
 
 GUEST = "debian-12"  # has all daemons
 NAME = "demo"  # the pages' word
+inside = functools.partial(pages.inside, NAME)
 POOL = "/var/lib/hyperv/.kvp_pool_0"
 DEVICES = "/sys/bus/vmbus/devices"
 pytestmark = [
     only_in_matrix("minutes on emulated processors"),
     pytest.mark.timeout(900),
 ]
-
-
-def inside(script: str) -> str:
-    """Standard output of a shell script in the guest, which must succeed."""
-    return pages.do(["exec", NAME, "--", "sh", "-c", script])
 
 
 @pytest.fixture(scope="module")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 
 from guest import pages
-from guest.helpers import hvhost
 from guest.matrix import only_in_matrix
 from hvhost.storage.images import create_disk
 from hvhost.verify.iso import iso_image
 
 NAME = "demo"
+inside = functools.partial(pages.inside, NAME)
 
 pytestmark = [only_in_matrix("guests to boot"), pytest.mark.timeout(900)]
-
-
-def inside(script: str) -> str:
-    result = hvhost("exec", NAME, "--", "sh", "-c", script, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def addresses() -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hvhost.kvm.local import LocalOutEvent
 from hvhost.machine.computer import Computer
 from hvhost.machine.loop import Loop
 from hvhost.machine.model import MachineConfig
@@ -46,16 +47,6 @@ class SharedMemory:
         return self.descriptor, self.offset
 
 
-class EventLine:
-    """What raises the interrupt of a VP."""
-
-    def __init__(self) -> None:
-        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def trigger(self) -> None:
-        os.eventfd_write(self.descriptor, 1)
-
-
 _TAKE = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 _TAKE.write(bytes.fromhex("31 c0 86 07 c3"))  # xor %eax, %eax; xchg %al, (%rdi); ret
 _take = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
@@ -88,7 +79,7 @@ class Board:
         self.why: list[str] = []
         self.failed = threading.Event()
         self.guest.server.add_device(vss)
-        self.event_lines = [EventLine() for _ in range(config.cpus)]
+        self.event_lines = [LocalOutEvent() for _ in range(config.cpus)]
         self.synics = [
             Synic(self.guest.memory, vp, line, line) for vp, line in enumerate(self.event_lines)
         ]

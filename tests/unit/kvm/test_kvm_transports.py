@@ -220,6 +220,18 @@ def test_an_event_towards_kvm(transport: Any) -> None:
 OUT_FOR_EVER = b"\xba\x34\x12" + b"\xee" * 3 + SELF_JUMP  # three times out %al, (0x1234)
 
 
+def run_and_raise(guest: Guest, event: Handle) -> threading.Thread:
+    """Run *guest*, whose writes to port 0x1234 raise *event*, until it is kicked."""
+    guest.call(
+        k.KVM_IOEVENTFD,
+        bytearray(struct.pack("<QQIiI36x", 0, 0x1234, 1, 0, 2)),
+        [Fixup(20, FixupKind.DESCRIPTOR, event)],
+    )
+    thread = threading.Thread(target=guest.vcpu.run)
+    thread.start()
+    return thread
+
+
 def test_an_event_from_kvm(transport: Any) -> None:
     guest = Guest(transport, OUT_FOR_EVER)
     loop = Loop()
@@ -231,13 +243,7 @@ def test_an_event_from_kvm(transport: Any) -> None:
 
     event = transport.in_event(loop, callback)
     other = transport.in_event(loop, lambda: pytest.fail("nobody raised this one"))
-    guest.call(
-        k.KVM_IOEVENTFD,
-        bytearray(struct.pack("<QQIiI36x", 0, 0x1234, 1, 0, 2)),
-        [Fixup(20, FixupKind.DESCRIPTOR, event)],
-    )
-    thread = threading.Thread(target=guest.vcpu.run)
-    thread.start()
+    thread = run_and_raise(guest, event)
     loop.call_later(5, loop.stop)
     loop.run()
     assert raised == [1]
@@ -254,13 +260,7 @@ def test_an_event_from_kvm_to_another_process(transport: Any) -> None:
     loop = Loop()
     descriptor = os.eventfd(0, os.EFD_CLOEXEC)
     event = transport.signal(loop, descriptor)
-    guest.call(
-        k.KVM_IOEVENTFD,
-        bytearray(struct.pack("<QQIiI36x", 0, 0x1234, 1, 0, 2)),
-        [Fixup(20, FixupKind.DESCRIPTOR, event)],
-    )
-    thread = threading.Thread(target=guest.vcpu.run)
-    thread.start()
+    thread = run_and_raise(guest, event)
     loop.call_later(1, loop.stop)
     loop.run()
     assert os.eventfd_read(descriptor) >= 1
