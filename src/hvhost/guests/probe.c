@@ -645,6 +645,8 @@ static void load_drivers(void)
 		free(aliases[--alias_count]);
 }
 
+/* Start the daemon of a device that came, once: it may be found and announced. Two daemons on UIO
+   would both be given the device, and take each other's messages. */
 static void start_daemon(const char *node)
 {
 	static const char *const known[][2] = {
@@ -655,9 +657,19 @@ static void start_daemon(const char *node)
 		{ "uio0", "/usr/sbin/hv_fcopy_uio_daemon" },
 	};
 
-	for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-		if (!strcmp(node, known[i][0]) && !access(known[i][1], X_OK))
-			run_and_wait((char *[]){ (char *)known[i][1], NULL });
+	static ino_t served[sizeof known / sizeof *known]; /* a device that comes anew has a new one */
+	char path[64];
+	struct stat file;
+
+	for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+		if (strcmp(node, known[i][0]) || access(known[i][1], X_OK))
+			continue;
+		snprintf(path, sizeof path, "/dev/%s", node);
+		if (stat(path, &file) || file.st_ino == served[i])
+			continue;
+		served[i] = file.st_ino;
+		run_and_wait((char *[]){ (char *)known[i][1], NULL });
+	}
 }
 
 static void plug_existing(void)

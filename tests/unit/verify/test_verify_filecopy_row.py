@@ -24,6 +24,7 @@ class Guest:
     appears: int = 0
     takes: int = 0
     keeps: bool = True
+    pids: str = "77"
     files: dict[str, str] = field(default_factory=dict)
 
     def run(self, command: Sequence[str], timeout: float) -> CommandResult:
@@ -31,7 +32,7 @@ class Guest:
         if script.startswith("pidof"):
             self.appears -= script.endswith(filecopy.KERNEL_DAEMON)
             there = self.appears < 0 and script.endswith(filecopy.KERNEL_DAEMON)
-            return CommandResult(0, "77\n" if there else "")
+            return CommandResult(0, f"{self.pids}\n" if there else "")
         if script.startswith("cat"):
             return CommandResult(0, self.files.get(script[4:], ""))
         return CommandResult(0, "")
@@ -75,6 +76,12 @@ def test_a_daemon_that_never_comes_fails(parts: Callable[[Guest], Parts]) -> Non
     with pytest.raises(RowFailed, match="does not take files") as failed:
         filecopy._await_daemon(session, probe, source)
     assert "its daemon does not run" in failed.value.evidence[0]
+
+
+def test_two_daemons_fail(parts: Callable[[Guest], Parts]) -> None:
+    session, probe, _ = parts(Guest(pids="77 78"))
+    with pytest.raises(RowFailed, match=r"^2 file copy daemons run"):
+        filecopy._running_daemon(session, probe)
 
 
 def test_a_file_that_is_taken_must_be_there(parts: Callable[[Guest], Parts]) -> None:
