@@ -9,10 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from guest.matrix import only_in_matrix
 from hvhost.guests.build import GuestImages
 from hvhost.guests.initramfs import READY_LINE
 
 SECONDS = 200
+DISK_BYTES = 1 << 20
+WRITTEN = "written by the guest"
+
+
+def in_software_host(script: str, seconds: float) -> subprocess.CompletedProcess[bytes]:
+    """What *script* does in a software KVM host, whose standard input is a line of ours."""
+    return subprocess.run(
+        [sys.executable, "-m", "hvhost", "rig", "exec", "--", "sh", "-c", script],
+        input=b"from outside\n",
+        capture_output=True,
+        timeout=seconds,
+        check=False,
+    )
 
 
 @pytest.mark.timeout(SECONDS + 60)
@@ -30,13 +44,7 @@ def test_a_guest_boots_through_the_local_transport(one: GuestImages) -> None:
         f" grep -q '{READY_LINE}' /run/console && break; sleep 1; done; "
         "cat /run/console; kill $!; exit 7"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "hvhost", "rig", "exec", "--", "sh", "-c", script],
-        input=b"from outside\n",
-        capture_output=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = in_software_host(script, SECONDS)
     console = done.stdout.decode(errors="replace")
     assert done.returncode == 7, console + done.stderr.decode()
     assert console.startswith("from outside\n")
@@ -47,3 +55,36 @@ def test_a_guest_boots_through_the_local_transport(one: GuestImages) -> None:
     assert "Heartbeat IC version 3" in console
     assert READY_LINE in console
     assert "smp: Brought up 1 node, 2 CPUs" in console
+
+
+@only_in_matrix("minutes")
+@pytest.mark.timeout(900)
+def test_disks_of_a_guest_on_a_real_kvm_are_served_by_a_process(one: GuestImages) -> None:
+    """``--storage-process`` where guest memory is a file of ours and KVM wakes the process itself.
+
+    What the guest reads and writes is told by its own programs and by the image.
+    """
+    hvhost = shlex.join([sys.executable, "-m", "hvhost"])
+    script = f"""
+        set -e
+        head -c {DISK_BYTES} /dev/urandom >/run/disk.img
+        sha256sum </run/disk.img
+        {hvhost} run --kvm local --name inside --kernel {one.kernel} --initrd {one.initrd} \
+            --disk /run/disk.img --storage-process --detach >&2
+        for second in $(seq 100); do
+            {hvhost} exec inside -- test -b /dev/sda 2>/dev/null && break; sleep 1; done
+        {hvhost} exec inside -- sh -c 'sha256sum </dev/sda'
+        {hvhost} exec inside -- sh -c 'echo {WRITTEN} | dd of=/dev/sda bs=4096 conv=sync,fsync' >&2
+        head -n 1 /run/disk.img
+        for process in /proc/[0-9]*; do
+            tr '\\0' ' ' <$process/cmdline 2>/dev/null |
+                grep -o 'hvhost.storage.proces[s]' || :; done
+        {hvhost} stop --force inside >&2
+    """
+    done = in_software_host(script, 800)
+    told = done.stdout.decode(errors="replace").splitlines()
+    assert done.returncode == 0, (told, done.stderr.decode())
+    digest, seen, written, *processes = told
+    assert seen == digest, "the guest reads what is in the image"
+    assert written == WRITTEN
+    assert processes == ["hvhost.storage.process"]

@@ -72,6 +72,7 @@ def _prove(proof: Proof, row: Row, session: Session) -> RowResult:
         except Exception as error:
             failure.append(error)
 
+    session.excused = 0.0
     started = time.monotonic()
     thread = threading.Thread(target=work, name=f"row-{row.id}", daemon=True)
     thread.start()
@@ -79,7 +80,7 @@ def _prove(proof: Proof, row: Row, session: Session) -> RowResult:
     while thread.is_alive() and time.monotonic() - started < longest:
         thread.join(min(proof.seconds, _LOOK_SECONDS))
         # The load of a minute ago may be what delayed the row.
-        longest = max(longest, proof.seconds * session.timing.stretch())
+        longest = max(longest, proof.seconds * session.timing.stretch() + session.excused)
     overdue = thread.is_alive()
     session.adopt()
     seconds = time.monotonic() - started

@@ -162,7 +162,7 @@ class ScriptedGuest:
 
     @property
     def is_64_bit(self) -> bool:
-        return True
+        return "32-bit" not in self.faults
 
     def pae_sibling(self) -> ScriptedGuest | None:
         return self.sibling

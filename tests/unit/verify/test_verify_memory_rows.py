@@ -36,7 +36,7 @@ class Guest:
             memory=self, memory_held=self.memory_held, info=lambda: SimpleNamespace(exits={})
         )
         self.timing = Timing(poll=0.0, settle=0.0, stretch=lambda: 1.0)
-        self.now = replace(INFO, demand=100 * MIB)
+        self.now = INFO
         self.total = START - 40 * MIB
         self.filled = 0
         self.written: dict[str, str] = {}
@@ -54,6 +54,10 @@ class Guest:
         return self
 
     def step(self, text: str) -> None: ...
+
+    def await_ticks(self, probe: object) -> None:
+        """A 32-bit driver's reports are heard from now on."""
+        self.now = replace(self.now, demand=100 * MIB)
 
     # machine and memory
 

@@ -87,6 +87,7 @@ def prepare(session: Session, probe: Probe) -> bool:
     hot_plug = bool(probe.read_all(_ONLINE))  # of kernels with CONFIG_MEMORY_HOTPLUG
     if hot_plug:
         probe.write(_ONLINE, "online")
+    session.await_ticks(probe)
     probe.write(_DELAY, "0")  # by itself it waits 45 seconds before it reports
     await_memory(session, lambda info: info.demand is not None, _DRIVER_SECONDS, "a report")
     return hot_plug

@@ -112,6 +112,7 @@ def _carrier(wire: Cable, wanted: str) -> None:
 
 
 def _link(wire: Cable) -> Iterator[str]:
+    wire.session.await_ticks(wire.probe)
     wire.session.step("pulling the cable")
     network = wire.session.machine.network
     network.set_link("verify0", False)
