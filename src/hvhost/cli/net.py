@@ -129,6 +129,7 @@ def capture(
     """
     from hvhost.network import switch_client
 
+    switch_client.info(switch)  # before a file is made, or emptied, for a switch that is not there
     with sys.stdout.buffer if str(write) == "-" else write.open("wb") as file:
         try:
             count = switch_client.capture(switch, port, file)

@@ -21,6 +21,7 @@ FRAMES_PER_MESSAGE: Final = 8
 ALIGNMENT_FACTOR: Final = 3
 MAXIMUM_TRANSFER: Final = 0x4000
 _MULTICAST_LIST_LIMIT = 256
+_ADDRESS_SIZE = 6
 _NETWORK_ADDRESS = "NetworkAddress"
 _VENDOR = b"Hyper-V Virtual Ethernet Adapter\0"
 
@@ -58,14 +59,14 @@ class ControlSide:
             return self._initialize(rndis.Initialize.unpack(body))
         if kind is RndisType.HALT:
             self._state.initialized = False
-            self._state.filter = 0
+            self._forget_filter()
             self._changed()
             return None
         if kind is RndisType.KEEPALIVE:
             request = rndis.Request.unpack(body).req_id
             return rndis.encode(RndisType.KEEPALIVE_C, rndis.SetComplete(request, 0))
         if kind is RndisType.RESET:
-            self._state.filter = 0
+            self._forget_filter()
             self._changed()
             return rndis.encode(RndisType.RESET_C, rndis.ResetComplete(0, 1))
         if kind not in (RndisType.QUERY, RndisType.SET):
@@ -84,6 +85,9 @@ class ControlSide:
             status = RndisStatus.INVALID_DATA
         self._changed()
         return rndis.encode(RndisType.SET_C, rndis.SetComplete(request_body.req_id, status))
+
+    def _forget_filter(self) -> None:
+        self._state.filter, self._state.multicast = 0, frozenset()
 
     def _initialize(self, request: rndis.Initialize) -> bytes:
         self._state.initialized = True
@@ -146,7 +150,7 @@ class ControlSide:
         if oid == Oid.IEEE_802_3_CURRENT_ADDRESS:
             return state.mac
         if oid == Oid.IEEE_802_3_MULTICAST_LIST:
-            return b""
+            return b"".join(sorted(state.multicast))
         if oid in (Oid.TCP_OFFLOAD_HARDWARE_CAPABILITIES, Oid.TCP_OFFLOAD_CURRENT_CONFIG):
             # A guest says in its question what it knows; older ones say nothing.
             revision = data[1] if len(data) > 1 else 1
@@ -169,8 +173,16 @@ class ControlSide:
             state.scaling = ndis.receive_scaling(data, state.scaling, 1 + state.subchannels)
         elif oid == Oid.GEN_RNDIS_CONFIG_PARAMETER:
             return self._configure(*rndis.config_parameter(data))
-        elif oid in (Oid.IEEE_802_3_MULTICAST_LIST, Oid.OFFLOAD_ENCAPSULATION):
-            pass  # all multicast is let through that the filter lets through
+        elif oid == Oid.IEEE_802_3_MULTICAST_LIST:
+            if len(data) % _ADDRESS_SIZE:
+                return RndisStatus.INVALID_LENGTH
+            if len(data) > _MULTICAST_LIST_LIMIT * _ADDRESS_SIZE:
+                return RndisStatus.MULTICAST_FULL
+            state.multicast = frozenset(
+                data[start : start + _ADDRESS_SIZE] for start in range(0, len(data), _ADDRESS_SIZE)
+            )
+        elif oid == Oid.OFFLOAD_ENCAPSULATION:
+            pass  # Ethernet; there is no other
         else:
             return RndisStatus.NOT_SUPPORTED
         return RndisStatus.SUCCESS

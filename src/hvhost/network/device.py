@@ -178,7 +178,7 @@ class NetworkAdapter:
         # The next to open it may be another kernel, and need not speak of these.
         fresh = AdapterState(state.mac)
         state.mtu, state.capabilities = fresh.mtu, fresh.capabilities
-        state.scaling = fresh.scaling
+        state.scaling, state.multicast = fresh.scaling, fresh.multicast
         self._receiver = self._receive_buffer = self._send_buffer = None
         self._waiting.clear()
         self._done.clear()
@@ -289,7 +289,9 @@ class NetworkAdapter:
                 raise RemoteProtocolError("the guest changes its MTU with its receive buffer lent.")
             self.state.mtu, self.state.capabilities = mtu, Capability(config.capability)
         elif kind == MessageType.SEND_NDIS_VER:
-            pass  # 6.1 or 6.30; what they have in common is all that is used
+            # 6.1 or 6.30; what they have in common is all that is used. That both words are there,
+            # peek() has seen to.
+            pass
         elif kind == MessageType.SEND_RECV_BUF:
             body = protocol.SendBuffer.unpack(payload, offset)
             self._reply(packet, MessageType.SEND_RECV_BUF_COMPLETE, self._lend_receive(body))

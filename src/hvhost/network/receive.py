@@ -39,7 +39,8 @@ _DHCP_SERVERS: Final = (67, 547)
 
 _DIRECTED: Final = int(PacketFilter.DIRECTED)
 _BROADCAST: Final = int(PacketFilter.BROADCAST)
-_ANY_MULTICAST: Final = int(PacketFilter.ALL_MULTICAST | PacketFilter.MULTICAST)
+_MULTICAST: Final = int(PacketFilter.MULTICAST)
+_ALL_MULTICAST: Final = int(PacketFilter.ALL_MULTICAST)
 _PROMISCUOUS: Final = int(PacketFilter.PROMISCUOUS)
 _OFFLOAD_SIZE: Final = frame.VIRTIO_NET_HDR_SIZE
 _GSO_KINDS: Final = 0xFF & ~frame.GSO_ECN
@@ -298,7 +299,9 @@ class Receiver:
             return bool(chosen & _DIRECTED) and head[:6] == self._state.mac
         if head[:6] == b"\xff\xff\xff\xff\xff\xff":
             return bool(chosen & _BROADCAST)
-        return bool(chosen & _ANY_MULTICAST)
+        if chosen & _ALL_MULTICAST:
+            return True
+        return bool(chosen & _MULTICAST) and head[:6] in self._state.multicast
 
     def _can_merge(self, where: frame.Headers) -> bool:
         return self._state.merging and where.protocol == frame.TCP

@@ -37,7 +37,8 @@ class Counters:
 class AdapterState:
     """An adapter's resumable state; handles are the guest's numbers, ``mtu`` without header.
 
-    ``filter`` is made of :class:`hvhost.network.rndis.PacketFilter`.
+    ``filter`` is made of :class:`hvhost.network.rndis.PacketFilter`; its MULTICAST lets through
+    frames to the addresses in ``multicast``.
     """
 
     mac: bytes
@@ -49,6 +50,7 @@ class AdapterState:
     send_buffer: int | None = None
     initialized: bool = False
     filter: int = 0
+    multicast: frozenset[bytes] = frozenset()
     merging: bool = False
     scaling: ReceiveScaling = field(default_factory=ReceiveScaling)
     subchannels: int = 0

@@ -79,6 +79,9 @@ def test_a_reset_forgets_the_filter() -> None:
     assert control.set(0x1010E, struct.pack("<I", 0xB)) == SUCCESS
     assert control.say(6) == struct.pack("<II", SUCCESS, 1), "addresses have to be set again"
     assert control.state.filter == 0 and control.state.initialized and control.changes == 2
+    control.set(MULTICAST_LIST, GROUPS)
+    control.say(6)
+    assert not control.state.multicast
 
 
 def test_a_halt_is_not_answered_and_ends_it() -> None:
@@ -154,6 +157,25 @@ def test_a_filter_is_a_word() -> None:
     control = Control()
     assert control.set(0x1010E, bytes(3)) == INVALID_LENGTH and control.state.filter == 0
     assert control.set(0x1010E, b"\x0b\0\0\0\xff") == SUCCESS and control.state.filter == 0xB
+
+
+MULTICAST_LIST = 0x1010103
+GROUPS = bytes.fromhex("01005e000001 333300000001")
+
+
+def test_multicast_addresses_are_whole_and_not_too_many() -> None:
+    control = Control()
+    assert control.query(MULTICAST_LIST) == (SUCCESS, b"")
+    assert control.set(MULTICAST_LIST, GROUPS) == SUCCESS
+    assert control.query(MULTICAST_LIST) == (SUCCESS, GROUPS)
+    assert control.set(MULTICAST_LIST, GROUPS[1:]) == INVALID_LENGTH
+    (limit,) = struct.unpack("<I", control.query(0x1010104)[1])
+    many = b"".join(b"\1\0\x5e" + number.to_bytes(3, "big") for number in range(limit + 1))
+    assert control.set(MULTICAST_LIST, many) == 0xC0010009, "NDIS_STATUS_MULTICAST_FULL"
+    assert control.query(MULTICAST_LIST) == (SUCCESS, GROUPS), "it is as it was"
+    assert control.set(MULTICAST_LIST, many[6:]) == SUCCESS
+    assert len(control.state.multicast) == limit
+    assert control.set(MULTICAST_LIST, b"") == SUCCESS and not control.state.multicast
 
 
 def parameters(rsc: int) -> bytes:

@@ -406,6 +406,7 @@ def test_completing_twice() -> None:
         (struct.pack("<IIII", 125, 1514, 0, 0), "cut it short"),
         (nvsp(133, 0, 1), "sub-channels"),
         (b"\x6b\0\0\0\0\0\0\0", "has 8 bytes only"),
+        (struct.pack("<II", 100, 6), "has 8 bytes only"),
     ],
 )
 def test_messages_that_cannot_be(message: bytes, sentence: str) -> None:

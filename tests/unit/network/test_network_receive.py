@@ -171,3 +171,20 @@ def test_a_multicast_address_is_nobody_s_own(filters: int) -> None:
     got = received(driver, NO_OFFLOAD + group)
     assert len(got) == (filters != 0x01)
     assert counters(driver).filtered == (filters == 0x01)
+
+
+def test_a_guest_that_names_its_groups_gets_those_alone() -> None:
+    driver = started()
+    one, other = bytes.fromhex("01005e000001"), bytes.fromhex("333300000001")
+    frames = [ethernet(0x1234, bytes(50), to=to, sender=PEER) for to in (one, other, b"\xff" * 6)]
+    assert driver.set(0x1010103, one) == 0
+    for filters, expected in (
+        (0x02, frames[:1]),
+        (0x06, frames[:2]),
+        (0x0A, [frames[0], frames[2]]),
+    ):
+        driver.set(0x1010E, struct.pack("<I", filters))
+        got = received(driver, *(NO_OFFLOAD + each for each in frames))
+        assert [each.data for each in got] == expected
+    assert driver.set(0x1010103, b"") == 0
+    assert received(driver, NO_OFFLOAD + frames[0]) == []

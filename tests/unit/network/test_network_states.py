@@ -523,6 +523,7 @@ def test_closing_forgets_what_the_guest_set() -> None:
     """It may be another kernel that opens the channel next."""
     driver = started(queues=2, channels=1, mtu=9000)
     assert driver.set_rss([1] * 128, KEY) == 0
+    assert driver.set(0x1010103, bytes.fromhex("01005e000001")) == 0
     driver.wire.takes = 0
     driver.send(rndis_packet(number(1)))
     driver.guest.close(1)

@@ -7,6 +7,7 @@ its TCP, its neighbour table and its counters are what the guest's are held agai
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import statistics
@@ -32,6 +33,8 @@ from hvhost.verify.wire import (
 TRANSFER = 8 << 20
 PINGS = 20
 JUMBO_MTUS = (9000, 16000)
+#: Of ``netvsc_stats`` in the driver's source, what no healthy adapter counts.
+_ERRORS = ("tx_too_big", "rx_no_memory", "vlan_error")
 _LEASE = "192.168.77.50"
 _DHCP_SCRIPT = (
     "printf '#!/bin/sh\\n[ \"$1\" = bound ] && ip addr add $ip/24 dev $interface\\ntrue\\n' "
@@ -94,13 +97,33 @@ def _statistics(wire: Cable) -> Iterator[str]:
     ):
         if abs(mine - theirs) > max(mine, theirs) // 50:
             raise RowFailed(f"the guest {name} {mine} bytes, the other end says {theirs}")
-    queues = wire.ethtool("-S")
-    if "rx_queue_0_packets" not in queues:
-        raise RowFailed("ethtool -S names no queue", queues.splitlines())
     yield (
         f"counters: guest received {ours['rx_bytes']} bytes of {sent} the host's kernel sent, "
         f"sent {ours['tx_bytes']} of {received} it received"
     )
+    queues = check_queues(wire.ethtool("-S"), ours["rx_bytes"], ours["tx_bytes"])
+    yield f"ethtool -S: the same bytes in {queues} queues, and none of the driver's errors"
+
+
+def check_queues(text: str, received: int, sent: int) -> int:
+    """Whether ``ethtool -S`` adds up to the interface's bytes, shortly after; how many queues."""
+    counters = {name: int(value) for name, value in re.findall(r"^\s*(\w+): (\d+)$", text, re.M)}
+    for direction, whole in (("rx", received), ("tx", sent)):
+        queues = [
+            value
+            for name, value in counters.items()
+            if re.fullmatch(rf"{direction}_queue_\d+_bytes", name)
+        ]
+        if not queues:
+            raise RowFailed(f"ethtool -S names no {direction} queue", text.splitlines())
+        if abs(sum(queues) - whole) > max(whole, sum(queues)) // 50:
+            raise RowFailed(
+                f"the guest's {direction} queues have {sum(queues)} bytes, its interface {whole}",
+                text.splitlines(),
+            )
+    if errors := {name: counters[name] for name in _ERRORS if counters.get(name)}:
+        raise RowFailed(f"ethtool -S counts errors: {errors}", text.splitlines())
+    return len(queues)
 
 
 def _carrier(wire: Cable, wanted: str) -> None:
