@@ -25,8 +25,10 @@ from hvhost.units import GIB, MIB
 MEMORY = MEMORY_MIB * MIB
 PIECE = 128 * MIB
 LIMIT = 120.0
-# Report at once, and use what was added.
+# Report at once, and use what was added. QEMU offers its devices when the guest's driver asks.
 PREPARE = """
+for second in $(seq 60); do [ -d /sys/module/hv_balloon ] && break; sleep 1; done
+[ -d /sys/module/hv_balloon ] || dmesg | grep -iE 'vmbus|hyper' >&2
 echo online > /sys/devices/system/memory/auto_online_blocks &&
 echo 0 > /sys/module/hv_balloon/parameters/pressure_report_delay
 """
@@ -108,7 +110,7 @@ def ours(kernel: str, initrd: str) -> Iterator[SetMemory]:
     from hvhost.manager.memory import MemoryClient
 
     with hvhost(kernel, initrd, []) as machine:
-        machine.run(PREPARE)
+        machine.run(PREPARE, LIMIT)
         memory = MemoryClient(MachineClient("bench"))
         deadline = time.monotonic() + LIMIT
         while memory.info().demand is None:
@@ -130,7 +132,7 @@ def theirs(
             closing(Qmp(control)) as qmp,
         ):
             if devices == HV_BALLOON:
-                machine.run(PREPARE)
+                machine.run(PREPARE, LIMIT)
                 qmp.await_answer("query-hv-balloon-status-report")
             else:
                 qmp.await_answer("query-balloon")
