@@ -112,6 +112,7 @@ class UnitWorker:
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._gate = threading.Lock()  # no job comes in behind the end
         self._thread: threading.Thread | None = None
         self._complained = -COMPLAINT_SECONDS
 
@@ -141,7 +142,7 @@ class UnitWorker:
     def call(self, function: Callable[[], Result]) -> Result:
         """Run *function* between two commands, and return what it does; not with the bus's lock.
 
-        It goes before the commands that wait.
+        It goes before the commands that wait. :class:`HvHostError` once the unit is to stop.
         """
         done = threading.Event()
         results: list[Result] = []
@@ -154,9 +155,15 @@ class UnitWorker:
                 errors.append(error)
             done.set()
 
-        if self._thread is None:
-            self._start()
-        self._jobs.append(job)
+        with self._gate:
+            if self._stopping:
+                raise HvHostError(
+                    f"{self.name} was detached, so nothing can be done with it any more; attach "
+                    "it again first."
+                )
+            if self._thread is None:
+                self._start()
+            self._jobs.append(job)
         self._wake.set()
         self._queue.put(None)
         done.wait()
@@ -166,7 +173,8 @@ class UnitWorker:
 
     def stop(self) -> None:
         """Execute what waits, without its limits, and end; then close the unit."""
-        self._stopping = True
+        with self._gate:
+            self._stopping = True
         self._wake.set()
         if self._thread is not None:
             self._queue.put(None)

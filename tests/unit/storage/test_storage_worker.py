@@ -347,6 +347,25 @@ def test_the_end_of_a_worker_that_never_worked(bench: Bench) -> None:
     assert not bench.worker.try_enter()
 
 
+@pytest.mark.parametrize("worked", [False, True])
+def test_a_job_after_the_end_is_refused_in_a_sentence(bench: Bench, worked: bool) -> None:
+    if worked:
+        bench.worker.call(lambda: None)
+    bench.worker.stop()
+    refused: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(HvHostError) as error:
+            bench.worker.call(lambda: None)
+        refused.append(str(error.value))
+
+    in_thread(ask).join(60)  # not here: without the check it would wait for ever
+    assert [each.startswith("disk0 was detached, so nothing can be done") for each in refused] == [
+        True
+    ]
+    assert not bench.worker._jobs
+
+
 def test_a_job_before_the_end_does_not_end_it_early(bench: Bench) -> None:
     gate = bench.gate(1)
     bench.submit(1)
