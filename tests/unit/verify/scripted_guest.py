@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from panic_texts import UNKNOWN_NMI, nmi_text
 from scripted_services import ScriptedServices
 
 from hvhost.errors import HvHostError
@@ -298,13 +299,16 @@ class ScriptedMachine:
             self.events_sent[channel - 1] += signals
 
     def panic(self, reason: str) -> None:
-        self.state, self.heartbeat = MachineState.CRASHED, HeartbeatStatus.CRASHED
-        if "state-not-crashed" in self.faults:
-            self.state = MachineState.RUNNING
         lines = [*self.kernel_log, f"<0>[    9.0] Kernel panic - not syncing: {reason}"]
         if "token-lost" in self.faults:
             lines = lines[-1:]
-        text = "\n".join(lines)
+        self._crashed("\n".join(lines))
+
+    def _crashed(self, text: str) -> None:
+        """The panic's last act: its *text* goes to the host."""
+        self.state, self.heartbeat = MachineState.CRASHED, HeartbeatStatus.CRASHED
+        if "state-not-crashed" in self.faults:
+            self.state = MachineState.RUNNING
         self._print(text)
         if "no-crash-msrs" in self.faults:
             return
@@ -442,6 +446,14 @@ class ScriptedMachine:
             return
         flags = "00000206" if "interrupts-on" in self.faults else "00000006"
         self.kernel_log.append(f"RIP: 0010:default_idle+0xb/0x10\nRSP: 0 EFLAGS: {flags}")
+        depth = 120 if self.faults & {"long-trace", "longer-trace"} else 0
+        if "longer-trace-once" in self.faults and self.boot_count == 1:
+            depth = 120
+        if depth:
+            text = nmi_text(UNKNOWN_NMI, "NMI: Not continuing", depth)
+            kept = "panic+0x" if "long-trace" in self.faults else "exc_nmi+0x"
+            self._crashed(text[text.index("\n", text.index(kept)) + 1 :])
+            return
         self.panic("Hard LOCKUP" if "other-panic" in self.faults else "NMI: Not continuing")
 
     def hang(self) -> list[ProcessorInfo]:
