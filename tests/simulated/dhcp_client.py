@@ -1,7 +1,7 @@
 """A DHCP client for kernels that tests make: raw frames on ``tap0``, so that it needs no address.
 
-Run as a program inside the namespace, with the hardware address and perhaps a host name; prints
-what it was given as JSON. :func:`lease` does that.
+Run as a program inside the namespace, with the hardware address, perhaps a host name, and how many
+seconds to wait for each answer; prints what it was given as JSON. :func:`lease` does that.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 DISCOVER, REQUEST, ACK = 1, 3, 5
 MASK, ROUTER, DNS, HOST_NAME, REQUESTED, KIND, SERVER = 1, 3, 6, 12, 50, 53, 54
-SECONDS = 10
+SECONDS = 10.0
 
 
-def lease(kernel: Witness, name: str = "") -> dict[str, Any]:
+def lease(kernel: Witness, name: str = "", seconds: float = SECONDS) -> dict[str, Any]:
     """Have a namespace's kernel ask on ``tap0``: its address, mask, gateway and dns, or ``None``.
 
     :class:`hvhost.errors.HvHostError`, with ``TimeoutError`` in it, if nobody answers.
     """
     link = json.loads(kernel.command("ip", "-json", "link", "show", "tap0"))[0]
-    said = kernel.command(sys.executable, str(Path(__file__)), link["address"], name)
+    said = kernel.command(sys.executable, str(Path(__file__)), link["address"], name, str(seconds))
     found: dict[str, Any] = json.loads(said)
     return found
 
@@ -55,12 +55,12 @@ def broadcast(mac: bytes, message: bytes) -> bytes:
     return b"\xff" * 6 + mac + b"\x08\x00" + bytes(ip) + udp + message
 
 
-def main(mac: bytes, name: bytes) -> None:
+def main(mac: bytes, name: bytes, seconds: float) -> None:
     head = struct.pack("!BBBBIHH", 1, 1, 6, 0, 99, 0, 0x8000) + bytes(16) + mac
     head = head.ljust(236, b"\0") + bytes((99, 130, 83, 99))
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as sock:
         sock.bind(("tap0", 0))
-        sock.settimeout(SECONDS)
+        sock.settimeout(seconds)
 
         def ask(kind: int, *wishes: bytes) -> bytes:
             message = head + option(KIND, bytes((kind,))) + b"".join(wishes) + b"\xff"
@@ -83,4 +83,4 @@ def main(mac: bytes, name: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main(bytes.fromhex(sys.argv[1].replace(":", "")), sys.argv[2].encode())
+    main(bytes.fromhex(sys.argv[1].replace(":", "")), sys.argv[2].encode(), float(sys.argv[3]))

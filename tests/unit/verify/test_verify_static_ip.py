@@ -62,7 +62,8 @@ class Guest:
 
     def __init__(self, directory: Path, *faults: str) -> None:
         self.faults, self.directory = set(faults), directory
-        self.timing = Timing(boot=2.0, event=3.0 if faults else 60.0, poll=0.05)
+        event = 3.0 if faults else 60.0
+        self.timing = Timing(boot=2.0, event=event, poll=0.05, stretch=lambda: 1.0)
         self.machine = self.network = self
         self.namespace: Namespace | None = None
         self.servers: tuple[str, ...] = ()
@@ -162,7 +163,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(static_ip, "WISH", f"{tmp_path}/ifcfg-")
     monkeypatch.setattr(static_ip, "KEYFILE", f"{tmp_path}/{{}}.nmconnection")
-    monkeypatch.setattr(static_ip, "_SECONDS", 3.0)
+    # This guest has done what it does when it has been told: the first look counts.
+    monkeypatch.setattr(static_ip, "_SECONDS", 0.0)
     try:
         open_namespace([("tap0", "")]).close()
     except HvHostError as error:
@@ -175,8 +177,8 @@ def prove(guest: Guest) -> list[str]:
 
 
 def test_a_guest_that_does_all_of_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_ip, "_SECONDS", 60.0)
-    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 2.0)
+    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(static_ip, "PING_SECONDS", 0.5)
     evidence = "\n".join(prove(Guest(directory)))
     assert "IPADDR0=192.168.77.2" in evidence and "fd77::2/64" in evidence
     assert "for NetworkManager: address1=192.168.77.2/24, address1=fd77::2/64" in evidence
@@ -199,8 +201,9 @@ def test_a_guest_that_does_all_of_it(directory: Path, monkeypatch: pytest.Monkey
 def test_a_guest_that_does_not(
     fault: str, sentence: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(static_ip, "DHCP_SECONDS", 2.0)
-    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 0.5)
+    monkeypatch.setattr(static_ip, "DHCP_SECONDS", 0.2 if fault == "no-dhcp" else 20.0)
+    monkeypatch.setattr(static_ip, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(static_ip, "PING_SECONDS", 0.5)
     with pytest.raises(HvHostError, match=sentence) as caught:
         prove(Guest(directory, fault))
     assert isinstance(caught.value, RowFailed) or fault == "refuses"

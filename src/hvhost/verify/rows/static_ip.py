@@ -31,6 +31,7 @@ RESOLVER = "/run/systemd/resolve/resolv.conf"
 _SECONDS = 45.0
 DHCP_SECONDS = 60.0
 LINGER_SECONDS = 12.0
+PING_SECONDS = 2.0
 
 
 def _addresses(wire: Cable) -> set[str]:
@@ -64,7 +65,7 @@ def _await(session: Session, what: str, seen: Callable[[], object], wanted: obje
 
 
 def _reached(wire: Cable, address: str) -> bool:
-    return bool(wire.witness.do("ping", to=address, timeout=2.0)["answers"])
+    return bool(wire.witness.do("ping", to=address, timeout=PING_SECONDS)["answers"])
 
 
 def _await_reached(wire: Cable, address: str) -> None:
