@@ -70,7 +70,7 @@ class HostFile:
         """Open *path*; :class:`HvHostError` if it is in use, :class:`OSError` as the host says."""
         self.path = path
         self.name = str(path)
-        self._flush_error: OSError | None = None
+        self._flush_failed = False
         mode = os.O_RDONLY if read_only else os.O_RDWR
         self._descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -171,15 +171,14 @@ class HostFile:
             self.truncate(max(self.size(), offset + length))
 
     def flush(self) -> None:
-        if self._flush_error is not None:
-            # The kernel reports lost pages once, then calls them clean.
-            raise OSError(
-                self._flush_error.errno, "an earlier flush failed: open the disk anew", self.name
-            )
+        if self._flush_failed:
+            # The kernel reports lost pages once, then calls them clean. Never as "no space" again:
+            # that would be waited for, and no space brings them back.
+            raise OSError(errno.EIO, "an earlier flush failed: open the disk anew", self.name)
         try:
             os.fdatasync(self._descriptor)
-        except OSError as error:
-            self._flush_error = error
+        except OSError:
+            self._flush_failed = True
             raise
 
     def allocated(self) -> int:

@@ -115,6 +115,8 @@ def survey(name: str, layout: Layout, table: BlockTable, file_size: int) -> Surv
             state, place = entry & STATE_MASK, entry & OFFSET_MASK
             if position == ratio:
                 if state == BitmapState.PRESENT and layout.has_parent:
+                    if place + BITMAP_SIZE > file_size:
+                        raise _outside(name, "sector bitmap", chunk, place)
                     extents.append((place, BITMAP_SIZE))
                 elif state != BitmapState.NOT_PRESENT:
                     raise _bad_state(name, "sector bitmap", chunk, state)
@@ -131,9 +133,7 @@ def survey(name: str, layout: Layout, table: BlockTable, file_size: int) -> Surv
             blocks += 1
             length = min(block_size, layout.size - block * block_size)
             if place + length > file_size:
-                raise DiskError(
-                    f"{name} has block {block} outside the file, at {place}; it is damaged."
-                )
+                raise _outside(name, "block", block, place)
             if length < block_size:
                 last_block = (place, length)
             else:
@@ -159,6 +159,10 @@ def _add_last_block(
     extents.append((place, length if short else block_size))
     extents.sort()
     return short
+
+
+def _outside(name: str, what: str, number: int, place: int) -> DiskError:
+    return DiskError(f"{name} has {what} {number} outside the file, at {place}; it is damaged.")
 
 
 def _bad_state(name: str, what: str, number: int, state: int) -> DiskError:

@@ -271,6 +271,7 @@ class UnitWorker:
             if is_out_of_space(error) and self.pause_when_full and not self._stopping:
                 self._say_full()
                 return None
+            self.full = False
             self._complain(error)
             return request.failed(sense_of_error(error, writing=request.cdb[0] not in _READS))
         except HvHostError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from hvhost.errors import DiskError, HvHostError
 from hvhost.storage.images import create_disk, differencing_options, open_disk
 from hvhost.storage.operations import check
+from hvhost.storage.vhd_create import VhdOptions
 from hvhost.storage.vhdx import VhdxDisk
+from hvhost.storage.vhdx_check import check_vhdx
 from hvhost.storage.vhdx_create import BAT_OFFSET, LOG_OFFSET, VhdxOptions, create_vhdx
 from hvhost.storage.vhdx_format import (
     HEADER_OFFSETS,
@@ -22,6 +25,7 @@ from hvhost.storage.vhdx_format import (
     LOG_SECTOR,
     MIB,
     REGION_TABLE_OFFSETS,
+    BitmapState,
     Header,
     LogEntryHeader,
     PayloadState,
@@ -99,6 +103,26 @@ def test_blocks_that_cannot_be(place: int, state: int, said: str) -> None:
     content = image()
     put_entry(content, 1, place, state)
     assert said in refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (900 << 40, "sector bitmap 0 outside the file"),
+        (5 * MIB, "sector bitmap 0 outside the file"),
+        (3 * MIB, "two things at one place"),
+    ],
+)
+def test_sector_bitmaps_that_cannot_be(place: int, said: str) -> None:
+    """What lies outside would read as zeros: as if nothing were the file's own."""
+    file = MemoryFile()
+    options = VhdxOptions(4 * MIB, block_size=MIB, locator={"parent_linkage": "x"})
+    create_vhdx(file, options)
+    file.truncate(5 * MIB)
+    put_entry(file.content, 4096, 4 * MIB, BitmapState.PRESENT)
+    assert check_vhdx(VhdxDisk(MemoryFile(file.content), read_only=True)).clean
+    put_entry(file.content, 4096, place, BitmapState.PRESENT)
+    assert said in refusal(file.content)
 
 
 def test_two_blocks_at_one_place() -> None:
@@ -228,6 +252,37 @@ def test_a_loop_of_parents(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="its own parent"):
         open_disk(other)
     assert not check(other).clean
+
+
+@pytest.mark.parametrize("suffix", ["vhdx", "vhd"])
+def test_a_longer_loop_of_parents(tmp_path: Path, suffix: str) -> None:
+    """One names two, two names three, and three names one."""
+    options = VhdxOptions(4 * MIB) if suffix == "vhdx" else VhdOptions(4 * MIB)
+    base, *links = (tmp_path / f"{name}.{suffix}" for name in ("base", "one", "two", "three"))
+    create_disk(base, options).close()
+    below = base
+    for path in links:
+        create_disk(path, differencing_options(path, below)).close()
+        below = path
+    base.unlink()
+    base.symlink_to(links[-1])
+    for path in links:
+        with pytest.raises(DiskError, match="its own parent"):
+            open_disk(path, read_only=True)
+        (error,) = check(path).errors
+        assert "its own parent" in error
+
+
+def test_a_chain_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvhost.storage.images.MAXIMUM_CHAIN", 3)
+    links = [tmp_path / f"{number}.vhdx" for number in range(4)]
+    create_disk(links[0], VhdxOptions(4 * MIB)).close()
+    for below, path in pairwise(links[:3]):
+        create_disk(path, differencing_options(path, below)).close()
+    open_disk(links[2], read_only=True).close()
+    with pytest.raises(DiskError, match="parent of more than 3 images"):
+        create_disk(links[3], differencing_options(links[3], links[2]))
+    assert not links[3].exists()
 
 
 def test_a_parent_that_changed_or_is_gone(tmp_path: Path) -> None:

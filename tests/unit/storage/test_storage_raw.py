@@ -138,19 +138,22 @@ def test_errors_of_the_host_go_up(tmp_path: Path) -> None:
         RawDisk(tmp_path / "none.img")
 
 
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 def test_after_a_failed_flush_every_flush_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
+    """Also one for want of room, which is not waited for: room brings nothing back."""
     RawDisk.create(tmp_path / "a.img", MIB).close()
     file = HostFile(tmp_path / "a.img", read_only=False)
 
     def broken(descriptor: int) -> None:
-        raise OSError(errno.EIO, "broken")
+        raise OSError(error, "broken")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", broken)
         with pytest.raises(OSError, match="broken"):
             file.flush()
-    with pytest.raises(OSError, match="an earlier flush failed"):
+    with pytest.raises(OSError, match="an earlier flush failed") as caught:
         file.flush()
+    assert caught.value.errno == errno.EIO
     file.close()

@@ -257,6 +257,18 @@ def test_a_full_host_is_waited_for_told_once_and_what_came_before_is_answered(
     assert not bench.worker.full
 
 
+def test_a_wait_ends_with_another_error_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a flush failed for want of room: what was lost then does not come back."""
+    monkeypatch.setattr(module, "FULL_RETRY_SECONDS", 0.001)
+    bench.worker.pause_when_full = True
+    lost = OSError(errno.EIO, "an earlier flush failed")
+    bench.unit.errors = {1: [NO_SPACE, lost]}
+    (request,) = bench.submit(1, opcode=WRITE)
+    assert bench.channel.hears(1) == [request.failed(sense_of_error(lost, writing=True))]
+    assert [kind for kind, _ in bench.events] == ["disk-full", "disk-error"]
+    assert not bench.worker.full
+
+
 def test_without_waiting_a_full_host_fails_the_write(bench: Bench) -> None:
     bench.unit.errors = {1: [NO_SPACE]}
     (request,) = bench.submit(1, opcode=WRITE)
