@@ -7,11 +7,14 @@ exercised without it too.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from ipaddress import IPv4Interface
+from typing import Final
 
 from hvhost.errors import HvHostError, RemoteProtocolError
-from hvhost.machine.model import KvpPool
+from hvhost.machine.model import IpSettings, KvpPool
 from hvhost.memory.area import HotAddArea
 from hvhost.memory.device import MemoryDevice, Work
 from hvhost.memory.protocol import PageRange
@@ -22,8 +25,17 @@ from hvhost.network.rndis import decode_packet
 from hvhost.services.filecopy import Copy, FileCopy
 from hvhost.services.filecopy_protocol import CopyFlags, parse_target
 from hvhost.services.heartbeat import Heartbeat
-from hvhost.services.kvp import Kvp
-from hvhost.services.kvp_protocol import KvpItem, enumerate_message, parse_enumerate
+from hvhost.services.kvp import Content, Kvp, KvpAnswer
+from hvhost.services.kvp_protocol import (
+    KvpItem,
+    KvpOperation,
+    enumerate_message,
+    get_message,
+    ip_message,
+    parse_enumerate,
+    parse_get,
+    parse_ip,
+)
 from hvhost.services.shutdown import Shutdown
 from hvhost.services.timesync import TimeSync
 from hvhost.services.timesync_protocol import TimeSample
@@ -98,6 +110,15 @@ def fuzz_ring(data: Buffer) -> None:
     assert len(guest.faults) <= 1
 
 
+#: What of an answer is parsed: an item counted, one named, an adapter's addresses.
+_KVP_REQUESTS: Final[tuple[tuple[bytes, Callable[[bytes], Content]], ...]] = (
+    (enumerate_message(KvpPool.GUEST, 0), parse_enumerate),
+    (get_message(KvpPool.GUEST, "a"), parse_get),
+    (ip_message(KvpOperation.GET_IP_INFO, IpSettings("a")), parse_ip),
+)
+_LONGEST_KVP: Final = max(len(body) for body, _ in _KVP_REQUESTS)
+
+
 def fuzz_services(data: Buffer) -> None:
     """Pieces of *data* as packets to all services, before and after negotiation.
 
@@ -114,6 +135,8 @@ def fuzz_services(data: Buffer) -> None:
     guest.connect()
     channels = [guest.open(relid) for relid in range(1, len(devices) + 1)]
     first = data[0] if data else 0
+    asked = 0
+    answers: list[KvpAnswer | HvHostError] = []
     if first & 1:
         for channel in channels:
             GuestService(channel, [(4, 0), (3, 0)]).run()
@@ -126,9 +149,9 @@ def fuzz_services(data: Buffer) -> None:
                 message = bytearray(piece)
                 struct.pack_into("<H", message, 12, kind)
                 struct.pack_into("<BB", message, 24, min(unanswered), 5)
-                if kind == 2 and first & 4:  # long enough to be an item
-                    message = message.ljust(28 + 2580, b"\xa5")
-                    struct.pack_into("<H", message, 18, 2580)
+                if kind == 2 and first & 4:  # long enough to be an item, or an adapter's addresses
+                    message = message.ljust(28 + _LONGEST_KVP, b"\xa5")
+                    struct.pack_into("<H", message, 18, _LONGEST_KVP)
                 channel.write(bytes(message))
             else:
                 channel.write(piece)
@@ -136,8 +159,16 @@ def fuzz_services(data: Buffer) -> None:
         timesync.tick(6.0 * number)
         kvp.tick(40.0 * number)
         with suppress(HvHostError):
-            kvp.request(enumerate_message(KvpPool.GUEST, 0), lambda answer: None, parse_enumerate)
+            body, parse = _KVP_REQUESTS[number % 3]
+            kvp.request(body, answers.append, parse)
+            asked += 1
     assert len(guest.faults) <= len(devices)
+    guest.server.reset()
+    assert len(answers) == asked
+    for answer in answers:
+        if isinstance(answer, KvpAnswer) and answer.content is not None:
+            texts = [text for text in asdict(answer.content).values() if isinstance(text, str)]
+            assert all(len(text) <= 1024 and "\0" not in text for text in texts)
 
 
 def fuzz_filecopy(data: Buffer) -> None:

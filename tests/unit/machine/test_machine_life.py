@@ -909,3 +909,50 @@ def test_a_paused_machine_is_reset_and_stopped() -> None:
         one.machine.force_stop()
         one.ended()
         assert one.machine.info().state is MachineState.STOPPED
+
+
+def switched_on(one: Life) -> list[str]:
+    return [each.name for each in one.machine.services() if each.enabled]
+
+
+def on_the_bus(one: Life) -> set[str]:
+    gone = ("rescinded", "released")
+    return {each.name for each in one.machine.info().channels if each.state not in gone}
+
+
+def test_each_service_is_switched_off_and_on_and_stays_so_over_a_reset() -> None:
+    names = ["heartbeat", "shutdown", "timesync", "kvp", "file-copy", "vss"]
+    with life((runs_on,), (runs_on,)) as one:
+        machine = one.machine
+        assert switched_on(one) == names and set(names) <= on_the_bus(one)
+        for number, name in enumerate(names):
+            for _ in range(2):  # off is off
+                machine.set_service(name, False)
+            assert switched_on(one) == names[number + 1 :]
+            assert not on_the_bus(one) & set(names[: number + 1])
+        for _ in range(2):  # and not offered twice
+            machine.set_service("kvp", True)
+        assert [each.name for each in machine.info().channels].count("kvp") == 2  # one is gone
+        machine.reset()
+        one.wait_for(lambda: machine.info().boots == 2)
+        assert switched_on(one) == ["kvp"] and on_the_bus(one) & set(names) == {"kvp"}
+        machine.set_service("vss", True)
+        assert switched_on(one) == ["kvp", "vss"]
+        with pytest.raises(HvHostError, match="no service 'clock'; there are heartbeat, shutdown,"):
+            machine.set_service("clock", False)
+
+
+def test_a_time_that_is_not_taken_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with life((runs_on,)) as one:
+        machine = one.machine
+        with pytest.raises(HvHostError, match="no time synchronization driver"):
+            machine.time_sync()
+        monkeypatch.setattr(machine._timesync, "sync", lambda done: done(True))
+        assert 0 <= machine.time_sync() < 1
+        monkeypatch.setattr(machine._timesync, "sync", lambda done: done(False))
+        with pytest.raises(HvHostError, match="refused the time"):
+            machine.time_sync()
+        monkeypatch.setattr(machine_module, "_TIME_SYNC_SECONDS", 0.01)
+        monkeypatch.setattr(machine._timesync, "sync", lambda done: None)
+        with pytest.raises(HvHostError, match=r"did not take the time within 0\.01 seconds"):
+            machine.time_sync()

@@ -357,6 +357,52 @@ def test_a_slow_guest_is_not_given_up(daemon: Daemon) -> None:
     assert ends == [None]
 
 
+class Moody(Daemon):
+    """Refuses some of what it is asked, and does not do it then."""
+
+    def __init__(self, moods: list[int | None], *, uio: bool) -> None:
+        self.moods = iter(moods)
+        super().__init__(uio=uio)
+
+    def _serve(self, body: bytes) -> int:
+        mood = next(self.moods, None)
+        return super()._serve(body) if mood is None else mood
+
+
+@given(
+    st.integers(0, 4 * DATA_FRAGMENT),
+    st.lists(st.sampled_from([None, None, None, E_FAIL, EXISTS, FULL, 5]), max_size=9),
+    st.booleans(),
+    st.integers(0, 9),
+    st.sampled_from([0, 2 * DATA_FRAGMENT + 50, 1 << 60]),
+)
+def test_whatever_goes_wrong_the_sentence_is_true(
+    size: int, moods: list[int | None], uio: bool, cancelled: int, room: int
+) -> None:
+    content = bytes(number * 7 % 251 for number in range(size))
+    daemon = Moody(moods, uio=uio)
+    daemon.room = room
+    ends = daemon.copy(content)
+    for messages in range(20):
+        if messages == cancelled:
+            daemon.device.cancel()
+        if not daemon.answer():
+            break
+    assert daemon.device.copy is None and not daemon.guest.faults
+    kept = daemon.files.get("/var/file")
+    left = None if kept is None else bytes(kept)
+    if ends == [None]:
+        assert left == content
+        return
+    said = sentence(ends)
+    if "Nothing of it is left" in said:
+        assert left is None
+    elif "An empty /var/file is left" in said:
+        assert left == b""
+    else:
+        assert "incomplete" in said or left is None
+
+
 def test_answers_to_nothing(daemon: Daemon) -> None:
     message = bytearray(28)
     struct.pack_into("<IIHHHHHHIBB", message, 0, 1, 20, 3, 0, 7, 1, 1, 0, 0, 77, 5)

@@ -172,3 +172,45 @@ def test_ip_settings_lie_where_linux_reads_them() -> None:
 def test_too_long_settings_are_refused(settings: IpSettings, why: str) -> None:
     with pytest.raises(HvHostError, match=why):
         protocol.ip_message(KvpOperation.SET_IP_INFO, settings)
+
+
+@given(st.binary(max_size=7500), st.booleans())
+def test_bytes_are_ip_settings_or_a_protocol_error(data: bytes, whole: bool) -> None:
+    size = len(protocol.ip_message(KvpOperation.GET_IP_INFO, SETTINGS))
+    message = (data * (size // max(1, len(data)) + 1)).ljust(size, b"x") if whole else data
+    try:
+        settings = protocol.parse_ip(message)
+    except RemoteProtocolError:
+        assert len(message) < size
+        return
+    for text, limit in (
+        (settings.adapter, 128),
+        (settings.addresses, 1024),
+        (settings.subnets, 1024),
+        (settings.gateways, 512),
+        (settings.dns_servers, 1024),
+    ):
+        assert len(text) <= limit and "\0" not in text
+    assert isinstance(settings.dhcp, bool) and 0 <= settings.family <= 255
+
+
+def ip_text(size: int) -> st.SearchStrategy[str]:
+    """What fits into *size* code units as UTF-16, and into as many pairs of bytes as UTF-8."""
+    return TEXT.filter(lambda text: len(utf16(text)) <= 2 * size > len(text.encode()))
+
+
+@given(
+    st.builds(
+        IpSettings,
+        ip_text(128),
+        st.integers(0, 255),
+        st.booleans(),
+        ip_text(1024),
+        ip_text(1024),
+        ip_text(512),
+        ip_text(1024),
+    )
+)
+def test_ip_settings_survive_the_way_there_and_back(settings: IpSettings) -> None:
+    message = protocol.ip_message(KvpOperation.SET_IP_INFO, settings)
+    assert protocol.parse_ip(message) == settings
