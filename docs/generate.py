@@ -43,13 +43,18 @@ def help_page(words: list[str]) -> str:
 
 
 def command_words() -> list[list[str]]:
-    """The words of every command, groups before their members."""
+    """The words of every command, groups before their members.
+
+    With the arguments of a group, such as NAME, before the member's own name.
+    """
     found: list[list[str]] = [[]]
 
-    def walk(command: object, words: list[str]) -> None:
+    def walk(command: Any, words: list[str]) -> None:
+        arguments = [each for each in command.params if each.param_type_name == "argument"]
+        names = [each.metavar for each in arguments]
         for name, member in getattr(command, "commands", {}).items():
-            found.append([*words, name])
-            walk(member, [*words, name])
+            found.append([*words, *names, name])
+            walk(member, [*words, *names, name])
 
     walk(command_line(), [])
     return found

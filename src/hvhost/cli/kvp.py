@@ -22,9 +22,9 @@ OnePool = Annotated[KvpPool, typer.Option("--pool", help="The pool the item is i
 def machine(context: typer.Context, name: Name) -> None:
     """Exchange key-value pairs with a machine's guest.
 
-    Pools: external holds what you give the guest; guest what programs of the guest tell the host;
-    auto what the guest's daemon says of its system; auto-external what the host says of itself;
-    auto-internal what the guest keeps for itself. In a Linux guest each is a file,
+    Pools: external (0) holds what you give the guest; guest (1) what programs of the guest tell the
+    host; auto (2) what the guest's daemon says of its system; auto-external (3) what the host says
+    of itself; auto-internal (4) what the guest keeps for itself. In a Linux guest each is a file,
     /var/lib/hyperv/.kvp_pool_0 to 4, but for auto.
 
     \b

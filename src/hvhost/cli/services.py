@@ -23,9 +23,10 @@ def execute(
 
     \b
     Examples:
-      hvhost exec demo -- uname -r
+      hvhost exec demo uname -r
       hvhost exec demo -- sh -c 'dmesg | tail'
     """
+    from hvhost.errors import HvHostError
     from hvhost.manager.client import MachineClient
     from hvhost.manager.probe import connect_probe
 
@@ -34,6 +35,10 @@ def execute(
         stream.write(data)
         stream.flush()
 
+    if command[0] == "--":
+        del command[0]
+        if not command:
+            raise HvHostError("say what to run: hvhost exec NAME -- COMMAND.")
     probe = connect_probe(MachineClient(name).directory)
     try:
         status = probe.follow(command, output)
@@ -48,7 +53,10 @@ def copy(
         Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A file here.")
     ],
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help="Absolute path in the guest; a directory with /.")
+        str,
+        typer.Argument(
+            metavar="DEST", help="Absolute path in the guest; of a directory if it ends in /."
+        ),
     ],
     create_path: Annotated[
         bool, typer.Option("--create-path", help="Make directories that are missing.")
@@ -56,6 +64,7 @@ def copy(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is there.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Copy a file into a guest, without a network.
 
@@ -66,6 +75,7 @@ def copy(
     Examples:
       hvhost copy demo disk.img /var/tmp/
       hvhost copy demo app.conf /etc/app/app.conf --create-path --overwrite
+      hvhost copy demo disk.img /var/tmp/ --json | jq '.size / .seconds'
     """
     from hvhost.cli import output
     from hvhost.manager.client import MachineClient
@@ -75,7 +85,10 @@ def copy(
         done = client.copy(
             file, destination, create_path=create_path, overwrite=overwrite, watch=watch
         )
-    output.print_copied(done)
+    if json:
+        output.print_json(done)
+    else:
+        output.print_copied(done)
 
 
 def services(
@@ -90,8 +103,10 @@ def services(
 ) -> None:
     """List a machine's services, or switch them on and off.
 
-    A service that is switched off disappears from the guest, whose driver lets go of it; it stays
-    off when the guest restarts.
+    They are heartbeat, shutdown, timesync, kvp, file-copy, vss (freezing file systems for a backup)
+    and sockets. A service that is switched off disappears from the guest, whose driver lets go of
+    it; it stays off when the guest restarts. Sockets that are off take no new connections; those
+    there are go on.
 
     \b
     Examples:

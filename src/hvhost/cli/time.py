@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hvhost.cli.machines import Name
+from hvhost.cli.machines import Json, Name
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -24,14 +24,21 @@ def machine(context: typer.Context, name: Name) -> None:
 
 
 @app.command()
-def sync(context: typer.Context) -> None:
+def sync(context: typer.Context, json: Json = False) -> None:
     """Have the guest set its clock to the host's now.
 
+    Says how long the guest's driver took to take it.
+
     \b
-    Example:
+    Examples:
       hvhost time demo sync
+      hvhost time demo sync --json | jq .seconds
     """
+    from hvhost.cli import output
     from hvhost.manager.client import MachineClient
 
     seconds = MachineClient(context.obj).time_sync()
-    print(f"The guest of {context.obj} took the time after {seconds * 1e3:.1f} ms.")
+    if json:
+        output.print_json({"seconds": seconds})
+    else:
+        print(f"The guest of {context.obj} took the time after {seconds * 1e3:.1f} ms.")

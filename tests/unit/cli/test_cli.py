@@ -39,6 +39,9 @@ COMMANDS = [
     ["rm"],
     ["time"],
     ["kvp"],
+    ["exec"],
+    ["copy"],
+    ["services"],
     ["doctor"],
     ["rig"],
     ["rig", "status"],
@@ -179,6 +182,8 @@ def test_run_detached_and_the_rest_of_its_life(
     assert "'m1' is paused" in hvhost.sentence("pause", "m1")
     assert hvhost("resume", "m1").status == 0
     assert "took the time after 0.5 ms" in hvhost("time", "m1", "sync").out
+    taken = hvhost("time", "m1", "sync", "--json")
+    assert (taken.status, json.loads(taken.out)) == (0, {"seconds": 0.0005})
     assert hvhost("restart", "m1").status == 0
     assert hvhost("restart", "--force", "m1").status == 0
     assert MachineClient("m1").info().boots == 3

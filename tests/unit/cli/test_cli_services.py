@@ -33,6 +33,9 @@ def test_copy(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:
     done = hvhost("copy", "m1", config.kernel, "/boot/", "--create-path", "--overwrite")
     assert (done.status, done.err) == (0, "")
     assert done.out == "Copied 1000 B to /boot/ in 2.0 s (500 B/s).\n"
+    done = hvhost("copy", "m1", config.kernel, "/boot/", "--json")
+    told = json.loads(done.out)
+    assert (told["destination"], told["copied"], told["state"]) == ("/boot/", 1000, "done")
 
 
 def test_copies_that_fail(hvhost: Hvhost, runtime: Path, config: MachineConfig) -> None:
@@ -115,9 +118,11 @@ def test_exec(
     begin(config)
     probe = FakeProbe(ending)
     monkeypatch.setattr(probe_module, "connect_probe", lambda directory: probe)
-    result = hvhost("exec", "m1", "--", "ls", "-l")
-    assert (result.status, result.out, result.err) == (status, "to output\n", "to errors\n")
-    assert probe.asked == ["ls", "-l"] and probe.closed
+    for words in (["--", "ls", "-h"], ["ls", "-h"]):
+        result = hvhost("exec", "m1", *words)
+        assert (result.status, result.out, result.err) == (status, "to output\n", "to errors\n")
+        assert probe.asked == ["ls", "-h"] and probe.closed
+    assert "say what to run" in hvhost.sentence("exec", "m1", "--")
 
 
 def test_a_guest_without_a_probe(
