@@ -45,7 +45,7 @@ HYPERV = (
 )
 VIRTIO_BALLOON = ("-device", "virtio-balloon-pci")
 HV_BALLOON = (
-    *("-cpu", f"host,{HYPERV}"),
+    *("-cpu", f"host,kvm=off,{HYPERV}"),  # Linux prefers KVM to Hyper-V where it sees both
     *("-m", f"{MEMORY // MIB}M,maxmem=80G,slots=2"),
     *("-global", "PIIX4_PM.disable_s4=1"),  # with S4 Linux neither balloons nor adds
     *("-object", f"memory-backend-ram,id=more,size={GIB}"),

@@ -292,7 +292,8 @@ class ScriptedMachine:
             self.callbacks = [count + signals for count in self.callbacks]
             self.callbacks[cpu] -= signals
         counted = channel % len(INSTANCES) + 1 if "wrong-channel" in self.faults else channel
-        self.interrupts[counted - 1][cpu] += signals
+        polled = "driver-at-work" in self.faults and self.events_sent[channel - 1] % 4 == 3
+        self.interrupts[counted - 1][cpu] += 0 if polled else signals
         if "noisy-channel" in self.faults:
             self.interrupts[channel % len(INSTANCES)][cpu] += signals
         if "no-answers" not in self.faults:

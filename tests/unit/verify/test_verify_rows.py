@@ -73,6 +73,12 @@ def test_four_cpus() -> None:
     ]
 
 
+def test_a_driver_that_takes_some_heartbeats_without_an_interrupt() -> None:
+    result = run_one(ScriptedGuest("driver-at-work"), "heartbeat")
+    assert result.status is Status.WORKS
+    assert "counted 15 interrupts and 20 signals back" in " ".join(result.evidence)
+
+
 def test_one_cpu_proves_no_smp() -> None:
     result = run_one(ScriptedGuest(cpus=1), "smp")
     assert result.status is Status.FAILS and "--cpus 2" in result.evidence[0]
