@@ -112,12 +112,13 @@ def memory_layout(
     if not LOW_MMIO_MINIMUM <= low_mmio_bytes <= LOW_MMIO_MAXIMUM or low_mmio_bytes % MIB:
         raise HvHostError(
             f"the low MMIO gap cannot be {format_size(low_mmio_bytes)}; "
-            f"choose {format_size(LOW_MMIO_MINIMUM)} to {format_size(LOW_MMIO_MAXIMUM)}."
+            f"choose {format_size(LOW_MMIO_MINIMUM)} to {format_size(LOW_MMIO_MAXIMUM)}, in whole "
+            "MiB."
         )
     if not 0 <= high_mmio_bytes <= HIGH_MMIO_MAXIMUM or high_mmio_bytes % MIB:
         raise HvHostError(
             f"the high MMIO gap cannot be {format_size(high_mmio_bytes)}; "
-            f"choose up to {format_size(HIGH_MMIO_MAXIMUM)}."
+            f"choose up to {format_size(HIGH_MMIO_MAXIMUM)}, in whole MiB."
         )
     gap = FOUR_GIB - low_mmio_bytes
     low = min(memory_bytes, gap)

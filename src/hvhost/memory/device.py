@@ -36,6 +36,7 @@ from hvhost.memory.protocol import (
     VersionRequest,
 )
 from hvhost.partition.memory import PAGE_SIZE
+from hvhost.units import format_size
 from hvhost.vmbus.channel import Channel, Offer, Packet, PacketType
 
 #: Pages of one unballoon message: Linux frees them all in one softirq.
@@ -161,6 +162,18 @@ class MemoryDevice:
         if capabilities is None or not capabilities.hot_add or self.state.adds_nothing:
             return None
         return self.state.area.next(pages, capabilities.hot_add_alignment // PAGE_SIZE)
+
+    def why_no_range(self) -> str:
+        """Why :meth:`next_range` gives none, for people."""
+        capabilities, area = self.state.capabilities, self.state.area
+        if capabilities is None or not capabilities.hot_add:
+            return "the guest's memory driver cannot add memory; it said so when it came"
+        if self.state.adds_nothing:
+            return "the guest said that it takes no more memory than it has"
+        return (
+            f"the guest adds memory in blocks of {format_size(capabilities.hot_add_alignment)}, "
+            f"and {format_size(area.room * PAGE_SIZE)} of address space are left for that"
+        )
 
     def hot_add(self, pages: PageRange, region: PageRange | None) -> None:
         """Offer what :meth:`next_range` gave."""

@@ -228,7 +228,7 @@ class MemoryPeripheral:
         else:
             offer = device.next_range(missing)
             if offer is None:
-                self._give_up("the guest takes no more memory than it has")
+                self._give_up(device.why_no_range())
                 return
             pages, region = offer
             assert self._computer is not None

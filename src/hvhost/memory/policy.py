@@ -6,7 +6,8 @@ they want, machines get, each round shared by weight: their minimum (always), th
 then what they want. What a machine has and needs is never taken from it.
 
 Growing happens at once. Shrinking happens only after a while, in steps, and both only by more than
-a band: so a demand that moves within the band moves no memory.
+a band: so a demand that moves within the band moves no memory. Where the host cannot give all that
+they want, what is taken has a narrower band, or machines that keep theirs would eat up its reserve.
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ def step(claim: Claim, target: int, pace: Pace, now: float) -> int:
         return missing // STEP * STEP if worth_it else 0
     lowest = max(claim.minimum, claim.needed, target)
     excess = claim.assigned - lowest
-    if excess < band(claim.assigned):
+    is_scarce = target < claim.wanted
+    if excess < (_BAND_MIN if is_scarce else band(claim.assigned)):
         pace.excess_since = None
         return 0
     if pace.excess_since is None:

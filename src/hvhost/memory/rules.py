@@ -65,7 +65,7 @@ def changed_limits(
         if value is not None and value != getattr(old, name):
             raise HvHostError(
                 f"the memory {name} changes only while the machine is stopped; it is "
-                f"{getattr(old, name)}."
+                f"{getattr(old, name)}. Stop it and start it with --memory-{name} {value}."
             )
     new = replace(
         old,
@@ -75,12 +75,14 @@ def changed_limits(
     if new.minimum > old.minimum:
         raise HvHostError(
             f"the memory minimum of a running machine can only go down from "
-            f"{format_size(old.minimum)}, not up to {format_size(new.minimum)}."
+            f"{format_size(old.minimum)}, not up to {format_size(new.minimum)}; for that, stop it "
+            "and start it with --memory-minimum."
         )
     if new.maximum < old.maximum:
         raise HvHostError(
             f"the memory maximum of a running machine can only go up from "
-            f"{format_size(old.maximum)}, not down to {format_size(new.maximum)}."
+            f"{format_size(old.maximum)}, not down to {format_size(new.maximum)}; for that, stop "
+            "it and start it with --memory-maximum."
         )
     if new.maximum > ceiling:
         raise HvHostError(

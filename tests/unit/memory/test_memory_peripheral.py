@@ -219,9 +219,26 @@ def test_a_guest_that_does_not_add(world: World) -> None:
     world.driver.answers_hot_add = (0, 1)
     with pytest.raises(HvHostError, match="did not add all the memory"):
         world.set(640 * MIB)
-    with pytest.raises(HvHostError, match="takes no more memory than it has"):
+    with pytest.raises(HvHostError, match="said that it takes no more memory than it has; it has"):
         world.set(640 * MIB)
     assert world.assigned == STARTUP
+
+
+@pytest.mark.parametrize(
+    ("alignment", "said"),
+    [(12, r"in blocks of 4 GiB, and 3 GiB of address.*has 512 MiB now, not 640"), (7, None)],
+)
+def test_blocks_that_find_no_room(tmp_path: Path, alignment: int, said: str | None) -> None:
+    world = World(tmp_path, connect=False)
+    world.guest.connect()
+    world.driver = BalloonDriver(world.guest.open(1), STARTUP // PAGE_SIZE, alignment=alignment)
+    assert world.driver.connect()
+    if said is None:
+        world.set(640 * MIB)
+        return
+    with pytest.raises(HvHostError, match=said):
+        world.set(640 * MIB)
+    assert world.plugged == [] and world.assigned == STARTUP
 
 
 def test_a_guest_that_gives_less(world: World) -> None:
@@ -410,8 +427,8 @@ def test_what_may_change_while_it_runs(dynamic: World) -> None:
         ({"minimum": 300 * MIB}, "only go down from 256 MiB"),
         ({"maximum": 900 * MIB}, "only go up from 1 GiB"),
         ({"maximum": 99 * GIB}, "cannot become 99 GiB"),
-        ({"buffer": 50}, "buffer changes only while the machine is stopped"),
-        ({"weight": 1}, "weight changes only while the machine is stopped"),
+        ({"buffer": 50}, "buffer changes only while the machine is stopped.*--memory-buffer 50"),
+        ({"weight": 1}, "weight changes only while the machine is stopped.*--memory-weight 1"),
         ({"minimum": 16 * MIB}, "cannot be 16 MiB"),
         ({"minimum": 200 * MIB + 1}, "not a whole number of MiB"),
     ],

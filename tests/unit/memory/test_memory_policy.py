@@ -188,6 +188,46 @@ def test_limits_hold_whatever_the_demand_does(demands: list[int], every: int) ->
                 assert guest.claim.assigned >= guest.used + guest_floor(guest.claim.assigned)
 
 
+@given(CLAIMS, st.integers(0, 64 * 1024), st.booleans())
+def test_no_step_leaves_the_limits_or_takes_what_is_needed(
+    claim: Claim, target: int, long_ago: bool
+) -> None:
+    """Whatever others leave it, and whatever its guest would give."""
+    change = step(claim, target * MIB, Pace(0.0 if long_ago else None), 1000.0)
+    after = claim.assigned + change
+    assert change % MIB == 0
+    if change < 0:
+        assert long_ago and after >= max(claim.minimum, claim.needed, target * MIB)
+        assert after >= (claim.demand or 0) + guest_floor(after) or after >= claim.maximum
+    if change > 0:
+        assert after <= min(claim.maximum, target * MIB)
+
+
+MACHINES = st.lists(
+    st.tuples(st.integers(40, 3000), st.integers(1, 10_000), st.integers(5, 200)),
+    min_size=2,
+    max_size=4,
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(MACHINES, st.integers(10, 150))
+def test_any_crowd_comes_to_rest(machines: list[tuple[int, int, int]], percent: int) -> None:
+    """However scarce memory is: within it but for what is not worth moving, and nothing moves."""
+    guests = [
+        Guest(Claim(512 * MIB, None, 256 * MIB, 6 * GIB, buffer, weight), used * MIB)
+        for used, weight, buffer in machines
+    ]
+    wanted = sum(guest.look().wanted for guest in guests)
+    memory = max(wanted * percent // 100, len(guests) * 512 * MIB)
+    run(guests, memory, 150)
+    assert sum(guest.claim.assigned for guest in guests) < memory + len(guests) * 32 * MIB
+    assert all(256 * MIB <= guest.claim.assigned <= 6 * GIB for guest in guests)
+    counts = [len(guest.changes) for guest in guests]
+    run(guests, memory, 150, 150)
+    assert counts == [len(guest.changes) for guest in guests]
+
+
 def test_a_crowd_shares_what_there_is() -> None:
     """Machines that all want more settle, within the host's memory, and stay there."""
     guests = [a_guest(1500, startup=1024) for _ in range(8)]
@@ -212,6 +252,16 @@ def test_too_much_is_taken_only_after_a_while() -> None:
     assert moves == [0, 0, 0, -256 * MIB]
     assert step(replace(claim, demand=2 * GIB), 2 * GIB, pace, 11.0) >= 0
     assert pace.excess_since is None
+
+
+def test_a_machine_keeps_little_that_the_host_has_not() -> None:
+    """A sixteenth of each machine would be more than the host's reserve."""
+    claim = Claim(4 * GIB, 3 * GIB, 256 * MIB, 8 * GIB, 100, 5000)
+    for less, change in ((31, 0), (33, -33), (100, -100)):
+        assert step(claim, 4 * GIB - less * MIB, Pace(0.0), 60.0) == change * MIB
+    rich = replace(claim, demand=2 * GIB, buffer=95)
+    assert rich.wanted == 2 * GIB * 195 // 100 < 4 * GIB
+    assert step(rich, rich.wanted, Pace(0.0), 60.0) == 0, "there is enough for all"
 
 
 def test_what_the_host_keeps() -> None:

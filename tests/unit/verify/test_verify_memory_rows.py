@@ -91,7 +91,8 @@ class Guest:
             added=max(0, assigned - START),
             ballooned=max(0, START - assigned),
         )
-        self.total += change // 2 if "half" in self.faults else change
+        half = "half" in self.faults or (change > 0 and "half-again" in self.faults)
+        self.total += change // 2 if half else change
 
     def set(self, size: int, timeout: float = 1.0) -> MemoryInfo:
         if size < 200 * MIB and "careless" not in self.faults:
@@ -242,6 +243,8 @@ def test_ballooning() -> None:
         ("hoards", "holds no less memory"),
         ("frozen", "memory for a guest under pressure did not come"),
         ("killed", "killed"),
+        ("half", r"after -\d+ MiB the guest's MemTotal changed by -\d"),
+        ("half-again", r"after \+\d+ MiB the guest's MemTotal changed by \+\d"),
     ],
 )
 def test_ballooning_that_fails(fault: str, said: str) -> None:

@@ -217,6 +217,7 @@ def prove_ballooning(session: Session) -> Iterator[str]:
         raise RowFailed("the host holds no less memory than before", [str(full), str(lean)])
     if lean.info.assigned < lean_info.dynamic.minimum if lean_info.dynamic else True:
         raise RowFailed("the guest has less than its minimum", [str(lean)])
+    check_agreement(full, lean)
     subtracts = full.total - lean.total > (full.info.assigned - lean.info.assigned) // 2
     yield (
         "this kernel subtracts ballooned pages from its MemTotal"
@@ -233,12 +234,14 @@ def prove_ballooning(session: Session) -> Iterator[str]:
     )
     again = look(session, probe)
     yield f"with {_mib(hog.size)} filled anew: {again}"
+    check_agreement(lean, again)
     yield check_none_killed(probe)
     hog.end()
     yield (
         f"assigned fell from {_mib(full.info.assigned)} to {_mib(lean.info.assigned)} and what "
         f"the host holds from {_mib(full.held)} to {_mib(lean.held)}; under pressure the guest "
-        f"had {_mib(again.info.assigned)} again, and nothing was killed"
+        f"had {_mib(again.info.assigned)} again, and nothing was killed; its MemTotal agreed "
+        f"within {TOLERANCE // MIB} MiB"
     )
 
 
@@ -269,15 +272,20 @@ def _resize(session: Session, probe: Probe, before: Seen, size: int) -> Seen:
     after = look(session, probe)
     if after.info.assigned != size:
         raise RowFailed(f"set to {_mib(size)}, the machine has {_mib(after.info.assigned)}")
-    change, seen = size - before.info.assigned, after.total - before.total
+    check_agreement(before, after, f"{seconds:.1f} s")
+    return after
+
+
+def check_agreement(before: Seen, after: Seen, *also: str) -> None:
+    """The guest's total changed as what the host counts, within :data:`TOLERANCE`."""
+    change, seen = after.info.assigned - before.info.assigned, after.total - before.total
     # Kernels before 5.11 count what they gave to the balloon: they see added memory only.
     added = after.info.added - before.info.added
     if all(abs(seen - each) > TOLERANCE for each in (change, added)):
         raise RowFailed(
             f"after {change / MIB:+.0f} MiB the guest's MemTotal changed by {seen / MIB:+.1f} MiB",
-            [str(before), str(after), f"{seconds:.1f} s"],
+            [str(before), str(after), *also],
         )
-    return after
 
 
 def _what_is_counted(change: int, added: int) -> str:
