@@ -21,6 +21,15 @@ NETWORK_TYPES: Final = frozenset(
     }
 )
 _MOUNTS: Final = Path("/proc/self/mountinfo")
+_BLOCK_DEVICES: Final = Path("/sys/dev/block")
+#: What the kernel's path of a block device has in it if its storage is another computer's.
+_NETWORK_DEVICES: Final = {
+    "iSCSI": re.compile(r"/session\d+/"),
+    "NBD": re.compile(r"/nbd\d+(/|$)"),
+    "RBD": re.compile(r"/rbd\d+(/|$)"),
+    "NVMe over fabrics": re.compile(r"/nvme-fabrics/"),
+    "ATA over Ethernet": re.compile(r"/etherd!"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +77,35 @@ def volume_of(path: Path, mounted: Iterable[Volume]) -> Volume:
 
 def _on_device(volume: Volume, path: Path) -> bool:
     """Whether a volume lies on the block device *path*, or on a partition of it."""
+    whole = (_BLOCK_DEVICES / _device_numbers(path)).resolve()
+    return (_BLOCK_DEVICES / volume.device).resolve().is_relative_to(whole)
+
+
+def _device_numbers(path: Path) -> str:
     number = path.stat().st_rdev
-    whole = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
-    return Path(f"/sys/dev/block/{volume.device}").resolve().is_relative_to(whole)
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _network(path: Path, volume: Volume) -> str | None:
+    """How the network comes in, if the storage of *path* on *volume* is another computer's."""
+    if volume.remote:
+        return f"{volume.type} at {volume.mount_point}"
+    device = _device_numbers(path) if path.is_block_device() else volume.device
+    return _network_device(_BLOCK_DEVICES / device)
+
+
+def _network_device(link: Path, depth: int = 8) -> str | None:
+    """The same for a block device in sysfs, and for those that it is made of."""
+    if not link.exists() or not depth:
+        return None
+    place = link.resolve()
+    for name, pattern in _NETWORK_DEVICES.items():
+        if pattern.search(str(place)):
+            return f"{name}, {place.name}"
+    # Of a partition, the whole device has them.
+    below = [*place.glob("slaves/*"), *place.parent.glob("slaves/*")]
+    found = (_network_device(each, depth - 1) for each in sorted(below))
+    return next((each for each in found if each is not None), None)
 
 
 def check_backup(
@@ -85,11 +120,12 @@ def check_backup(
     target = volume_of(destination, mounted)
     for source in sources:
         volume = volume_of(source, mounted)
-        if volume.remote and not allow_network:
+        network = None if allow_network else _network(source, volume)
+        if network is not None:
             raise HvHostError(
-                f"{source} lies on network storage ({volume.type} at {volume.mount_point}), which "
-                "others may write to and which may go away during a backup; back it up where it "
-                "is stored, or use --allow-network."
+                f"{source} lies on network storage ({network}), which others may write to and "
+                "which may go away during a backup; back it up where it is stored, or use "
+                "--allow-network."
             )
         same = volume.device == target.device
         if not same and source.is_block_device():

@@ -54,6 +54,40 @@ def test_network_storage_is_refused_with_its_name(place: str) -> None:
     check(f"{place}/disk.vhdx", "/mnt/new disk", network=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("platform/host3/session1/target3:0:0/3:0:0:1/block/sda/sda1", "iSCSI, sda1"),
+        ("virtual/block/nbd0", "NBD, nbd0"),
+        ("virtual/block/rbd1/rbd1p1", "RBD, rbd1p1"),
+        ("virtual/nvme-fabrics/ctl/nvme0/nvme0n1", "NVMe over fabrics, nvme0n1"),
+        ("virtual/block/etherd!e0.0", "ATA over Ethernet, etherd!e0.0"),
+        ("pci0000:00/0000:00:1f.2/ata1/host0/target0:0:0/0:0:0:0/block/sda/sda1", None),
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_block_devices_of_other_computers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str | None, stacked: bool
+) -> None:
+    """By themselves, and below a logical volume."""
+    numbers, device = tmp_path / "dev/block", tmp_path / "devices" / place
+    numbers.mkdir(parents=True)
+    device.mkdir(parents=True)
+    top = device
+    if stacked:
+        top = tmp_path / "devices/virtual/block/dm-0"
+        (top / "slaves").mkdir(parents=True)
+        (top / "slaves" / device.name).symlink_to(device)
+    (numbers / "8:1").symlink_to(top)
+    monkeypatch.setattr("hvhost.storage.volumes._BLOCK_DEVICES", numbers)
+    if name is None:
+        check("/srv/disk.vhdx", "/mnt/new disk")
+        return
+    with pytest.raises(HvHostError, match=rf"network storage \({name}\).*--allow-network"):
+        check("/srv/disk.vhdx", "/mnt/new disk")
+    check("/srv/disk.vhdx", "/mnt/new disk", network=True)
+
+
 def test_network_storage_is_a_good_destination() -> None:
     check("/srv/disk.vhdx", "/srv/nfs/backups")
 
