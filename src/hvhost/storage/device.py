@@ -231,7 +231,13 @@ class StorageController:
     def _report_luns(
         self, payload: bytes, request: Command, data: Sequence[memoryview], luns: Sequence[int]
     ) -> bytes:
-        allocation = int.from_bytes(request.cdb[6:10], "big")
+        select, allocation = request.cdb[2], int.from_bytes(request.cdb[6:10], "big")
+        if select not in (0, 1, 2):
+            sense = scsi.INVALID_FIELD_IN_CDB.pack()
+            status = ScsiStatus.CHECK_CONDITION
+            return complete_request(payload, SrbStatus.ERROR, status, 0, sense)
+        if select == 1:  # well known units only, of which there are none
+            luns = ()
         count = scsi.give(data, scsi.report_luns(luns), allocation)
         return complete_request(payload, SrbStatus.SUCCESS, ScsiStatus.GOOD, count)
 

@@ -78,10 +78,11 @@ class Bench:
         self.storage.detach()
         self.boot()
 
-    def driver(self) -> StorageDriver:
-        """The driver of the controller that was offered last."""
+    def driver(self, relid: int | None = None) -> StorageDriver:
+        """The driver of a controller, by default of the one that was offered last."""
         self.board.guest.collect_offers()
-        relid = max(self.board.guest.offers)
+        if relid is None:
+            relid = max(self.board.guest.offers)
         with self.board.lock:
             channel = self.board.guest.open(relid, out_pages=33, in_pages=33)
         driver = StorageDriver(cast("StorageHost", self.board), channel)
@@ -123,6 +124,27 @@ def test_a_drive_added_while_the_guest_runs(bench: Bench, image: Path) -> None:
     assert driver.inquire(0x83).data[8:24].hex() == info.wwn
     assert driver.write(1, b"a" * 512).ok
     assert image.read_bytes()[512:1024] == b"a" * 512
+
+
+def test_controllers_with_all_their_places_taken(bench: Bench, tmp_path: Path) -> None:
+    names = ("scsi0", "scsi1", "fc0")
+    for name in names:
+        for lun in range(64):
+            path = tmp_path / f"{name}-{lun}.img"
+            path.write_bytes(path.name.encode().ljust(512, b"\0"))
+            assert bench.storage.add(disk(path, controller=name)).address == f"{name}:{lun}"
+        with pytest.raises(HvHostError, match=f"{name} has 64 drives; use another controller"):
+            bench.storage.add(disk(path, controller=name))
+    assert len(bench.storage.drives()) == 192
+    bench.board.guest.collect_offers()
+    found = []
+    for relid in sorted(bench.board.guest.offers):
+        driver = bench.driver(relid)
+        assert driver.luns() == list(range(64))
+        for lun in (0, 40, 63):
+            cdb = struct.pack(">BBIBHB", 0x28, 0, 0, 0, 1, 0)
+            found.append(driver.command(cdb, lun=lun, read=512).data.rstrip(b"\0").decode())
+    assert found == [f"{name}-{lun}.img" for name in names for lun in (0, 40, 63)]
 
 
 def test_removing_gives_the_image_back_and_tells_the_guest(

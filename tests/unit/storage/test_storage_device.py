@@ -17,7 +17,7 @@ from hvhost.storage.protocol import WorldWideNames
 from hvhost.storage.raw import RawDisk
 from hvhost.storage.session import MAXIMUM_OUTSTANDING, Phase
 from hvhost.vmbus.protocol import CloseChannel
-from simulated.storage import WIN7, WIN8, WIN10, Shape, StorageHost
+from simulated.storage import WIN7, WIN8, WIN10, Answer, Shape, StorageHost
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -201,6 +201,21 @@ def test_absent_units(host: StorageHost) -> None:
     # Linux would take INVALID_LUN from elsewhere for path 0's unit of that number.
     assert driver.command(bytes(6), path=1).key == (5, 0x25, 0)
     assert driver.luns() == [0] and driver.luns(lun=9) == [0] and driver.luns(target=1) == []
+
+
+@pytest.mark.parametrize("place", [{}, {"lun": 5}, {"path": 1}])
+def test_which_units_are_to_be_reported(host: StorageHost, place: dict[str, int]) -> None:
+    driver = host.connect()
+
+    def report(select: int) -> Answer:
+        cdb = struct.pack(">BBBBBBIBB", 0xA0, 0, select, 0, 0, 0, 64, 0, 0)
+        return driver.command(cdb, read=64, **place)
+
+    everything = bytes(8) if place.get("path") else struct.pack(">II", 8, 0) + bytes(8)
+    assert report(0).data == report(2).data == everything
+    assert report(1).data == bytes(8)
+    for select in (3, 0x10, 0xFF):
+        assert report(select).key == (5, 0x24, 0)
 
 
 @pytest.mark.parametrize("opcode", [0x28, 0x88, 0xA8])

@@ -116,6 +116,18 @@ def test_a_limit_holds_over_time(iops: int, bandwidth: int, size: int) -> None:
     assert rate * 9.5 <= done <= rate * (10 + BURST_SECONDS) + size
 
 
+@pytest.mark.parametrize(("size", "requests"), [(4096, 100.0), (64 << 10, 16.0)])
+def test_of_two_limits_the_lower_one_holds(size: int, requests: float) -> None:
+    """100 requests and 1 MiB a second: that is 16 requests of 64 KiB."""
+    limiter = Limiter.of(100, 1 << 20)
+    assert limiter is not None
+    now, done = 100.0, 0
+    while now < 110.0:
+        now += limiter.delay(now, size)
+        done += 1
+    assert requests * 9.5 <= done <= requests * (10 + BURST_SECONDS) + 1
+
+
 def test_no_limit_is_none() -> None:
     assert Limiter.of(0, 0) is None
     limiter = Limiter.of(10, 0)

@@ -225,6 +225,19 @@ def test_vital_product_data(unit: DiskUnit) -> None:
     assert sense(unit, bytes((0x12, 0, 0x80, 0, 255)), 255) == ILLEGAL_FIELD
 
 
+@pytest.mark.parametrize(("sector", "in_page"), [(512, 8), (4096, 1)])
+def test_pages_of_blocks(sector: int, in_page: int) -> None:
+    """Limits in blocks: 2 MiB a command, 64 MiB a WRITE SAME, UNMAP best in pages of 4 KiB."""
+    pages = pages_of(DiskUnit(MemoryDisk(MIB, sector=sector)))
+    limits = struct.unpack(">BBHIIIIIIIQ", pages[0xB0][:40])
+    transfer, write_same = 2 * MIB // sector, 64 * MIB // sector
+    unmap = (0xFFFFFFFF, 256, in_page, 1 << 31)
+    assert limits == (1, 0, in_page, transfer, 0, 0, *unmap, write_same)
+    assert pages[0xB0][40:] == bytes(20)
+    assert pages[0xB1] == b"\0\1" + bytes(58), "nothing rotates"
+    assert pages[0xB2] == bytes((0, 0xE4, 2, 0)), "thin; UNMAP and WRITE SAME leave zeros"
+
+
 def test_standard_inquiry(unit: DiskUnit) -> None:
     answer = run(unit, bytes((0x12, 0, 0, 0, 255)), 255)
     assert answer[:3] == b"\0\0\6" and len(answer) == answer[4] + 5
