@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.test_cli import Hvhost, hvhost
-from hvhost.machine.backup_model import BackupOptions
+from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import MachineConfig
 from hvhost.machine.storage_model import DriveConfig
 from hvhost.manager.backup import back_up
@@ -50,7 +50,13 @@ def test_backups_that_are_refused(hvhost: Hvhost, disk: Path, tmp_path: Path) ->
     assert told == "The machine is being reset; try again."
 
 
-def test_a_backup_that_is_interrupted_is_given_up(disk: Path, tmp_path: Path) -> None:
+def test_a_backup_that_is_interrupted_is_given_up(
+    runtime: Path, config: MachineConfig, tmp_path: Path
+) -> None:
+    """While it copies: a tebibyte of nothing takes a while to look through."""
+    path = tmp_path / "large.img"
+    create_disk(path, 1 << 40).close()
+    launch(replace(config, drives=(DriveConfig(str(path)),)), detach=True)
     client = MachineClient("m1")
 
     def interrupt(info: object) -> None:
@@ -59,3 +65,6 @@ def test_a_backup_that_is_interrupted_is_given_up(disk: Path, tmp_path: Path) ->
     options = BackupOptions(str(tmp_path / "backups"), True, False, True)
     with pytest.raises(KeyboardInterrupt):
         back_up(client, options, interrupt)
+    after = client.ask("GET", "/v1/machine/backup", BackupInfo)
+    assert after.error == "The backup was cancelled; nothing of it is left."
+    assert list((tmp_path / "backups").iterdir()) == []
