@@ -249,6 +249,19 @@ def prove(session: Session) -> Iterator[str]:
     if probe.carrier is not Carrier.SOCKET:
         raise RowFailed(f"the guest's probe was reached over its {probe.carrier}, not over sockets")
     yield "the probe of this and the other rows is asked over a Hyper-V socket"
+    try:
+        yield from _connections(session, probe)
+    except TimeoutError:
+        raise RowFailed(f"a connection neither moved nor ended while {session.doing}") from None
+    except ConnectionError as error:
+        raise RowFailed(f"a connection broke while {session.doing}: {error.strerror}") from error
+    yield (
+        f"both directions with half-close, {CONNECTIONS} connections at once, refusal, a reboot "
+        "and a reset with a connection open"
+    )
+
+
+def _connections(session: Session, probe: Probe) -> Iterator[str]:
     _listen(session, probe)
     yield from _to_guest(session)
     yield from _to_host(session, probe)
@@ -256,7 +269,3 @@ def prove(session: Session) -> Iterator[str]:
     yield from _nobody(session, probe)
     yield from _by_guid(session)
     yield from _boots(session)
-    yield (
-        f"both directions with half-close, {CONNECTIONS} connections at once, refusal, a reboot "
-        "and a reset with a connection open"
-    )
