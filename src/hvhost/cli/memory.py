@@ -47,6 +47,9 @@ def memory(
     guest needs is refused with the numbers. A Linux guest uses what was added once it is online:
     have memhp_default_state=online on its command line, or a udev rule, in the guest.
 
+    --watch draws every second until Ctrl-C: the pressure, demand in percent of assigned, is a bar
+    of its own below, with ! for more than all. With --json it prints one object a line instead.
+
     \b
     Examples:
       hvhost memory demo
@@ -77,6 +80,6 @@ def memory(
     else:
         info = client.info()
     if watch:
-        memory_output.watch(name, client.info)
+        memory_output.watch(name, client.info, json=json)
     else:
         memory_output.show(info, json=json)

@@ -17,6 +17,7 @@ LOOK_SECONDS = 1.0
 _ROWS = 12
 _MARGIN = 10
 _COLUMNS_MIN = 10
+_LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def show(info: MemoryInfo, *, json: bool) -> None:
@@ -72,8 +73,12 @@ def _size(size: int) -> str:
     return format_size(size) if size % GIB == 0 else f"{size / MIB:.1f} MiB".replace(".0 ", " ")
 
 
-def watch(name: str, look: Callable[[], MemoryInfo]) -> None:
-    """Draw until interrupted."""
+def watch(name: str, look: Callable[[], MemoryInfo], *, json: bool = False) -> None:
+    """Draw until interrupted; or with *json* print an object a line."""
+    if json:
+        while True:
+            output.print_json_line(look())
+            time.sleep(LOOK_SECONDS)
     console = Console()
     history: list[MemoryInfo] = []
     with Live(console=console, auto_refresh=False) as live:
@@ -85,7 +90,7 @@ def watch(name: str, look: Callable[[], MemoryInfo]) -> None:
 
 
 def chart(name: str, history: Sequence[MemoryInfo]) -> str:
-    """Assigned memory as a shaded area, demand as dots in it; the newest on the right."""
+    """Assigned memory as a shaded area, demand as dots in it, pressure below; newest on the right."""
     top = max(max(each.assigned, each.demand or 0) for each in history) or 1
     rows = []
     for row in range(_ROWS, 0, -1):
@@ -96,6 +101,7 @@ def chart(name: str, history: Sequence[MemoryInfo]) -> str:
             filled = each.assigned * _ROWS >= top * (row - 0.5)
             cells.append("●" if demand_row == row else "░" if filled else " ")
         rows.append(f"{label} {''.join(cells)}")
+    rows.append(f"pressure {''.join(_level(each.pressure) for each in history)}")
     last = history[-1]
     demand = "not told" if last.demand is None else f"{_size(last.demand)} ({last.pressure} %)"
     rows.append(
@@ -103,3 +109,12 @@ def chart(name: str, history: Sequence[MemoryInfo]) -> str:
         f"resident {_size(last.resident)}  {last.work}"
     )
     return "\n".join(rows)
+
+
+def _level(pressure: int | None) -> str:
+    """How full a guest is whose demand is *pressure* percent of what it has; ``!`` beyond that."""
+    if pressure is None:
+        return " "
+    if pressure > 100:
+        return "!"
+    return _LEVELS[min(pressure * len(_LEVELS) // 100, len(_LEVELS) - 1)]

@@ -60,6 +60,11 @@ def print_json(value: object) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
+def print_json_line(value: object) -> None:
+    """As :func:`print_json`, on one line that is not kept back: for what goes on."""
+    print(msgspec.json.encode(value).decode(), flush=True)
+
+
 def table(*columns: str) -> Table:
     """A plain table."""
     return Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)

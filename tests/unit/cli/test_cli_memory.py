@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cli.test_cli import Hvhost, hvhost
+from hvhost.cli import memory_output
 from hvhost.cli.memory_output import chart
 from hvhost.errors import HvHostError
 from hvhost.machine.config_file import dump_config, load_config
@@ -67,11 +69,33 @@ def test_the_picture(running: MemoryClient) -> None:
     """Demand runs inside the shaded memory; what is assigned falls on the right."""
     info = running.info()
     history = [info, info, replace(info, assigned=320 * MIB), replace(info, demand=None)]
-    *rows, last = chart("m1", history).splitlines()
+    *rows, pressure, last = chart("m1", history).splitlines()
+    assert pressure == "pressure ▅▅█ ", "59 %, 94 %, and none told"
     assert len(rows) == 12 and rows[0].startswith("   512 M")
     assert [row.count("●") for row in rows] == [0] * 4 + [3] + [0] * 7
     assert rows[0].endswith("░░ ░") and rows[-1].endswith("░░░░")
     assert "assigned 512 MiB" in last and "demand not told" in last
+
+
+def test_more_is_needed_than_there_is(running: MemoryClient) -> None:
+    info = running.info()
+    history = [replace(info, demand=demand * MIB) for demand in (0, 512, 520)]
+    assert chart("m1", history).splitlines()[-2] == "pressure ▁█!"
+
+
+def test_watched_by_a_program(
+    hvhost: Hvhost, running: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter((None, KeyboardInterrupt()))
+
+    def sleep(seconds: float) -> None:
+        if (end := next(looks)) is not None:
+            raise end
+
+    monkeypatch.setattr(memory_output, "time", SimpleNamespace(sleep=sleep))
+    done = hvhost("memory", "m1", "--watch", "--json")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert [each["assigned"] for each in lines] == [512 * MIB] * 2 and done.status == 130
 
 
 def test_definition(config: MachineConfig) -> None:
