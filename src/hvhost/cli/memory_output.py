@@ -90,7 +90,7 @@ def watch(name: str, look: Callable[[], MemoryInfo], *, json: bool = False) -> N
 
 
 def chart(name: str, history: Sequence[MemoryInfo]) -> str:
-    """Assigned memory as a shaded area, demand as dots in it, pressure below; newest on the right."""
+    """Assigned memory as a shaded area, demand as dots in it, below it the pressure."""
     top = max(max(each.assigned, each.demand or 0) for each in history) or 1
     rows = []
     for row in range(_ROWS, 0, -1):
