@@ -99,11 +99,11 @@ def _plain_copy(path: Path, fragment: int) -> float:
     return seconds
 
 
-def _kvp() -> float:
-    """Seconds of the host for all items set."""
+def _kvp() -> tuple[float, float]:
+    """Seconds of the host for all items set, and for as many read."""
     from hvhost.machine.kinds import KvpPool
     from hvhost.services.kvp import Kvp
-    from hvhost.services.kvp_protocol import set_message
+    from hvhost.services.kvp_protocol import get_message, parse_get, set_message
     from simulated.driver import SimulatedGuest
     from simulated.kvp_daemon import Daemon
 
@@ -115,18 +115,29 @@ def _kvp() -> float:
         pass
     host = HostTime(guest)
     answers: list[Any] = []
-    for number in range(OPERATIONS):
 
-        def ask(number: int = number) -> None:
-            message = set_message(KvpPool.EXTERNAL, f"key {number % 8}", f"value {number}")
-            device.request(message, answers.append)
+    def put(number: int) -> None:
+        message = set_message(KvpPool.EXTERNAL, f"key {number % 8}", f"value {number % 8}")
+        device.request(message, answers.append)
 
-        host(ask)
-        while daemon.run():
-            pass
-    if len(answers) < OPERATIONS or any(isinstance(each, HvHostError) for each in answers):
-        raise HvHostError("the simulated guest did not take all items.")
-    return host.seconds
+    def get(number: int) -> None:
+        message = get_message(KvpPool.EXTERNAL, f"key {number % 8}")
+        device.request(message, answers.append, parse_get)
+
+    spent = []
+    for ask in (put, get):
+        host.seconds = 0.0
+        for number in range(OPERATIONS):
+            host(lambda ask=ask, number=number: ask(number))  # type: ignore[misc]
+            while daemon.run():
+                pass
+        spent.append(host.seconds)
+    if len(answers) < 2 * OPERATIONS or any(isinstance(each, HvHostError) for each in answers):
+        raise HvHostError("the simulated guest did not answer all requests.")
+    last = answers[-1].content
+    if last is None or last.value != f"value {(OPERATIONS - 1) % 8}":
+        raise HvHostError("the simulated guest did not give back what was set.")
+    return spent[0], spent[1]
 
 
 def _plain_messages(size: int) -> float:
@@ -241,7 +252,8 @@ def services(rounds: int) -> list[Measurement]:
             return Path(tempfile.mkdtemp(dir=directory))
 
         copy, plain = best(lambda: _file_copy(path)), best(lambda: _plain_copy(path, DATA_FRAGMENT))
-        items, messages = best(_kvp), best(lambda: _plain_messages(2600))
+        items = [_kvp() for _ in range(rounds)]
+        messages = best(lambda: _plain_messages(2600))
         trip = best(lambda: _round_trips(sockets()))
         echo = best(lambda: _plain_stream(8, 16 * ROUND_TRIPS)) / ROUND_TRIPS
         streams = [_streams(sockets()) for _ in range(rounds)]
@@ -252,7 +264,17 @@ def services(rounds: int) -> list[Measurement]:
         Measurement(
             "services", "file copy", size / copy, "MiB/s", "read and copied once", size / plain
         ),
-        Measurement("services", "KVP set", OPERATIONS / items, "/s", copied, OPERATIONS / messages),
+        *(
+            Measurement(
+                "services",
+                f"KVP {name}",
+                OPERATIONS / min(each[number] for each in items),
+                "/s",
+                copied,
+                OPERATIONS / messages,
+            )
+            for number, name in enumerate(("set", "get"))
+        ),
         Measurement(
             "services", "hv_sock round trip", trip * 1e6, "µs", "two over " + pipe, echo * 1e6
         ),

@@ -111,6 +111,20 @@ def test_the_hosts_items_are_given_to_every_new_daemon() -> None:
     assert len(exchange.device.state.host_items) == 20
 
 
+def test_the_hosts_items_are_given_again_at_every_boot() -> None:
+    exchange = Exchange((AUTO_EXTERNAL, KvpItem("a", "b"))).boot()
+    exchange.device.remember(EXTERNAL, KvpItem("role", "web"))
+    exchange.guest.server.reset()
+    assert not exchange.device.ready
+    guest = SimulatedGuest()  # another computer, the same machine
+    guest.server.add_device(exchange.device)
+    guest.connect()
+    daemon = Daemon(guest.open(1), LINUX)
+    while daemon.run():
+        pass
+    assert daemon.pools[3] == {"a": "b"} and daemon.pools[0] == {"role": "web"}
+
+
 def test_the_hosts_items_are_not_without_number() -> None:
     device = Kvp((EXTERNAL, KvpItem(str(number), "")) for number in range(HOST_ITEMS_LIMIT))
     with pytest.raises(HvHostError, match="items of the host already"):
