@@ -183,6 +183,9 @@ class Machine:
     ) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        return f"<hvhost.Machine {self.name!r}>"
+
     @property
     def name(self) -> str:
         """The machine's name, as ``hvhost ps`` shows it."""
