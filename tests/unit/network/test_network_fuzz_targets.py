@@ -27,7 +27,9 @@ REQUEST = st.builds(
         struct.pack("<7I", kind, 28 + len(data), 1, oid, size, offset, 0) + data
     ),
     st.sampled_from([2, 3, 4, 5, 6, 8]),
-    st.sampled_from([0x10114, 0x1010E, 0x10204, 0x10203, 0x1021B, 0xFC01020C, 0xFC01020D]),
+    st.sampled_from(
+        [0x10114, 0x1010E, 0x1010103, 0x10204, 0x10203, 0x1021B, 0xFC01020C, 0xFC01020D]
+    ),
     st.integers(0, 60),
     st.integers(0, 60),
     st.binary(max_size=80),

@@ -20,6 +20,7 @@ from hvhost.network.config import parse_adapter
 from hvhost.network.frame import NO_OFFLOAD, NOTHING, Offload
 from hvhost.network.switch_client import SOCKET_NAME, SwitchConfig
 from hvhost.network.switch_process import QUEUE_LIMIT, SwitchProcess
+from hvhost.network.wires import DescriptorWire
 
 A, B, C = (bytes((0, 0x15, 0x5D, 0, 0, number)) for number in (1, 2, 3))
 ALL = b"\xff" * 6
@@ -100,6 +101,39 @@ def test_a_segment_of_64_kib_goes_through_whole(switch: str) -> None:
     data = ethernet(ALL, A, os.urandom(65_000))
     one.send(Offload(1, 1, 54, 1448, 34, 16).pack() + data)
     assert two.recv(1 << 17)[10:] == data
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize(
+    ("from_options", "to_options", "tag"), [("", "", None), (",vlan=7", ",trunk=7", 7)]
+)
+def test_no_frame_is_copied_on_its_way(
+    switch: str,
+    monkeypatch: pytest.MonkeyPatch,
+    from_options: str,
+    to_options: str,
+    tag: int | None,
+) -> None:
+    """But for addresses and a tag, what a port gets is the memory that the frame was read into."""
+    given: list[list[bytes | bytearray | memoryview]] = []
+
+    def send(wire: DescriptorWire, buffers: list[bytes | bytearray | memoryview]) -> bool:
+        given.append(list(buffers))
+        return really(wire, buffers)
+
+    really = DescriptorWire.send
+    monkeypatch.setattr(DescriptorWire, "send", send)
+    one, two = plug(from_options), plug(to_options)
+    wait_for_ports(2)
+    body = os.urandom(65_000)
+    one.send(Offload(1, 1, 54, 1448, 34, 16).pack() + ethernet(ALL, A, body))
+    assert two.recv(1 << 17)[10:] == ethernet(ALL, A, body, tag)
+    (buffers,) = given
+    views = [each for each in buffers if isinstance(each, memoryview)]
+    assert sum(len(each) for each in views) >= len(body)
+    assert sum(len(each) for each in buffers) - sum(len(each) for each in views) <= 10 + 12 + 4
+    assert all(type(each.obj) is bytearray for each in views)
     one.close()
     two.close()
 
