@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in json.loads(path.read_text())["rows"]}
 
 
+def shipped(guest: str) -> dict[str, str]:
+    """The statuses in the baseline of *guest* that ships with the product; none where none does."""
+    file = resources.files("hvhost.verify") / "baselines" / f"{guest}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return {row["id"]: row["status"] for row in rows}
+
+
 def verified(tmp_path: Path, *words: str | Path, timeout: float) -> dict[str, dict[str, Any]]:
     """The rows of a verification whose document and exit status are as they should be."""
     result = hvhost("verify", *words, "--json", tmp_path / "j", timeout=timeout)
@@ -44,12 +52,15 @@ def verified(tmp_path: Path, *words: str | Path, timeout: float) -> dict[str, di
         assert row["status"] in {str(status) for status in Status}
         assert row["evidence"]
         assert row["id"] in result.stdout
-    bad = {row["status"] for row in document["rows"]} & {"fails", "guest-lacks"}
-    assert result.returncode == (1 if bad else 0), result.stdout
+    # What a distribution's kernel is known to lack is no failure.
+    guest = str(words[words.index("--guest") + 1]) if "--guest" in words else ""
+    known = {row for row, status in shipped(guest).items() if status.endswith("-lacks")}
+    bad = [row["id"] for row in document["rows"] if row["status"] not in ("works", "missing")]
+    assert result.returncode == (1 if set(bad) - known else 0), result.stdout
     return rows_of(tmp_path / "j")
 
 
-def check_works(rows: dict[str, dict[str, Any]], wanted: Sequence[str]) -> None:
+def check_works(rows: dict[str, dict[str, Any]], wanted: Collection[str]) -> None:
     assert {row: rows[row]["status"] for row in wanted} == dict.fromkeys(wanted, "works"), rows
 
 
@@ -65,13 +76,15 @@ def test_five_rows_and_one_of_each_family_are_proven(guest: str, tmp_path: Path)
     assert "VP 1 at 0xffffffff" in heartbeat
 
 
-@only_in_matrix("a quarter of an hour for each guest")
-@pytest.mark.timeout(2500)
+@only_in_matrix("20 to 40 minutes for each guest")
+@pytest.mark.timeout(5500)
 @pytest.mark.parametrize("guest", GUESTS)
 def test_the_whole_table(guest: str, tmp_path: Path) -> None:
-    rows = verified(tmp_path, "--guest", guest, timeout=2400)
+    """What worked in the run that the shipped baseline is works still; nothing else fails."""
+    rows = verified(tmp_path, "--guest", guest, timeout=5400)
     assert [*rows] == [row.id for row in ROWS]
-    check_works(rows, PROVEN)
+    check_works(rows, {*PROVEN, *(row for row, was in shipped(guest).items() if was == "works")})
+    assert not [row for row in rows.values() if row["status"] == "fails"]
 
 
 @pytest.mark.timeout(420)
