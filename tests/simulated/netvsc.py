@@ -149,7 +149,7 @@ class NetvscDriver:
         self.tell(nvsp(125, mtu + 14, 0, capabilities, 0))
         self.tell(nvsp(100, 6, 30))
 
-    def lend_buffers(self) -> None:
+    def lend_buffers(self, send_id: int = 0) -> None:
         guest = self.guest
         self.receive_pages = guest.allocate(self.receive_buffer, scattered=True)
         handle, status = guest.make_gpadl(
@@ -164,7 +164,11 @@ class NetvscDriver:
         self.send_pages = guest.allocate(SEND_PAGES, scattered=True)
         handle, status = guest.make_gpadl(1, [(SEND_PAGES * PAGE_SIZE, 0, self.send_pages)])
         assert status == 0
-        assert struct.unpack_from("<3I", self.call(nvsp(104, handle, 0))) == (105, 1, SEND_SECTION)
+        assert struct.unpack_from("<3I", self.call(nvsp(104, handle, send_id))) == (
+            105,
+            1,
+            SEND_SECTION,
+        )
 
     def start(self, *, mtu: int = 1500, capabilities: int = 0xA8, merging: bool = True) -> None:
         """All that Linux does until frames move."""
