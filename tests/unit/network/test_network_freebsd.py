@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 
 from hvhost.network.frame import NO_OFFLOAD
-from simulated.frames import MAC, PEER, ethernet
-from simulated.netvsc import NetvscDriver, nvsp, rndis_packet
+from simulated.frames import ethernet
+from simulated.netvsc import MAC, PEER, NetvscDriver, nvsp, rndis_packet
 
 HN_NVS_CHIM_SIG = 0xFACE
 NDIS_OFFLOAD_SIZE_6_0, NDIS_RSS_CAPS_SIZE_6_0 = 112, 16
