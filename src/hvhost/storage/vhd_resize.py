@@ -57,13 +57,17 @@ def _resize_dynamic(disk: VhdDisk, footer: Footer, header: DynamicHeader) -> Non
     within = disk.size % header.block_size
     last = len(disk.table) - 1
     if footer.current_size > disk.size and within and disk.table[last] != UNUSED_BLOCK:
+        # A smaller size left there what it cut off.
         disk.file.clear(disk.data(last) + within, header.block_size - within)
+        disk.file.flush()
     if count > len(disk.table):
         table = disk.table + array("I", [UNUSED_BLOCK]) * (count - len(disk.table))
         if count > header.maximum_table_entries:
             header = _move_table(disk, header, table)
-        disk.write_table(0, table)
-        disk.file.flush()
+        else:
+            # Of a shrinking that was cut off, entries may be left there.
+            disk.write_table(0, table)
+            disk.file.flush()
         disk.table = table
     write_all(disk.file, 0, packed(footer))
     disk.footer = footer
@@ -73,7 +77,7 @@ def _resize_dynamic(disk: VhdDisk, footer: Footer, header: DynamicHeader) -> Non
         disk.write_table(count, array("I", [UNUSED_BLOCK]) * (len(disk.table) - count))
         del disk.table[count:]
         disk.bitmaps.clear()
-        disk.file.flush()
+        # The new size is stable: whether these reach the disk, and in what order, is all the same.
         for each in dropped:
             disk.file.clear(each * SECTOR, disk.bitmap_size + header.block_size)
 

@@ -381,12 +381,11 @@ class VhdxDisk:
         self.space.settle()
 
     def trim(self) -> None:
-        """Cut what is free at the file's end."""
-        self.flush()
+        """Cut what is free at the file's end, once all changes are stable."""
+        assert not self.table.dirty and not self.bitmaps.dirty
         # An entry in the log tells how long the file was: a shorter one would count as cut.
         self.journal.end()
         self.space.trim()
-        self.file.flush()
 
     def resize(self, size: int) -> None:
         check_writable(self.read_only, self.file.name)

@@ -48,6 +48,7 @@ def _drop_zeros(disk: VhdxDisk, progress: Progress) -> None:
         if _is_zero(disk, entry & OFFSET_MASK, disk.used(block)):
             disk.drop_block(index, PayloadState.ZERO)
             disk.commit_if_much()
+    # What was dropped leaves gaps for others only once that is stable.
     disk.flush()
 
 
@@ -64,10 +65,6 @@ def _move_to_front(disk: VhdxDisk, progress: Progress) -> None:
     for number, (place, index, length) in enumerate(places):
         progress(disk.size + disk.size * number // len(places), 2 * disk.size)
         new = disk.space.allocate_gap(length, below=place)
-        if new is None:
-            # What has moved leaves a gap for others only once that is stable.
-            disk.flush()
-            new = disk.space.allocate_gap(length, below=place)
         if new is not None:
             copy_bytes(disk, place, new, length)
             disk.table.set(index, new | disk.table.get(index) & STATE_MASK)

@@ -54,7 +54,6 @@ def resize(disk: VhdxDisk, size: int) -> None:
     if size == disk.size:
         return
     disk.begin()
-    disk.flush()
     if size > disk.size:
         _grow(disk, size)
     else:
