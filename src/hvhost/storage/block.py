@@ -28,7 +28,7 @@ _BYTE_CHECK = 0x06
 _WRITE_SAME_UNMAP = 0x08
 _WRITE_SAME_NO_DATA = 0x01
 _WRITE_SAME_ANCHOR = 0x10
-_PATTERN_BYTES = 1 << 20
+_STEP_BYTES = 1 << 20
 _EJECT, _START = 0x02, 0x01
 Data = Sequence[memoryview]
 
@@ -152,7 +152,10 @@ class DiskUnit:
         check = flags & _BYTE_CHECK
         if flags & _PROTECT or check not in (0, 2):
             raise CheckCondition(scsi.INVALID_FIELD_IN_CDB)
-        if not check or not length:
+        if not check:
+            self._read_through(offset, length)
+            return 0
+        if not length:
             return 0
         if length > inquiry.MAXIMUM_TRANSFER:
             raise CheckCondition(scsi.INVALID_FIELD_IN_CDB)
@@ -162,6 +165,14 @@ class DiskUnit:
         if ours != theirs:
             raise CheckCondition(scsi.MISCOMPARE)
         return length
+
+    def _read_through(self, offset: int, length: int) -> None:
+        """Have the medium's errors come up, as far as one command may keep the others waiting."""
+        if length > inquiry.MAXIMUM_WRITE_SAME:
+            raise CheckCondition(scsi.INVALID_FIELD_IN_CDB)
+        room = memoryview(bytearray(min(length, _STEP_BYTES)))
+        for start in range(0, length, _STEP_BYTES):
+            self.disk.readv(offset + start, [room[: length - start]])
 
     def _write_same(self, cdb: bytes, data: Data) -> int:
         lba, blocks, flags = scsi.parse_extent(cdb)
@@ -175,7 +186,7 @@ class DiskUnit:
         if flags & _WRITE_SAME_UNMAP and only_zeros(block):
             self.disk.unmap(offset, length)
         else:
-            pattern = memoryview(block * (min(length, _PATTERN_BYTES) // self._sector))
+            pattern = memoryview(block * (min(length, _STEP_BYTES) // self._sector))
             for start in range(0, length, len(pattern)):
                 self.disk.writev(offset + start, [pattern[: length - start]])
         if not self.state.write_cache:

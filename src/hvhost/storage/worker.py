@@ -38,6 +38,8 @@ BATCH_SECONDS: Final = 0.0005
 FULL_RETRY_SECONDS: Final = 1.0
 COMPLAINT_SECONDS: Final = 60.0
 _READS = frozenset({OpCode.READ_6, OpCode.READ_10, OpCode.READ_12, OpCode.READ_16})
+#: An error of the host in these is one of reading.
+_LOOKS = _READS | {OpCode.VERIFY, OpCode.VERIFY_12, OpCode.VERIFY_16}
 Result = TypeVar("Result")
 
 
@@ -273,7 +275,7 @@ class UnitWorker:
                 return None
             self.full = False
             self._complain(error)
-            return request.failed(sense_of_error(error, writing=request.cdb[0] not in _READS))
+            return request.failed(sense_of_error(error, writing=request.cdb[0] not in _LOOKS))
         except HvHostError as error:
             self._complain(error)
             return request.failed(INTERNAL_TARGET_FAILURE)

@@ -295,6 +295,21 @@ def test_errors_of_the_host_reach_the_guest(
     assert host.told[0][0] == "disk-error"
 
 
+@pytest.mark.parametrize("opcode", [0x2F, 0xAF, 0x8F])
+@pytest.mark.parametrize("compare", [False, True])
+def test_an_error_while_verifying_is_one_of_reading(
+    host: StorageHost, disk: Faulty, opcode: int, compare: bool
+) -> None:
+    driver = host.connect()
+    forms = {0x2F: ">BBIBHB", 0xAF: ">BBII2x", 0x8F: ">BBQI2x"}
+    fields = (0, 0, 4, 0) if opcode == 0x2F else (0, 4)
+    cdb = struct.pack(forms[opcode], opcode, 2 * compare, *fields)
+    data = bytes(4 * 512) if compare else b""
+    disk.errors = [errno.EIO]
+    assert driver.command(cdb, write=data).key == (3, 0x11, 0)
+    assert driver.command(cdb, write=data).ok
+
+
 def test_a_failed_flush_is_told(host: StorageHost, disk: Faulty) -> None:
     driver = host.connect()
     disk.errors = [errno.EIO]

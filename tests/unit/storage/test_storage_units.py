@@ -194,6 +194,8 @@ def test_commands_that_a_disk_does_not_have(unit: DiskUnit, code: int) -> None:
 def test_start_stop_flushes_and_has_no_tray(unit: DiskUnit) -> None:
     assert run(unit, bytes((0x1B, 0, 0, 0, 0))) == run(unit, bytes((0x1B, 0, 0, 0, 1))) == b""
     assert sense(unit, bytes((0x1B, 0, 0, 0, 2))) == ILLEGAL_FIELD
+    for hold in (1, 0):
+        assert run(unit, bytes((0x1E, 0, 0, 0, hold))) == b"", "nothing that could be removed"
 
 
 def test_request_sense_takes_an_attention_away(unit: DiskUnit) -> None:
@@ -446,7 +448,15 @@ def test_a_verify_compares_no_more_than_is_moved_at_once(watched: Watched) -> No
     unit = DiskUnit(watched)
     assert run(unit, ten(0x2F, 0, 4096, flags=2), 2 * MIB) == bytes(2 * MIB)
     assert sense(unit, ten(0x2F, 0, 4097, flags=2), 2 * MIB + 512) == ILLEGAL_FIELD
-    assert run(unit, ten(0x2F, 0, 8192)) == b""
+    watched.done.clear()
+    assert run(unit, ten(0x2F, 0, 8191)) == run(unit, ten(0x2F, 0, 0)) == b""
+    assert watched.done == ["read"] * 4, "a mebibyte each"
+
+
+def test_a_verify_reads_no_more_than_others_can_wait_for() -> None:
+    disk = Watched(1 << 40)
+    assert sense(DiskUnit(disk), sixteen(0x8F, 0, 131073)) == ILLEGAL_FIELD
+    assert disk.done == []
 
 
 def test_what_a_write_same_cannot_be() -> None:
