@@ -392,7 +392,7 @@ def test_whatever_goes_wrong_the_sentence_is_true(
     kept = daemon.files.get("/var/file")
     left = None if kept is None else bytes(kept)
     if ends == [None]:
-        assert left == content
+        assert left == content and daemon.target is None  # and closed
         return
     said = sentence(ends)
     if "Nothing of it is left" in said:

@@ -7,6 +7,8 @@ import functools
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ from hvhost.verify.options import VerifyOptions
 from hvhost.verify.results import VerifyReport
 from hvhost.verify.rows import PROOFS, heartbeat
 from hvhost.verify.runner import run_rows
+from hvhost.verify.session import Session
 
 NEED_HV_UTILS = ["smp", "heartbeat", "shutdown", "kvp", "time-sync", "accurate-time"]
 
@@ -113,6 +116,18 @@ def test_bad_rows_are_refused_before_anything_is_prepared(field: str) -> None:
     options = VerifyOptions(**{field: ["smpp"]})  # type: ignore[arg-type]
     with pytest.raises(HvHostError, match="did you mean smp"):
         verify_guest(options, prepare)
+
+
+def test_what_rows_drew_is_kept_with_the_logs(tmp_path: Path) -> None:
+    drawn = {"accurate-time.svg": "<svg/>"}
+    session = SimpleNamespace(consoles=["one", "two"], events=[], attachments=drawn, machines=[])
+    command._keep_logs(cast("Session", session), tmp_path / "logs")
+    assert {each.name: each.read_text() for each in (tmp_path / "logs").iterdir()} == {
+        "console.log": "one",
+        "console-2.log": "two",
+        "events.json": "[]\n",
+        **drawn,
+    }
 
 
 def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
