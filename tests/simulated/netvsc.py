@@ -262,13 +262,18 @@ class NetvscDriver:
             out, offset, size = out + piece, offset + len(piece), size - len(piece)
         return out
 
-    def send(self, *messages: bytes, section: int = 0, channel: int = 0) -> int:
+    def send(
+        self, *messages: bytes, section: int = 0, channel: int = 0, signal: bool = True
+    ) -> int:
         """Messages in one section of the send buffer; the transaction."""
         data = b"".join(messages)
         self.put(self.send_pages, section * SEND_SECTION, data)
         self._transaction += 1
         self.channels[channel].write(
-            nvsp(107, 0, section, len(data)), flags=1, transaction_id=self._transaction
+            nvsp(107, 0, section, len(data)),
+            flags=1,
+            transaction_id=self._transaction,
+            signal=signal,
         )
         return self._transaction
 

@@ -60,6 +60,8 @@ _DONE = protocol.encode(
 _COMP, _INBAND = PacketType.COMP, PacketType.DATA_INBAND
 _GPA_DIRECT = PacketType.DATA_USING_GPA_DIRECT
 _SEND_RNDIS_PKT = int(MessageType.SEND_RNDIS_PKT)
+#: A guest that never stops sending is not waited for when its adapter goes.
+_ROUNDS: Final = 8
 _INSTANCES = uuid.UUID("c7f0b2a5-6a0f-4c6c-a0a5-6e6574767363")
 
 
@@ -140,6 +142,22 @@ class NetworkAdapter:
             self._send_control(rndis.indication(status))
             self._flush()
         self._watch()
+
+    def quiesce(self) -> int:
+        """Pull the plug and answer all that the guest sent, since the adapter is to be removed.
+
+        How many packets came so far, on all channels: no more come once the guest knows. Linux
+        waits for the completion of what it sent to an adapter that is gone, without end and with
+        the lock of all its interfaces held (``rndis_filter_halt_device``).
+        """
+        self.set_link(False)
+        if self._waiting:
+            self._finish_waiting()
+        for channel in self._channels():
+            for _ in range(_ROUNDS):
+                if not channel.process():
+                    break
+        return sum(channel.packets_received for channel in self._channels())
 
     def readable(self) -> bool:
         """The wire has frames; true if there may be more for which there is room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from hvhost.vmbus.channel import Channel
 
 MAXIMUM_ADAPTERS = 8  # as many as Hyper-V lets a machine have
+#: An adapter is removed once its guest has sent nothing for so long, or will not be quiet.
+QUIET_SECONDS = 0.25
+QUIET_LIMIT_SECONDS = 3.0  # Linux heeds a link that goes down within two
 
 
 class Port:
@@ -70,10 +74,23 @@ class Port:
         """Take the adapter off the bus and the cable out of the wall."""
         channel = self.channel
         if computer is not None and channel is not None:
+            self._quiesce()
             with computer.lock:
                 computer.bus.remove_device(channel)
         self.detach()
         self.cable.close()
+
+    def _quiesce(self) -> None:
+        """Until the guest has nothing under way that would never be answered."""
+        counts = [-1]
+
+        def quiesce(adapter: NetworkAdapter) -> bool:
+            counts.append(adapter.quiesce())
+            return adapter.is_open
+
+        deadline = time.monotonic() + QUIET_LIMIT_SECONDS
+        while self._call(quiesce) and counts[-1] != counts[-2] and time.monotonic() < deadline:
+            time.sleep(QUIET_SECONDS)
 
     def set_link(self, up: bool) -> None:
         self.link = up

@@ -9,7 +9,7 @@ import pytest
 
 from hvhost.network import frame
 from hvhost.network.toeplitz import toeplitz
-from hvhost.vmbus.channel import ChannelState
+from hvhost.vmbus.channel import Channel, ChannelState
 from hvhost.vmbus.protocol import RelidReleased, RescindChannelOffer
 from simulated.frames import ethernet, sums_are_right, tcp
 from simulated.netvsc import MAC, NO_OFFLOAD, PEER, NetvscDriver, nvsp, rndis_packet
@@ -336,6 +336,35 @@ def test_a_wire_that_is_full_holds_the_guest_back() -> None:
     driver.read()
     assert [each[10:] for each in driver.wire.sent] == data and later
     assert sorted(driver.completed[-5:]) == sent and driver.wire.watching == (True, False)
+
+
+def test_before_an_adapter_goes_all_that_was_sent_is_answered() -> None:
+    """Linux would wait for it for ever."""
+    driver = started(queues=2)
+    driver.open_subchannels(1)
+    driver.wire.takes = 1
+    message = rndis_packet(ethernet(0x1234, bytes(50)))
+    sent = [driver.send(message, section=number) for number in range(3)]  # two of them wait
+    unheard = [
+        driver.send(message, section=3 + each, channel=each, signal=False) for each in (0, 1)
+    ]
+    count = driver.adapter.quiesce()
+    driver.read()
+    assert sorted(driver.completed[-5:]) == sorted([*sent, *unheard])
+    assert struct.unpack_from("<I", driver.indications[-1], 8) == (0x4001000C,)
+    assert len(driver.wire.sent) == 1 and not driver.adapter.state.link
+    assert driver.adapter.quiesce() == count + 1, "the driver gave the indication's section back"
+    assert driver.adapter.quiesce() == count + 1 and driver.guest.faults == []
+
+
+def test_a_guest_that_never_stops_sending_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = started()
+    calls: list[bool] = []
+    monkeypatch.setattr(Channel, "process", lambda channel: calls.append(True) or True)
+    driver.adapter.quiesce()
+    assert 0 < len(calls) < 100
 
 
 def test_a_guest_that_gives_nothing_back_gets_nothing_more() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,11 @@ import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
+from hvhost.network import peripheral
 from hvhost.network.config import parse_adapter
-from hvhost.network.peripheral import MAXIMUM_ADAPTERS, NetworkPeripheral
+from hvhost.network.device import NetworkAdapter
+from hvhost.network.peripheral import MAXIMUM_ADAPTERS, QUIET_SECONDS, NetworkPeripheral
+from hvhost.vmbus.channel import ChannelState
 from hvhost.vmbus.protocol import RescindChannelOffer
 from simulated.driver import SimulatedGuest
 
@@ -60,6 +65,41 @@ def test_adapters_come_and_go(network: NetworkPeripheral) -> None:
     messages = [message for _, message in boot.guest.port.messages]
     assert [m.child_relid for m in messages if isinstance(m, RescindChannelOffer)] == [1]
     assert [each.name for each in network.adapters()] == ["net1"]
+
+
+def test_an_adapter_goes_once_its_guest_is_quiet(
+    network: NetworkPeripheral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot, counts = Boot(), [5, 7, 7, 9]
+    network.attach(boot.computer)
+    boot.guest.connect()
+    channel = boot.guest.server.channels[0]
+    slept: list[float] = []
+
+    def quiesce(adapter: NetworkAdapter) -> int:
+        assert channel.state is ChannelState.OFFERED, "it is still there"
+        return counts.pop(0)
+
+    monkeypatch.setattr(NetworkAdapter, "quiesce", quiesce)
+    monkeypatch.setattr(NetworkAdapter, "is_open", True)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    network.remove("net0")
+    assert counts == [9] and slept == [QUIET_SECONDS] * 2
+    assert channel.state is ChannelState.RESCINDED
+
+
+def test_a_guest_that_will_not_be_quiet_loses_its_adapter(
+    network: NetworkPeripheral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boot, numbers = Boot(), itertools.count()
+    network.attach(boot.computer)
+    boot.guest.connect()
+    monkeypatch.setattr(NetworkAdapter, "quiesce", lambda adapter: next(numbers))
+    monkeypatch.setattr(NetworkAdapter, "is_open", True)
+    monkeypatch.setattr(peripheral, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(peripheral, "QUIET_LIMIT_SECONDS", 0.05)
+    network.remove("net0")
+    assert network.adapters() == [] and next(numbers) > 2
 
 
 def test_every_boot_has_the_same_adapters(network: NetworkPeripheral) -> None:
