@@ -361,8 +361,13 @@ def test_a_guest_that_never_stops_sending_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = started()
-    calls: list[bool] = []
-    monkeypatch.setattr(Channel, "process", lambda channel: calls.append(True) or True)
+    calls: list[Channel] = []
+
+    def process(channel: Channel) -> bool:
+        calls.append(channel)
+        return True
+
+    monkeypatch.setattr(Channel, "process", process)
     driver.adapter.quiesce()
     assert 0 < len(calls) < 100
 
