@@ -58,7 +58,7 @@ def test_a_full_host_is_an_error_in_the_guest(one: GuestImages, start: Start, sm
     """The write that has no room fails, those before it are there; later there is room."""
     guest: Guest = start(one)
     attach(guest, small / "disk.img", pause_when_full=False)
-    guest.run(f"head -c {WRITTEN_MIB}M /dev/urandom >/tmp/data", 120.0)
+    guest.run(f"head -c {WRITTEN_MIB * MIB} /dev/urandom >/tmp/data", 120.0)
     told = guest.run(f"{WRITE} 2>&1 && echo all of it; dmesg | grep -i sda | tail -5", 120.0)
     assert "all of it" not in told
     assert "No space left on device" in told, told
@@ -76,7 +76,7 @@ def test_a_full_host_pauses_the_guests_writes(one: GuestImages, start: Start, sm
     """Nothing fails in the guest: it waits, and goes on once there is room."""
     guest: Guest = start(one)
     attach(guest, small / "disk.img", pause_when_full=True)
-    guest.run(f"head -c {WRITTEN_MIB}M /dev/urandom >/tmp/data", 120.0)
+    guest.run(f"head -c {WRITTEN_MIB * MIB} /dev/urandom >/tmp/data", 120.0)
     guest.run(
         f"({WRITE} >/tmp/told 2>&1; echo ended with $? >>/tmp/told) </dev/null >&2 2>/dev/null &"
     )

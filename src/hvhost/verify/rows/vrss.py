@@ -87,7 +87,11 @@ def prove(session: Session) -> Iterator[str]:
     with cable(session) as wire:
         channels, processors = _await_channels(wire, session.timing)
         if channels != len(processors) or len(set(processors)) < 2:
-            raise RowFailed(f"{channels} channels on processors {', '.join(processors)}")
+            told = "ethtool -l $I; ls /sys/class/net/$I/device/channels; dmesg | tail -20"
+            raise RowFailed(
+                f"{channels} channels on processors {', '.join(processors)}",
+                wire.guest(told).splitlines(),
+            )
         yield f"channels: {channels}, on processors {', '.join(processors)}"
         session.step("sending flows that hash to every queue")
         yield from _check(wire, _FIRST_PORT, "the driver's own table and key")
