@@ -6,9 +6,12 @@ Two machines at once take their time on emulated processors: ``make test-matrix`
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pytest
 
 from guest.helpers import command, wait_for
 from guest.matrix import only_in_matrix
-from guest.pages import commands, do, ended
+from guest.pages import block, commands, do, ended
 
 PAGE = "network.md"
 pytestmark = [
@@ -79,6 +82,44 @@ def test_several_machines_behind_one_nat() -> None:
             )
             do(["exec", name, "--", "sh", "-e", "-c", until])
         assert "3 packets received" in do(["exec", "anna", "--", "ping", "-c", "3", addresses[1]])
+
+
+# Another computer of the LAN is a namespace at the bridge's other port.
+BRIDGED = """
+hvhost() {{ "$PYTHON" -m hvhost "$@"; }}
+unshare --net sleep 600 & lan=$!
+trap "kill $lan" EXIT
+ip link add br0 type bridge
+ip link set br0 up
+ip link add lan0 type veth peer name lan1
+ip link set lan0 master br0 up
+until ip link set lan1 netns $lan && nsenter -t $lan -n ip link show lan1; do sleep 1; done
+nsenter -t $lan -n ip address add 192.168.90.7/24 dev lan1
+nsenter -t $lan -n ip link set lan1 up
+{root}
+{user}
+until hvhost exec clerk -- ip link set eth0 up; do sleep 1; done
+hvhost exec clerk -- ip address add 192.168.90.2/24 dev eth0
+hvhost exec clerk -- ping -c 3 192.168.90.7
+nsenter -t $lan -n ip neighbour show
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a bridge, which is root's")
+def test_bridge_to_the_lan() -> None:
+    root, user = (block(PAGE, "Bridge to the LAN", language) for language in ("text", "sh"))
+    with ended("clerk", switch="office"):
+        done = subprocess.run(
+            ["unshare", "--net", "sh", "-ec", BRIDGED.format(root=root, user=user)],
+            env=os.environ | {"USER": "root", "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "3 packets received" in done.stdout
+        assert re.search(r"192\.168\.90\.2 .* 00:15:5d:", done.stdout), "the LAN knows its address"
 
 
 def test_two_machines_on_one_private_vlan_with_jumbo_frames_and_a_capture(tmp_path: Path) -> None:
