@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,7 +129,7 @@ def _kvp() -> tuple[float, float]:
     for ask in (put, get):
         host.seconds = 0.0
         for number in range(OPERATIONS):
-            host(lambda ask=ask, number=number: ask(number))  # type: ignore[misc]
+            host(partial(ask, number))
             while daemon.run():
                 pass
         spent.append(host.seconds)

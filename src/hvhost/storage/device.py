@@ -40,7 +40,7 @@ from hvhost.storage.protocol import (
 from hvhost.storage.quick import QuickPath
 from hvhost.storage.scsi import OpCode, ScsiStatus
 from hvhost.storage.session import ChannelSession, ControllerState, Phase, Surface
-from hvhost.storage.worker import Request, UnitWorker
+from hvhost.storage.worker import Request, UnitWorker, check_condition
 from hvhost.vmbus.channel import Channel, Offer, Packet, PacketType
 
 MAXIMUM_LUNS: Final = 64
@@ -233,9 +233,7 @@ class StorageController:
     ) -> bytes:
         select, allocation = request.cdb[2], int.from_bytes(request.cdb[6:10], "big")
         if select not in (0, 1, 2):
-            sense = scsi.INVALID_FIELD_IN_CDB.pack()
-            status = ScsiStatus.CHECK_CONDITION
-            return complete_request(payload, SrbStatus.ERROR, status, 0, sense)
+            return check_condition(payload, scsi.INVALID_FIELD_IN_CDB)
         if select == 1:  # well known units only, of which there are none
             luns = ()
         count = scsi.give(data, scsi.report_luns(luns), allocation)
@@ -258,8 +256,7 @@ class StorageController:
                 return self._inquire_nothing(payload, request, data)
             case OpCode.REPORT_LUNS:
                 return self._report_luns(payload, request, data, ())
-        sense = scsi.LOGICAL_UNIT_NOT_SUPPORTED.pack()
-        return complete_request(payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense)
+        return check_condition(payload, scsi.LOGICAL_UNIT_NOT_SUPPORTED)
 
     def _inquire_nothing(
         self, payload: bytes, request: Command, data: Sequence[memoryview]

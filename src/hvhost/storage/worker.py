@@ -56,6 +56,11 @@ class Session(Protocol):
         """Send all answers that were taken; takes the bus's lock."""
 
 
+def check_condition(payload: bytes, sense: Sense) -> bytes:
+    """The answer to the command in *payload*, which ended with *sense*."""
+    return complete_request(payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense.pack())
+
+
 class Request:
     """One command on its way: *payload* is its packet, *data* the guest's buffers."""
 
@@ -79,9 +84,7 @@ class Request:
 
     def failure(self, sense: Sense) -> bytes:
         """The answer to a command that ended with *sense*."""
-        return complete_request(
-            self.payload, SrbStatus.ERROR, ScsiStatus.CHECK_CONDITION, 0, sense.pack()
-        )
+        return check_condition(self.payload, sense)
 
     def failed(self, sense: Sense) -> bytes:
         """The packet for a command that ended with *sense*."""
