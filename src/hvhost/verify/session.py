@@ -26,7 +26,7 @@ from hvhost.machine.model import (
 )
 from hvhost.verify.diagnose import Sighting, explain, kernel_panic
 from hvhost.verify.guest import ANY_SHAPE, Machine, PreparedGuest, Probe, RowFailed, Shape
-from hvhost.verify.sysfs import GuestDevice, read_devices
+from hvhost.verify.sysfs import GuestDevice, read_devices, read_uptime
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +178,7 @@ class Session:
         the link off. That is the guest's own, and not time that the row may be blamed for.
         """
         while not self._booting.is_64_bit:
-            uptime, _, _ = probe.read("/proc/uptime").partition(" ")
-            left = TICKS_SECONDS - float(uptime)
+            left = TICKS_SECONDS - read_uptime(probe)
             if left <= 0:
                 return
             self.step(f"waiting {left:.0f} s: a 32-bit kernel's ticks start five minutes below 0")

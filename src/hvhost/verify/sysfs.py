@@ -1,4 +1,4 @@
-"""The bus and its interrupts as the guest's own kernel shows them (``drivers/hv/vmbus_drv.c``)."""
+"""What the guest's own kernel shows of the bus (``drivers/hv/vmbus_drv.c``) and of its uptime."""
 
 from __future__ import annotations
 
@@ -84,6 +84,11 @@ def read_devices(probe: Probe) -> tuple[GuestDevice, ...]:
             )
         )
     return tuple(devices)
+
+
+def read_uptime(probe: Probe) -> float:
+    """Seconds since the guest booted, by its own count (``/proc/uptime``)."""
+    return float(probe.read("/proc/uptime").split()[0])
 
 
 def read_counters(probe: Probe) -> dict[int, ChannelCounters]:

@@ -14,7 +14,7 @@ from hvhost.verify.clocks import Watch, guest_clock, offset
 from hvhost.verify.contract import HV_TS_GUID
 from hvhost.verify.guest import Probe, RowFailed
 from hvhost.verify.session import Session
-from hvhost.verify.sysfs import GuestDevice, read_counters, read_devices
+from hvhost.verify.sysfs import GuestDevice, read_counters, read_devices, read_uptime
 
 WRONG = 3600.0
 RIGHT = 0.5
@@ -108,10 +108,6 @@ def _samples_leave_it(session: Session, probe: Probe, watch: Watch, channel: int
     return f"{came} samples came and left a clock alone that was {off:+.0f} s wrong"
 
 
-def _uptime(probe: Probe) -> float:
-    return float(probe.read("/proc/uptime").split()[0])
-
-
 def _frozen(session: Session, watch: Watch) -> None:
     """:class:`RowFailed` unless the machine says it is paused and the guest's clock is."""
     info = session.machine.info()
@@ -129,7 +125,7 @@ def _frozen(session: Session, watch: Watch) -> None:
 def _paused(session: Session, probe: Probe, watch: Watch) -> str:
     session.step("pausing the machine")
     source = probe.read(CLOCK_SOURCE).strip()
-    began, uptime = time.monotonic(), _uptime(probe)
+    began, uptime = time.monotonic(), read_uptime(probe)
     session.machine.pause()
     stopped = time.monotonic()
     try:
@@ -140,7 +136,7 @@ def _paused(session: Session, probe: Probe, watch: Watch) -> str:
     seconds, off = _await_right(session, watch)
     if seconds > LIMIT:
         raise RowFailed(f"after a pause of {paused:.1f} s the guest's clock is {off:+.1f} s wrong")
-    stood = max(0.0, time.monotonic() - began - (_uptime(probe) - uptime))
+    stood = max(0.0, time.monotonic() - began - (read_uptime(probe) - uptime))
     # Another clock source, such as the TSC itself, is not Hyper-V's to stop.
     if source.startswith("hyperv_") and stood < paused * STOOD:
         raise RowFailed(
