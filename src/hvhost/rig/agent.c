@@ -564,6 +564,31 @@ static void tell_guest_processors(void)
 	say("hvhost-agent: processors for guests:%s", list);
 }
 
+/* A device's region at an address that lets the kernel map it, and KVM the guest's memory in it, by
+ * large pages: Linux does from 6.12 on, where address and place in the region agree. */
+static uint8_t *map_aligned(int file, uint64_t offset, uint64_t size)
+{
+	uint64_t alignment = 1ul << 30;
+	void *room = mmap(NULL, size + alignment, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (room == MAP_FAILED)
+		die("room for the shared memory");
+	void *start = (void *)(((uintptr_t)room + alignment - 1) & ~(alignment - 1));
+	void *mapped = mmap(start, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, offset);
+	if (mapped == MAP_FAILED)
+		die("mapping the shared memory");
+	return mapped;
+}
+
+/* Linux does without large pages where there is less than 512 MiB of memory, as here. */
+static void allow_large_pages(void)
+{
+	int fd = open("/sys/kernel/mm/transparent_hugepage/enabled", O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, "always", 6) != 6)
+		say("hvhost-agent: no large pages: %s", strerror(errno));
+	if (fd >= 0)
+		close(fd);
+}
+
 static void open_device(void)
 {
 	int container = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC), group = -1;
@@ -586,9 +611,7 @@ static void open_device(void)
 	if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &shared) < 0 ||
 	    ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &registers) < 0)
 		die("VFIO regions");
-	bar = mmap(NULL, shared.size, PROT_READ | PROT_WRITE, MAP_SHARED, device, shared.offset);
-	if (bar == MAP_FAILED)
-		die("mapping the shared memory");
+	bar = map_aligned(device, shared.offset, shared.size);
 	doorbell_offset = registers.offset;
 	void *mapped = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, device, registers.offset);
 	doorbell_registers = mapped == MAP_FAILED ? NULL : mapped;
@@ -671,6 +694,7 @@ int main(void)
 	keep_kernel_text();
 	start_other_processors();
 	tell_guest_processors();
+	allow_large_pages();
 	open_device();
 	serve();
 }

@@ -85,7 +85,7 @@ def bear_accessed_pdpt(kvm: bytes) -> bytes:
         return kvm
     content, place = bytearray(kvm), places[0].end() - 4
     content[place] &= ~_PDPT_ACCESSED
-    return without_signature(bytes(content))
+    return bytes(content)
 
 
 def without_signature(module: bytes) -> bytes:
@@ -101,11 +101,14 @@ def without_signature(module: bytes) -> bytes:
 
 
 def module_entries(tree: ModuleTree, parameters: dict[str, str]) -> list[cpio.Entry]:
-    """Modules, decompressed, and ``/modules``: their files and parameters in load order."""
+    """Modules, decompressed, and ``/modules``: their files and parameters in load order.
+
+    They go without their signatures, which take an emulated processor long to verify.
+    """
     entries, lines = [], []
     for module in tree.closure(parameters):
         path = f"{module.name}.ko"
-        content = read_module(tree.root / module.path)
+        content = without_signature(read_module(tree.root / module.path))
         if module.name == "kvm":
             content = bear_accessed_pdpt(content)
         entries.append(cpio.file(path, content))
