@@ -25,7 +25,7 @@ from hvhost.storage.worker import Request, UnitWorker
 from hvhost.vmbus.gpadl import GpaRange
 
 #: Bytes that are read at once for one look into the ring; more would keep the bus too long.
-MOST_AT_ONCE: Final = 512 << 10
+MOST_AT_ONCE: Final = 1 << 20
 #: Pages of the largest transfer, and one for its offset.
 _MOST_PAGES: Final = 129
 _READ_10, _WRITE_10 = 0x28, 0x2A
