@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from hvhost.machine.model import HeartbeatStatus, Transport
 from hvhost.manager.client import MachineClient
 from hvhost.manager.definition import define
 from hvhost.manager.launcher import launch
+from hvhost.manager.probe import connect_probe
 from hvhost.memory.settings import DynamicMemory
+from hvhost.network.config import AdapterConfig, parse_adapter
 from hvhost.units import MIB
 
 COLD_SECONDS, WARM_SECONDS = 20.0, 15.0
@@ -61,7 +64,11 @@ def _boot_on_rig() -> float:
 
 
 @contextlib.contextmanager
-def running(cpus: int = 1, dynamic: DynamicMemory | None = None) -> Iterator[MachineClient]:
+def running(
+    cpus: int = 1,
+    dynamic: DynamicMemory | None = None,
+    adapters: tuple[AdapterConfig, ...] = (),
+) -> Iterator[MachineClient]:
     """A machine of the guest on the rig, booted, with its heartbeat."""
     images = guest()
     config = define(
@@ -74,7 +81,7 @@ def running(cpus: int = 1, dynamic: DynamicMemory | None = None) -> Iterator[Mac
         transport=Transport.RIG,
         dynamic_memory=dynamic,
     )
-    worker = launch(config, detach=False)
+    worker = launch(replace(config, adapters=adapters), detach=False)
     try:
         client = MachineClient("bench")
         deadline = time.monotonic() + BOOT_LIMIT
@@ -139,25 +146,34 @@ def heartbeat(rounds: int) -> list[Measurement]:
     return figures + [Measurement("exits", reason, count, "") for reason, count in most]
 
 
+def _wake_ups_a_second(client: MachineClient) -> float:
+    pid = client.info().pid
+    before, start = wake_ups(pid), time.monotonic()
+    time.sleep(IDLE_SECONDS)
+    return (wake_ups(pid) - before) / (time.monotonic() - start)
+
+
 def idle(rounds: int) -> list[Measurement]:
-    """Wake-ups of the VMM while the guest does nothing, beside the heartbeats of that time."""
+    """Wake-ups of the VMM while the guest does nothing: beside the heartbeats of that time, and
+    with an adapter that is up, without.
+    """
     del rounds
     with running() as client:
-        pid = client.info().pid
         time.sleep(5)  # the boot's tail
-        before, start = wake_ups(pid), time.monotonic()
-        time.sleep(IDLE_SECONDS)
-        taken = time.monotonic() - start
-        woken = wake_ups(pid) - before
+        alone = _wake_ups_a_second(client)
+    with running(adapters=(parse_adapter("host-only", name="net0"),)) as client:
+        probe = connect_probe(client.directory, BOOT_LIMIT)
+        probe.wait_ready(BOOT_LIMIT)
+        probe.wait_file("/sys/class/net/eth0", BOOT_LIMIT)
+        # Else the guest looks for routers and neighbours for minutes: that is not idle.
+        probe.run("echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip link set eth0 up")
+        probe.close()
+        time.sleep(5)
+        with_adapter = _wake_ups_a_second(client)
+    what = "wake-ups of the worker a second"
     return [
-        Measurement(
-            "idle",
-            "wake-ups of the worker a second",
-            woken / taken,
-            "/s",
-            "heartbeats and their answers",
-            2 / 2.0,
-        )
+        Measurement("idle", what, alone, "/s", "heartbeats and their answers", 2 / 2.0),
+        Measurement("idle", f"{what}, with an adapter", with_adapter, "/s", "without", alone),
     ]
 
 
