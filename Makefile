@@ -2,6 +2,7 @@
 BIN := .venv/bin
 GUEST ?= debian-12
 # Unit tests run side by side, guests one after another: two software processors want two real ones.
+# The matrix takes hours and has waits that fit it, so two of its guests run at a time.
 UNIT := -m 'not guest' -n auto --dist worksteal
 
 export PYTHON
@@ -38,7 +39,7 @@ check: setup-dev
 
 test-matrix: setup-dev
 	HVHOST_TEST_GUESTS=debian-11,debian-12,debian-13,sid HVHOST_TEST_FULL=debian-12-full \
-		$(BIN)/pytest -m guest
+		$(BIN)/pytest -m guest -n 2 --dist worksteal --durations=30
 
 bench: setup-dev
 	$(BIN)/python -m bench
