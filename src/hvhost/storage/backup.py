@@ -1,9 +1,11 @@
 """Backups of a running machine's disks.
 
-The guest's file systems are frozen, each disk becomes a :class:`hvhost.storage.snapshot.Snapshot`
-while the commands of all of them are held for a moment, and the guest is thawed; then the copy is
-made while the guest goes on. The backup's directory gets its name when all of it is on stable
-storage: one that ends early leaves nothing.
+The guest's file systems are frozen, each disk is kept as it is while the commands of all of them
+are held for a moment, and the guest is thawed; then the copy is made while the guest goes on.
+Where the host's file system can, a second file with the same blocks keeps the disk
+(``shared_copy.py``); elsewhere what the guest overwrites is copied before (``snapshot.py``). The
+backup's directory gets its name when all of it is on stable storage: one that ends early leaves
+nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ _HOLD_SECONDS, _HOLD_ATTEMPTS = 1.0, 10
 
 @dataclass(slots=True)
 class Copy:
-    """One disk being copied into *file*, by *keeper*; *base*: what it is the difference to."""
+    """One disk being copied into *file*, by *keeper*; *base*: what it is the difference to.
+
+    ``shared`` is the disk as it was, if a second file holds that; ``snapshot`` reads it then.
+    """
 
     drive: Drive
     file: Path
@@ -53,6 +58,7 @@ class Copy:
     keeper: Keeper
     base: Path | None = None
     snapshot: Snapshot | None = None
+    shared: ImageDisk | None = None
 
     @property
     def unit(self) -> DiskUnit:
@@ -321,6 +327,7 @@ class Backup:
                     "sector_size": copy.unit.disk.logical_sector_size,
                     "identifier": str(copy.unit.disk.identifier),
                     "parent": _parent(copy),
+                    "kept_by": "copy-before-write" if copy.shared is None else "reflink",
                 }
                 for copy in copies
             ],
@@ -333,20 +340,29 @@ def hold(drives: Sequence[Drive], function: Callable[[], None]) -> float:
     """Run *function* between two commands of all disks at once; seconds they were held for.
 
     A disk that is held may keep somebody from giving back the bus's lock, which another disk needs
-    before it can be held. So none is held for long: all are let go then, and it is tried again.
+    before it can be held. So none waits for long: all are let go then, and it is tried again.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     longest = 0.0
     for _ in range(_HOLD_ATTEMPTS):
-        barrier = threading.Barrier(len(drives), function, _HOLD_SECONDS)
+        barrier, over = threading.Barrier(len(drives)), threading.Event()
 
-        def wait(barrier: threading.Barrier = barrier) -> tuple[float, bool]:
+        def wait(
+            barrier: threading.Barrier = barrier, over: threading.Event = over
+        ) -> tuple[float, bool]:
             started = time.monotonic()
             try:
-                barrier.wait()
+                number = barrier.wait(_HOLD_SECONDS)
             except threading.BrokenBarrierError:
                 return time.monotonic() - started, False
+            if number:  # all are held, and the first of them does the work
+                over.wait()
+            else:
+                try:
+                    function()
+                finally:
+                    over.set()
             return time.monotonic() - started, True
 
         with ThreadPoolExecutor(len(drives)) as pool:
@@ -411,24 +427,40 @@ def _targets(directory: Path, drives: list[Drive], bases: dict[str, Path]) -> It
 
 def _snapshots(job: Job, copies: list[Copy]) -> None:
     """From this moment on all disks are kept as they are now."""
+    from hvhost.storage.shared_copy import SharedCopy
     from hvhost.storage.snapshot import Snapshot
 
-    for copy in copies:  # what takes time, before the commands are held
-        copy.snapshot = Snapshot(cast("ImageDisk", copy.unit.disk), copy.keeper)
+    with contextlib.ExitStack() as stack:
+        shared: list[SharedCopy | None] = []
+        for copy in copies:  # what takes time, before the commands are held
+            disk = cast("ImageDisk", copy.unit.disk)
+            copy.snapshot = Snapshot(disk, copy.keeper)
+            shared.append(copy.drive.worker.call(partial(SharedCopy.prepare, disk)))
+            if (one := shared[-1]) is not None:
+                stack.callback(one.close)
+        taken: list[bool] = []
 
-    def begin() -> None:
-        for copy in copies:
-            assert copy.snapshot is not None
-            copy.unit.disk = copy.snapshot
+        def begin() -> None:
+            for copy, one in zip(copies, shared, strict=True):
+                taken.append(one is not None and one.take())
+                if not taken[-1]:
+                    assert copy.snapshot is not None
+                    copy.unit.disk = copy.snapshot
 
-    _paused(job, hold([copy.drive for copy in copies], begin))
+        _paused(job, hold([copy.drive for copy in copies], begin))
+        for copy, one, done in zip(copies, shared, taken, strict=True):
+            if one is not None and done:
+                copy.shared = one.open()
+                copy.snapshot = Snapshot(copy.shared, copy.keeper)
 
 
 def _let_go(copies: list[Copy]) -> None:
     """The guest uses its disks themselves again."""
     for copy in copies:
         snapshot, unit = copy.snapshot, copy.unit
-        if snapshot is not None and unit.disk is snapshot:
+        if copy.shared is not None:
+            copy.shared.close()
+        elif snapshot is not None and unit.disk is snapshot:
             copy.drive.worker.call(partial(setattr, unit, "disk", snapshot.disk))
 
 
@@ -460,8 +492,11 @@ def _copy(job: Job, copy: Copy) -> None:
             started = time.monotonic()
             return snapshot.take(first), time.monotonic() - started
 
-        piece, seconds = copy.drive.worker.call(take)
-        _paused(job, seconds)
+        if copy.shared is None:
+            piece, seconds = copy.drive.worker.call(take)
+            _paused(job, seconds)
+        else:  # no command of the guest's is kept waiting
+            piece, _ = take()
         if piece is None:
             break
         snapshot.put(piece)

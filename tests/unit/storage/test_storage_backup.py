@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +30,9 @@ from hvhost.services.vss_protocol import VssOperation
 from hvhost.storage.backup import Backup, hold
 from hvhost.storage.block import DiskUnit
 from hvhost.storage.controller import Drive, Storage
-from hvhost.storage.images import create_disk, open_disk
+from hvhost.storage.file import HostFile
+from hvhost.storage.images import create_disk, differencing_options, open_disk
+from hvhost.storage.shared_copy import SharedCopy
 from hvhost.storage.snapshot import CHUNK, Snapshot
 from hvhost.storage.vhdx_create import VhdxOptions
 from simulated.driver import GuestService, SimulatedGuest
@@ -126,11 +132,46 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
+def bench(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    directory: Path = getattr(request, "param", lambda *_: tmp_path)(tmp_path, request)
+    bench = Bench(directory)
     yield bench
     bench.backup.close()
     bench.storage.close()
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def sharing(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory whose files can share their blocks: played, by copying them at once."""
+
+    def share_with(self: HostFile, descriptor: int) -> None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, self.path.read_bytes(), 0)
+
+    request.getfixturevalue("monkeypatch").setattr(HostFile, "share_with", share_with)
+    return tmp_path
+
+
+def btrfs(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory whose files can share their blocks."""
+    image, mount = tmp_path / "btrfs.img", tmp_path / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(256 << 20)
+    commands = ["mkfs.btrfs", "-q", str(image)], ["mount", "-o", "loop", str(image), str(mount)]
+    for command in commands:
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"there is no {command[0]}")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no Btrfs can be mounted here: {done.stderr.strip()}")
+    request.addfinalizer(lambda: subprocess.run(["umount", mount], check=True))
+    return mount
+
+
+def kept_by(info: BackupInfo) -> list[str]:
+    disks = json.loads(Path(info.path, "backup.json").read_text())["disks"]
+    return [each["kept_by"] for each in disks]
 
 
 def contents(info: BackupInfo, name: str) -> bytes:
@@ -147,7 +188,13 @@ def refused(info: BackupInfo) -> str:
     return info.error
 
 
-def test_all_disks_as_they_were_while_the_guest_was_frozen(bench: Bench) -> None:
+KINDS = [(lambda path, _: path, "copy-before-write"), (sharing, "reflink"), (btrfs, "reflink")]
+
+
+@pytest.mark.parametrize(
+    ("bench", "kept"), KINDS, indirect=["bench"], ids=["plain", "played", "btrfs"]
+)
+def test_all_disks_as_they_were_while_the_guest_was_frozen(bench: Bench, kept: str) -> None:
     bench.write(0, 0, 1)
     bench.write(1, 5 * CHUNK, 2)
     bench.on[FREEZE] = lambda: bench.write(1, 7 * CHUNK, 3)  # what was not written back yet
@@ -173,8 +220,10 @@ def test_all_disks_as_they_were_while_the_guest_was_frozen(bench: Bench) -> None
     assert load_config(json.dumps(manifest["machine"])) == bench.config
     assert [each["address"] for each in manifest["disks"]] == ["scsi0:0", "scsi0:1"]
     assert manifest["disks"][0]["source"] == str(bench.directory / "a.vhdx")
+    assert kept_by(info) == [kept, kept]
 
 
+@pytest.mark.parametrize("bench", [lambda path, _: path, sharing], indirect=True)
 def test_an_incremental_backup_holds_what_is_different(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +257,56 @@ def test_an_incremental_backup_holds_what_is_different(
     Path(first.path, "scsi0-1.vhdx").unlink()
     assert "Without --incremental" in refused(bench.run(incremental=True))
     assert bench.run().state is BackupState.DONE
+
+
+@pytest.mark.parametrize("bench", [btrfs], indirect=True)
+def test_a_child_is_kept_with_its_parent(bench: Bench) -> None:
+    """The second file finds the parent as the image does; the guest's commands wait for nothing."""
+    child = bench.directory / "child.vhdx"
+    bench.write(0, 0, 1)
+    bench.storage.remove("scsi0:0")
+    create_disk(child, differencing_options(child, bench.directory / "a.vhdx")).close()
+    bench.storage.add(DriveConfig(str(child)))
+    bench.write(0, CHUNK, 2)
+    bench.on[THAW] = lambda: bench.write(0, 0, 9, SIZE)
+    info = bench.run()
+    assert contents(info, "scsi0-0.vhdx") == b"\1" * CHUNK + b"\2" * CHUNK + bytes(38 * CHUNK)
+
+
+@pytest.mark.parametrize("bench", [sharing], indirect=True)
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_where_sharing_fails_at_the_last_moment_the_old_way_is_gone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """As where the file system is full: once in preparing, or when it counts, for one or both."""
+    real, calls = HostFile.share_with, list[int]()
+
+    def share_with(self: HostFile, descriptor: int) -> None:
+        calls.append(1)
+        if len(calls) >= at:
+            raise OSError(errno.ENOSPC, "no room")
+        real(self, descriptor)
+
+    monkeypatch.setattr(HostFile, "share_with", share_with)
+    bench.write(1, 0, 5)
+    bench.on[THAW] = lambda: bench.write(1, 0, 9, SIZE)
+    info = bench.run()
+    kept = ["copy-before-write" if at < 4 else "reflink", "copy-before-write"]
+    assert info.error is None and kept_by(info) == kept
+    assert contents(info, "scsi0-1.vhdx") == b"\5" * CHUNK + bytes(39 * CHUNK)
+    bench.write(1, 0, 6)
+
+
+@pytest.mark.parametrize("bench", [sharing], indirect=True)
+def test_a_shared_copy_that_does_not_open_ends_the_backup(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: SharedCopy) -> None:
+        raise HvHostError("It is damaged; look at the file system.")
+
+    monkeypatch.setattr(SharedCopy, "open", broken)
+    assert "damaged" in refused(bench.run())
+    assert bench.asked == [CHECK, FREEZE, THAW] and not bench.left()
 
 
 def test_other_files_of_that_name_are_no_backups(bench: Bench) -> None:
