@@ -31,13 +31,13 @@ _MOST_PAGES: Final = 129
 _READ_10, _WRITE_10 = 0x28, 0x2A
 _PROTECT_OR_FUA = 0xE8
 _EXECUTE_SRB = 3
-_KEY = struct.Struct("<HHHH")  # type, offset8, len8, flags
+_KEY = struct.Struct("<HHH")  # type, offset8, len8; flags change nothing, and are the guest's
 _KEY_SIZE = _KEY.size
 _GPA_DIRECT = 9
 _unpack_ten = struct.Struct(">BBIxH").unpack_from
 # A completion packet with vstor_packet and vmscsi_request: as complete_request() makes it.
 _pack_answer = struct.Struct("<8sQ12s2s2sIII36s").pack
-_COMPLETION = _KEY.pack(0xB, 2, 2 + PACKET_SIZE // 8, 0)
+_COMPLETION = struct.pack("<HHHH", 0xB, 2, 2 + PACKET_SIZE // 8, 0)
 _COMPLETED = struct.pack("<III", 1, 0, 0)  # COMPLETE_IO, flags, STATUS_SUCCESS
 _GOOD = bytes((SrbStatus.SUCCESS, ScsiStatus.GOOD))
 _NO_TURN: Any = (None, None, 0)
@@ -50,7 +50,7 @@ Turn = tuple[UnitWorker, Callable[..., bool] | None, int]
 
 def _shape(key: bytes) -> Shape | None:
     """How to unpack packets that begin with *key*, their size and their pages, if they are ours."""
-    kind, offset8, length8, _ = _KEY.unpack(key)
+    kind, offset8, length8 = _KEY.unpack(key)
     pages = offset8 - 4
     if (
         kind != _GPA_DIRECT

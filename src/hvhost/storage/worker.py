@@ -290,9 +290,8 @@ class UnitWorker:
     def _work(self) -> None:
         self._wake.clear()
         while self._jobs:
-            job = self._jobs.popleft()
-            with self.running:
-                job()
+            with self.running:  # nobody enters before a job that waits for this
+                self._jobs.popleft()()
 
     def _wait(self, session: Session, seconds: float) -> None:
         """Let time pass, doing what else is asked meanwhile."""

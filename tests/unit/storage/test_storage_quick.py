@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvhost.storage.block import DiskUnit
 from hvhost.storage.limits import Limiter
-from hvhost.storage.quick import MOST_AT_ONCE
+from hvhost.storage.quick import MOST_AT_ONCE, QuickPath
 from simulated.storage import MemoryDisk, StorageDriver, StorageHost
 
 SIZE = 1 << 20
@@ -136,6 +136,43 @@ def test_nothing_is_read_at_once_where_requests_are_limited_or_the_disk_is_at_wo
     assert side.driver.finish(tag).ok
 
 
+def test_reads_and_writes_are_taken_and_what_is_cut_off_is_not(side: Side) -> None:
+    quick = side.host.guest.server.channels[0].serve
+    assert quick is not None
+    whole: list[bytes] = []
+
+    def watched(data: bytes) -> int:
+        for length in (0, 4, 8, 20, 60, len(data) - 64, len(data) - 8):
+            assert quick(data[:length]) == 0
+        whole.append(data)
+        used = quick(data)
+        assert used == len(data)
+        return used
+
+    side.host.guest.server.channels[0].serve = watched
+    data = os.urandom(4096)
+    first = a_write(side.driver, 8, data)
+    process(side)
+    assert side.driver.finish(first).ok
+    second = a_read(side.driver, 8, 8)
+    process(side)
+    assert side.driver.finish(second).data == data
+    assert len(whole) == 2
+
+
+def test_shapes_are_few_whatever_the_guest_sends(side: Side) -> None:
+    """What is kept for a shape is the host's memory; a header's fields allow billions of them."""
+    serve = side.host.guest.server.channels[0].serve
+    assert serve is not None
+    quick: QuickPath = serve.__self__  # type: ignore[attr-defined] # a bound method
+    for pages in (0, 1, 2, 128, 129, 130, 4000):
+        for flags in (0, 1, 2, 0xFFFF):
+            header = struct.pack("<HHHHQ", 9, 4 + pages, 12 + pages, flags, 1)
+            packet = header + struct.pack("<IIII", 0, 1, 1, 0) + bytes(8 * pages + 72)
+            assert serve(packet) == 0, "no read and no write"
+    assert len(quick._shapes) == 4
+
+
 def test_a_unit_attention_comes_first(side: Side) -> None:
     unit = side.host.workers[0].unit
     assert isinstance(unit, DiskUnit)
@@ -185,7 +222,7 @@ FIELDS = {
     "cdb_length": [10, 6, 16, 0, 17],
     "sense_length": [20, 0],
     "transfer": [4096, 512, 8192, 0, 1 << 31],
-    "opcode": [0x28, 0x2A, 0x35, 0x12, 0xFF],
+    "opcode": [0x28, 0x2A, 0x35, 0x12, 0xA0, 0xFF],
     "flags": [0, 0x08, 0x20, 0x10],
     "lba": [0, 8, SIZE // 512 - 8, SIZE // 512 - 1, SIZE // 512, 1 << 31],
     "blocks": [8, 1, 16, 0],
@@ -198,6 +235,8 @@ CHANGES = [(name, value) for name, values in FIELDS.items() for value in values[
 #: Fields that fit each other and are wrong all the same.
 TOGETHER = [
     {"length": 0, "transfer": 0, "blocks": 0},
+    {"length": 0, "transfer": 0, "blocks": 0, "lun": 1},
+    {"pages": 2, "length": 8192, "transfer": 8192, "blocks": 16, "pfn": 1 << 40},
     {"offset": 4096, "pages": 2},
     {"offset": 512, "pages": 2, "length": 8192, "transfer": 8192, "blocks": 16},
     *(

@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 
 import pytest
 
@@ -176,7 +177,10 @@ def test_a_job_runs_before_there_was_a_command_and_raises_as_it_does(bench: Benc
     assert bench.worker.call(threading.get_ident) in bench.unit.threads
 
 
-def test_a_job_goes_before_the_commands_that_wait(bench: Bench) -> None:
+def test_a_job_goes_before_the_commands_that_wait(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_SECONDS", 3600.0)
     gate = bench.gate(1)
     seen: list[list[int]] = []
     bench.submit(1, 2)
@@ -200,6 +204,43 @@ def test_a_job_does_not_wait_for_a_limit(bench: Bench) -> None:
     bench.submit(1, 2)
     assert bench.worker.call(lambda: 5) == 5
     bench.channel.alive = False
+
+
+def test_nobody_enters_before_a_job_that_waits_for_the_unit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that always reads, and enters again and again, would keep a job waiting for good."""
+    wanted, turn = threading.Event(), threading.Event()
+
+    class Lock:
+        """One that others get first."""
+
+        def __enter__(self) -> None:
+            wanted.set()
+            assert turn.wait(60)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def acquire(self, *, blocking: bool) -> bool:
+            return not blocking
+
+    monkeypatch.setattr(bench.worker, "running", Lock())
+    caller = in_thread(lambda: bench.worker.call(lambda: None))
+    assert wanted.wait(60)
+    entered = bench.worker.try_enter()
+    turn.set()
+    caller.join(60)
+    assert not entered and bench.worker.try_enter()
+
+
+def test_answers_do_not_wait_for_slow_commands(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_SECONDS", -1.0)  # all are slow
+    bench.gate(2)
+    requests = bench.submit(1, 2)
+    assert bench.channel.hears(1) == [requests[0].succeeded(1)]
 
 
 # What goes wrong.
@@ -312,7 +353,10 @@ def test_each_command_waits_for_its_turn_once(
 # The end of channels and of the worker.
 
 
-def test_a_closed_channel_s_commands_are_dropped(bench: Bench) -> None:
+def test_a_closed_channel_s_commands_are_dropped(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_SECONDS", 3600.0)
     gate, other = bench.gate(1), Channel()
     bench.submit(1, 2)
     bench.submit(3)
@@ -376,6 +420,33 @@ def test_a_job_after_the_end_is_refused_in_a_sentence(bench: Bench, worked: bool
         True
     ]
     assert not bench.worker._jobs
+
+
+def test_a_job_that_came_just_before_the_end_is_done(bench: Bench) -> None:
+    stopping, callers = threading.Event(), list[threading.Thread]()
+
+    class Late(SimpleQueue[list[Request] | None]):
+        """What the caller puts into it comes behind the end."""
+
+        def put(self, item: list[Request] | None, *_: object) -> None:
+            if threading.current_thread() in callers:
+                assert stopping.wait(60)
+            super().put(item)
+
+    bench.worker._queue = Late()
+    bench.submit(1)
+    bench.channel.hears(1)
+    done: list[int] = []
+    callers.append(threading.Thread(target=lambda: done.append(bench.worker.call(lambda: 5))))
+    callers[0].daemon = True
+    callers[0].start()
+    until(lambda: bench.worker._jobs)
+    stopper = in_thread(bench.worker.stop)
+    until(lambda: not bench.worker._jobs or not stopper.is_alive())
+    stopping.set()
+    callers[0].join(60)
+    stopper.join(60)
+    assert done == [5] and bench.unit.closed == 1
 
 
 def test_a_job_before_the_end_does_not_end_it_early(bench: Bench) -> None:
