@@ -16,6 +16,7 @@ from pathlib import Path
 from hvhost.errors import HvHostError
 from hvhost.guests.build import GuestImages
 from hvhost.machine.model import HeartbeatStatus, MachineInfo
+from hvhost.machine.storage_model import DriveConfig
 from hvhost.manager.definition import define
 from hvhost.memory.settings import DynamicMemory
 from hvhost.verify.guest import Probe
@@ -75,6 +76,7 @@ class Guest:
         name: str | None = None,
         dynamic_memory: DynamicMemory | None = None,
         storage_process: bool = False,
+        drives: tuple[DriveConfig, ...] = (),
     ) -> Guest:
         """Boot *images* and wait for its probe and its drivers."""
         machine = LiveMachine(
@@ -90,6 +92,7 @@ class Guest:
                     dynamic_memory=dynamic_memory,
                 ),
                 storage_process=storage_process,
+                drives=drives,
             )
         )
         try:

@@ -4,7 +4,8 @@ Source: ``drivers/net/hyperv`` of Linux 6.1 for what a guest expects, in which o
 
 Life of an adapter: the guest negotiates NVSP, tells its MTU, lends a receive and a send buffer,
 initialises RNDIS, asks what there is, opens sub-channels if it wants to spread its load, and sets
-a packet filter; from then on frames move. Closing the first channel ends all of it.
+a packet filter; from then on frames move. What comes while there is no filter, or with the link
+down, is lost. Closing the first channel ends all of it.
 
 Frames go from guest memory to the wire and back without a copy in between. A frame that the wire
 does not take at once keeps its memory, because the guest gets its completion only afterwards; while
@@ -162,7 +163,11 @@ class NetworkAdapter:
     def readable(self) -> bool:
         """The wire has frames; true if there may be more for which there is room."""
         receiver = self._receiver
-        if receiver is None or self._blocked:
+        if receiver is None:
+            return False
+        if not self._listens:
+            return receiver.discard(self.wire)
+        if self._blocked:
             return False
         more = receiver.pull(self.wire)
         self._flush()
@@ -460,14 +465,15 @@ class NetworkAdapter:
             self._send_controls()
         self._watch()
 
+    @property
+    def _listens(self) -> bool:
+        """Frames are for the guest. Else they are lost, not kept: it would get them much later."""
+        return self.state.link and self.state.filter != 0
+
     def _watch(self) -> None:
-        receiver, state = self._receiver, self.state
-        read = (
-            receiver is not None
-            and state.link
-            and state.filter != 0
-            and receiver.has_room
-            and not self._blocked
+        receiver = self._receiver
+        read = receiver is not None and (
+            not self._listens or (receiver.has_room and not self._blocked)
         )
         wanted = read, bool(self._waiting)
         if wanted != self._watching:

@@ -122,6 +122,14 @@ class Receiver:
         self.flush()
         return more and self.has_room
 
+    def discard(self, source: Source) -> bool:
+        """Lose what *source* has, because nobody listens; true if there may be more."""
+        for _ in range(FRAMES_PER_ROUND):
+            if not source.receive_into([self._header, self._overflow]):
+                return False
+            self._state.counters.filtered += 1
+        return True
+
     def _one(self, section: int) -> list[memoryview]:
         buffers = self._places.get(section)
         if buffers is None:

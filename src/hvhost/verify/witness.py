@@ -145,11 +145,11 @@ def knock(to: str, port: int, ports: list[int], timeout: float = 5.0) -> dict[st
     return {"refused": refused}
 
 
-def inject(interface: str, frame: str) -> dict[str, Any]:
-    """Send a frame, given in hexadecimal digits, as it is."""
+def inject(interface: str, frame: str, count: int = 1) -> dict[str, Any]:
+    """Send a frame, given in hexadecimal digits, as it is, *count* times; bytes sent."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
         sock.bind((interface, 0))
-        return {"sent": sock.send(bytes.fromhex(frame))}
+        return {"sent": sum(sock.send(bytes.fromhex(frame)) for _ in range(count))}
 
 
 def offload(interface: str, on: bool) -> dict[str, Any]:

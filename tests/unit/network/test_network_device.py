@@ -311,13 +311,37 @@ def test_closing_the_first_channel_takes_the_others_along() -> None:
 def test_link_down_and_up() -> None:
     driver = started()
     driver.adapter.set_link(False)
-    assert driver.wire.watching == (False, False)
     driver.send(rndis_packet(ethernet(0x1234, bytes(50))))
     assert driver.wire.sent == []
     driver.adapter.set_link(True)
     driver.read()
     statuses = [struct.unpack_from("<I", each, 8)[0] for each in driver.indications]
     assert statuses == [0x4001000C, 0x4001000B] and driver.wire.watching == (True, False)
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_what_comes_while_nobody_listens_is_lost(link: bool) -> None:
+    driver = started()
+    adapter = driver.adapter
+
+    def listen(on: bool) -> None:
+        if link:
+            adapter.set_link(on)
+        else:
+            driver.set(0x1010E, struct.pack("<I", 0x0D if on else 0))
+
+    listen(False)
+    early = incoming(ethernet(0x1234, bytes(60), to=MAC))
+    large = incoming(ethernet(0x1234, bytes(9000), to=MAC))
+    driver.wire.incoming.extend([early, large] * 100)
+    assert driver.wire.watching == (True, False)
+    assert adapter.readable(), "others get their turn before it is all gone"
+    assert driver.pull() == [] and not driver.wire.incoming
+    assert adapter.state.counters.filtered == 200 and not adapter.state.counters.received
+    listen(True)
+    late = ethernet(0x1234, bytes(70), to=MAC)
+    driver.wire.incoming.append(incoming(late))
+    assert [each.data for each in driver.pull()] == [late]
 
 
 def test_a_wire_that_is_full_holds_the_guest_back() -> None:
