@@ -1,6 +1,7 @@
 """A network namespace of one's own with a tap device in it; needs no rights.
 
-Started as ``unshare --user --map-root-user --net python -m hvhost.network.namespace SOCKET_FD …``:
+Started as ``unshare --user --map-root-user --net python -m hvhost.network.namespace SOCKET_FD …``,
+without a user namespace where root may make none, as in a chroot and in some containers:
 makes the devices, hands their descriptors over the socket, and holds the namespace until the socket
 is closed. The kernel in there is the other end of each tap; addresses and names are given out there
 if that is asked for.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import select
 import shutil
 import socket
@@ -17,6 +19,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 from hvhost.errors import HvHostError
 
@@ -35,15 +39,8 @@ class Namespace:
 
     @property
     def pid(self) -> int:
-        """The process that holds it; ``nsenter --target`` takes it."""
+        """The process that holds it; :func:`inside` takes it."""
         return self.process.pid
-
-    def enter(self, command: list[str]) -> list[str]:
-        """*command* as it is run inside."""
-        return [
-            *("nsenter", "--preserve-credentials", "--user", "--net"),
-            *("--target", str(self.pid), "--", *command),
-        ]
 
     def close(self) -> None:
         """Let it go; descriptors handed over are their owners'."""
@@ -53,6 +50,25 @@ class Namespace:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def inside(pid: int, command: list[str]) -> list[str]:
+    """*command* as it is run in the namespace that process *pid* holds."""
+    own_user = Path(f"/proc/{pid}/ns/user").samefile("/proc/self/ns/user")
+    return [
+        *("nsenter", "--preserve-credentials", *(() if own_user else ("--user",)), "--net"),
+        *("--target", str(pid), "--", *command),
+    ]
+
+
+@cache
+def _leaving() -> tuple[str, ...]:
+    """Options of ``unshare``: a user namespace gives the right to the other, which root has."""
+    if os.geteuid() == 0:
+        tried = subprocess.run(["unshare", "--user", "true"], capture_output=True, check=False)
+        if tried.returncode:
+            return ("--net",)
+    return ("--user", "--map-root-user", "--net")
 
 
 def open_namespace(taps: list[tuple[str, str]], *, services: bool = False) -> Namespace:
@@ -71,7 +87,7 @@ def open_namespace(taps: list[tuple[str, str]], *, services: bool = False) -> Na
         arguments = [f"{name}={address}" for name, address in taps]
         process = subprocess.Popen(
             [
-                *("unshare", "--user", "--map-root-user", "--net", sys.executable),
+                *("unshare", *_leaving(), sys.executable),
                 *("-m", "hvhost.network.namespace", str(theirs.fileno())),
                 *(("--services",) if services else ()),
                 *arguments,

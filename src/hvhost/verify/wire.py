@@ -12,6 +12,7 @@ from typing import Any
 
 from hvhost.errors import HvHostError
 from hvhost.network.config import new_mac
+from hvhost.network.namespace import inside
 from hvhost.network.report import AdapterInfo
 from hvhost.verify.guest import HostLacks, Probe, RowFailed
 from hvhost.verify.script import run
@@ -33,17 +34,11 @@ class Witness:
     def command(self, *words: str) -> str:
         """A program's output; :class:`RowFailed` if it fails."""
         done = subprocess.run(
-            self._inside(list(words)), capture_output=True, text=True, timeout=30, check=False
+            inside(self.pid, list(words)), capture_output=True, text=True, timeout=30, check=False
         )
         if done.returncode:
             raise RowFailed(f"on the host, {' '.join(words)!r} failed: {done.stderr.strip()}")
         return done.stdout
-
-    def _inside(self, words: list[str]) -> list[str]:
-        return [
-            *("nsenter", "--preserve-credentials", "--user", "--net"),
-            *("--target", str(self.pid), "--", *words),
-        ]
 
     def do(self, action: str, **how: object) -> dict[str, Any]:
         """An action of :mod:`hvhost.verify.witness`, to its end."""
@@ -74,7 +69,7 @@ class Action:
         words = [sys.executable, "-m", "hvhost.verify.witness", action, json.dumps(how)]
         self.name = action
         self._process = subprocess.Popen(
-            witness._inside(words),
+            inside(witness.pid, words),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
 from hvhost.network import frame
-from hvhost.network.namespace import open_namespace
+from hvhost.network.namespace import _leaving, inside, open_namespace
 from hvhost.network.passt import PasstWire
 from hvhost.network.wires import DescriptorWire
 from simulated.frames import ethernet, sums_are_right, tcp
@@ -90,6 +94,26 @@ def test_a_peer_that_hangs_up_is_noticed_once() -> None:
     assert wire.send([b"lost"]) and gone == [1]
 
 
+@pytest.fixture(params=["as here", "root without user namespaces"])
+def leaving(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """How namespaces are made: also as in a chroot, where nobody may make one of users."""
+    if request.param != "as here":
+        if os.geteuid():
+            pytest.skip("only root makes a network namespace alone")
+        program = tmp_path / "unshare"
+        program.write_text(
+            f'#!/bin/sh\n[ "$1" = --user ] && exit 1\nexec {shutil.which("unshare")} "$@"\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _leaving.cache_clear()
+    yield
+    _leaving.cache_clear()
+
+
+@pytest.mark.usefixtures("leaving")
 def test_a_namespace_gives_a_tap_that_its_kernel_answers_on() -> None:
     try:
         namespace = open_namespace([("tap0", "10.1.2.1/24")])
@@ -107,6 +131,9 @@ def test_a_namespace_gives_a_tap_that_its_kernel_answers_on() -> None:
         if data[12:14] == b"\x08\x06" and data[:6] == mac:
             break
     assert data[28:32] == bytes((10, 1, 2, 1))
+    words = inside(namespace.pid, ["ip", "-brief", "address", "show", "tap0"])
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "10.1.2.1/24" in shown
     os.close(tap)
     namespace.close()
     assert namespace.process.returncode == 0

@@ -20,7 +20,7 @@ from hvhost.errors import HvHostError
 from hvhost.network import switch_client
 from hvhost.network.addresses import Addresses
 from hvhost.network.config import parse_adapter
-from hvhost.network.namespace import Namespace, open_namespace
+from hvhost.network.namespace import Namespace, inside, open_namespace
 from hvhost.network.report import AdapterInfo
 from hvhost.network.switch_client import Hello, SwitchConfig
 from hvhost.verify.guest import CommandResult, RowFailed
@@ -85,7 +85,7 @@ class Guest:
         assert self.namespace is not None
         path = f"{self.directory / 'bin'}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["env", f"PATH={path}", *self.namespace.enter(list(words))],
+            ["env", f"PATH={path}", *inside(self.namespace.pid, list(words))],
             capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         return CommandResult(done.returncode, done.stdout + done.stderr)
