@@ -161,7 +161,7 @@ class NetworkAdapter:
         return sum(channel.packets_received for channel in self._channels())
 
     def readable(self) -> bool:
-        """The wire has frames; true if there may be more for which there is room."""
+        """The wire has frames; true if there may be more to be taken now."""
         receiver = self._receiver
         if receiver is None:
             return False

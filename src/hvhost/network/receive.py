@@ -95,7 +95,7 @@ class Receiver:
         return len(buffer.free) > buffer.sections_per_frame
 
     def pull(self, source: Source) -> bool:
-        """Hand on what *source* has; true if there may be more, for which there is room."""
+        """Hand on what *source* has; true if there may be more."""
         buffer = self._buffer
         free, count, capacity = buffer.free, buffer.sections_per_frame, buffer.capacity
         receive_into = source.receive_into
@@ -120,7 +120,7 @@ class Receiver:
             more = True
         self._alone = number <= 1
         self.flush()
-        return more and self.has_room
+        return more
 
     def discard(self, source: Source) -> bool:
         """Lose what *source* has, because nobody listens; true if there may be more."""
@@ -152,8 +152,6 @@ class Receiver:
         for number in range(-2, -1 - buffer.sections_per_frame, -1):
             for body in buffer.bodies[buffer.free[number]]:
                 length = min(len(body), left - position)
-                if length <= 0:
-                    return
                 body[:length] = self._overflow[position : position + length]
                 position += length
 
@@ -186,7 +184,7 @@ class Receiver:
             head = head[:size]
         chosen = state.filter
         if not (
-            (chosen & _DIRECTED and head[:6] == state.mac and not head[0] & 1)
+            (chosen & _DIRECTED and head[:6] == state.mac)  # nearly all: no call for them
             or self._wanted(head, chosen)
         ):
             state.counters.filtered += 1

@@ -146,7 +146,7 @@ class Processor:
         with self._news:
             self._stopping = True
             self._news.notify()
-        if self._thread.ident is None or self._thread is threading.current_thread():
+        if self._thread is threading.current_thread():
             return
         while self._thread.is_alive():
             try:

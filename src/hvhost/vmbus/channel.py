@@ -306,7 +306,7 @@ class Channel:
         except RemoteProtocolError as error:
             self.fault(str(error))
             return False
-        return more and self.is_open
+        return more
 
     # For the bus.
 

@@ -410,7 +410,7 @@ class VmbusServer:
                 f"the guest tears down GPADL {handle:#x}, which channel {number} does not have."
             )
         channel = self._channels[number]
-        if channel.is_open and channel.ring_gpadl == handle:
+        if channel.ring_gpadl == handle:
             channel.fault("the guest took the ring buffer away while the channel was open.")
         self._gpadls.remove(handle)
         self._post(GpadlTorndown(handle))

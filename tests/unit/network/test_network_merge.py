@@ -199,6 +199,16 @@ def test_unmade_sums_are_merged_unchecked_and_vouched_for() -> None:
     assert each.fragments == 2 and infos(each) == GOOD and each.data[54:] == payload
 
 
+@pytest.mark.parametrize(("merging", "size"), [(False, SIZE), (True, 100)])
+def test_unmade_sums_are_no_reason_to_merge(merging: bool, size: int) -> None:
+    """For a guest that does not want it, or of frames too small to be worth it."""
+    driver = started(merging=merging)
+    frames = [segment(bytes(size), 1 + size * number) for number in range(3)]
+    unmade = frame.Offload(flags=1, csum_start=34, csum_offset=16).pack()
+    driver.wire.incoming.extend(unmade + each for each in frames)
+    assert [each.data for each in driver.pull()] == frames
+
+
 def test_a_frame_has_an_end() -> None:
     payload = os.urandom(SIZE * 100)
     got = received(started(), segments(payload))

@@ -10,7 +10,7 @@ import pytest
 from hvhost.network import frame
 from hvhost.network.buffers import HEADROOM, SECTION_SIZE
 from hvhost.network.state import Counters
-from simulated.frames import ethernet, sums_are_right, tcp
+from simulated.frames import ethernet, ones_sum, sums_are_right, tcp
 from simulated.netvsc import MAC, NO_OFFLOAD, PEER, NetvscDriver, Received
 
 CAPACITY = SECTION_SIZE - HEADROOM
@@ -107,6 +107,40 @@ def test_all_of_a_frame_is_summed_before_the_guest_need_not(size: int) -> None:
             assert each.infos == {}
 
 
+def test_a_sum_that_is_right_for_the_first_page_alone_is_wrong() -> None:
+    driver = started(mtu=9000)
+    buffer = driver.adapter._receive_buffer
+    assert buffer is not None
+    first = len(buffer.bodies[buffer.free[-1]][0])
+    data = bytearray(whole(8000))
+    assert first < len(data), "the section is not in one piece"
+    data[50:52] = bytes(2)
+    part = bytes(data[34:first])
+    pseudo = bytes(data[26:34]) + struct.pack("!II", len(part), 6)
+    struct.pack_into("!H", data, 50, ~ones_sum(pseudo + part) & 0xFFFF)
+    (each,) = received(driver, NO_OFFLOAD + bytes(data))
+    assert each.data == data and each.infos == {}
+
+
+def test_datagrams_in_one_frame_are_cut_also_for_a_guest_that_merges() -> None:
+    """What it takes in one is TCP only."""
+    driver = started()
+    data = tcp(os.urandom(2500), protocol=17, to=MAC, sender=PEER)
+    got = received(driver, frame.Offload(1, frame.GSO_UDP_L4, 42, 1000, 34, 6).pack() + data)
+    assert [len(each.data) - 42 for each in got] == [1000, 1000, 500]
+    assert all(sums_are_right(each.data) for each in got)
+    assert b"".join(each.data[42:] for each in got) == data[42:]
+
+
+@pytest.mark.parametrize("size", [2000, 2 * CAPACITY])
+def test_what_came_as_one_frame_is_not_made_larger(size: int) -> None:
+    driver = started()
+    large = segmented(whole(size))
+    following = tcp(os.urandom(600), to=MAC, sender=PEER, flags=0x10, sequence=7 + size - 54)
+    got = received(driver, large, NO_OFFLOAD + following)
+    assert [each.data for each in got] == [large[10:], following]
+
+
 def test_segments_for_which_there_is_no_room_are_counted() -> None:
     driver = started(merging=False, sections=16)
     data = whole(54 + 20 * 1448)
@@ -179,6 +213,8 @@ def test_a_guest_that_names_its_groups_gets_those_alone() -> None:
     frames = [ethernet(0x1234, bytes(50), to=to, sender=PEER) for to in (one, other, b"\xff" * 6)]
     assert driver.set(0x1010103, one) == 0
     for filters, expected in (
+        (0x01, []),
+        (0x08, frames[2:]),
         (0x02, frames[:1]),
         (0x06, frames[:2]),
         (0x0A, [frames[0], frames[2]]),

@@ -482,6 +482,37 @@ def test_states_that_do_not_follow_are_our_bug() -> None:
     assert bench.host.state is ChannelState.RESCINDED and not bench.guest.faults
 
 
+class Elsewhere(Recorder):
+    """A device whose rings another process has."""
+
+    signal = -1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signals = 0
+
+    def signalled(self) -> None:
+        self.signals += 1
+
+    def open_rings(
+        self, channel: Channel, pages: object, downstream: int, target_vp: int
+    ) -> None: ...
+
+    def moved(self, target_vp: int) -> None: ...
+
+
+def test_a_channel_that_is_served_elsewhere_is_neither_read_nor_saved_here() -> None:
+    bench = Bench(lambda _: Elsewhere())
+    assert bench.host.elsewhere is not None
+    bench.channel.write(b"for the other process")  # which is woken when it opens, too
+    assert isinstance(bench.device, Elsewhere) and bench.device.signals == 2
+    with pytest.raises(LocalProtocolError, match="served by another process"):
+        bench.host.save(offered=True)
+    bench.guest.close(1)
+    assert bench.host.save(offered=True).rings is None
+    assert not bench.guest.faults
+
+
 def test_a_channel_names_itself() -> None:
     channel = SimulatedGuest().server.add_device(Recorder(an_offer(3)))
     assert repr(channel) == "<Channel 1 echo-3 offered>"

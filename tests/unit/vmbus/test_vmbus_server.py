@@ -460,6 +460,16 @@ def test_taking_the_ring_away_from_an_open_channel_stops_it() -> None:
     assert "took the ring buffer away" in guest.faults[0]
 
 
+def test_other_page_lists_of_an_open_channel_may_go() -> None:
+    guest, _ = with_echo()
+    guest.open(1)
+    handle, status = guest.make_gpadl(1, [(PAGE_SIZE, 0, guest.allocate(1))])
+    assert status == 0
+    guest.post(GpadlTeardown(1, handle))
+    assert guest.reply(GpadlTorndown).gpadl == handle
+    assert echoes(guest, 1) and not guest.faults
+
+
 def test_a_page_list_is_torn_down_by_its_own_channel_only() -> None:
     guest, channels = with_echo(2)
     opened = guest.open(1)
@@ -550,6 +560,7 @@ def test_messages_that_crossed_a_rescind_are_no_mistakes() -> None:
     assert guest.reply(OpenChannelResult) == OpenChannelResult(1, 9, 0xC0000001)
     assert guest.move(1, 1) == 0
     guest.post(CloseChannel(1))
+    assert guest.move(1, 0) == 0
     guest.post(GpadlTeardown(1, handle))
     guest.post(RelidReleased(1))
     assert not guest.faults and guest.server.channels == ()
@@ -618,6 +629,28 @@ def test_the_end_of_a_connection_leaves_everything_as_at_the_start(how: str) -> 
         assert echoes(guest, relid)
 
 
+@pytest.mark.parametrize("how", ["unload", "contact", "reset"])
+def test_a_device_that_takes_others_along_may_do_so_at_the_end(how: str) -> None:
+    """As an adapter does with its sub-channels."""
+    guest = SimulatedGuest()
+    others: list[Channel] = []
+
+    class Adapter(Echo):
+        def closed(self) -> None:
+            super().closed()
+            guest.server.remove_device(others.pop())
+
+    adapter = guest.server.add_device(Adapter(guest.memory, an_offer(1)))
+    others.append(guest.server.add_device(Echo(guest.memory, an_offer(2))))
+    guest.connect()
+    guest.open(1)
+    guest.open(2)
+    ends(guest, how)
+    assert guest.server.channels == (adapter,) and not guest.faults
+    guest.connect()
+    assert list(guest.offers) == [1]
+
+
 def test_an_unload_is_answered_where_the_guest_asked() -> None:
     guest, _ = with_echo(connected=False)
     guest.negotiate(vp=1)
@@ -640,6 +673,20 @@ def test_sockets_are_refused_while_nobody_listens(version: int, answers: int) ->
     guest.post(TlConnectRequest(uuid.UUID(int=1), uuid.UUID(int=2)))
     results: list[HostMessage] = list(guest.replies(TlConnectResult))
     assert results == [TlConnectResult(uuid.UUID(int=1), uuid.UUID(int=2), 0xC0000236)] * answers
+
+
+def test_sockets_that_are_listened_for_are_not_refused() -> None:
+    guest, _ = with_echo()
+    asked: list[tuple[uuid.UUID, uuid.UUID]] = []
+
+    def accept(endpoint: uuid.UUID, service: uuid.UUID) -> bool:
+        asked.append((endpoint, service))
+        return True
+
+    guest.server.on_connect = accept
+    guest.post(TlConnectRequest(uuid.UUID(int=1), uuid.UUID(int=2)))
+    assert asked == [(uuid.UUID(int=1), uuid.UUID(int=2))]
+    assert guest.replies(TlConnectResult) == []
 
 
 def test_rescinds_are_posted_to_guests_who_know_the_offer() -> None:
