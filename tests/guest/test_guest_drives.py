@@ -164,6 +164,8 @@ def test_a_limit_holds_until_it_is_raised(
     rate: int,
 ) -> None:
     """*rate* requests of *block* bytes are what the limit allows in a second."""
+    if "iflag=direct" not in guest.run("dd --help 2>&1 || true"):
+        pytest.skip("this guest's busybox has no dd that reads directly")
     few, many = 15, 40 * rate
     data = os.urandom(few * block)
     path = directory / f"{limit[0]}.img"
