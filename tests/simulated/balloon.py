@@ -30,6 +30,7 @@ class BalloonDriver:
     floor: int = 0
     version: int = 0x20000
     alignment: int = 7
+    abilities: int = 3
     answers_hot_add: tuple[int, int] | None = None
     ballooned: set[int] = field(default_factory=set)
     added: list[tuple[int, int]] = field(default_factory=list)
@@ -50,7 +51,9 @@ class BalloonDriver:
             self.run()
             if self.version_answers[-1]:
                 self.version = version
-                self.send(3, struct.pack("<QQQ", 3 | self.alignment << 2, 0, 2**64 - 1))
+                self.send(
+                    3, struct.pack("<QQQ", self.abilities | self.alignment << 2, 0, 2**64 - 1)
+                )
                 self.run()
                 return self.connected
         return False

@@ -187,6 +187,20 @@ def test_a_guest_that_never_adds(world: World) -> None:
     assert world.device.next_range(100) is None
 
 
+def test_why_no_memory_is_added_is_said() -> None:
+    world = World()
+    assert world.device.next_range(100) is None
+    assert "cannot add memory" in world.device.why_no_range()
+    world.driver.abilities = 1  # a balloon alone
+    world.connect()
+    assert world.device.next_range(100) is None
+    assert "cannot add memory" in world.device.why_no_range()
+    world.driver.abilities = 3
+    world.reopen()
+    assert world.device.next_range(100) is not None
+    assert "blocks of 128 MiB" in world.device.why_no_range()
+
+
 def test_a_guest_that_may_add_later(world: World) -> None:
     world.driver.answers_hot_add = (0, 0)
     offer = world.device.next_range(100)

@@ -292,6 +292,13 @@ def test_old_drivers_are_not_asked_to_hibernate(version: tuple[int, int]) -> Non
         power.device.request_hibernation()
 
 
+def test_a_driver_that_is_gone_knows_no_hibernation() -> None:
+    power = Power()
+    assert power.device.can_hibernate
+    power.guest.server.reset()
+    assert not power.device.can_hibernate
+
+
 def test_a_guest_that_cannot_be_asked_is_said_so() -> None:
     guest = SimulatedGuest()
     device = Shutdown()

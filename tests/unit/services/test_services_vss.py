@@ -172,6 +172,39 @@ def test_a_daemon_that_died_while_it_froze_is_owed_a_thaw(daemon: Daemon) -> Non
     assert results == [VssAnswer(E_FAIL)] and daemon.device.state.frozen
 
 
+def test_a_thaw_that_failed_is_tried_again_in_its_time(daemon: Daemon) -> None:
+    """Nobody waits for it: so not at once, as the one is that somebody asked for."""
+    daemon.ask(FREEZE)
+    daemon.run()
+    daemon.alive = False
+    for seconds in (0.0, FROZEN_SECONDS):
+        daemon.device.tick(seconds)
+    daemon.run()
+    daemon.device.tick(FROZEN_SECONDS + RETRY_SECONDS - 1)
+    daemon.run()
+    assert daemon.asked == [FREEZE, THAW]
+    daemon.device.tick(FROZEN_SECONDS + RETRY_SECONDS)
+    daemon.run()
+    assert daemon.asked == [FREEZE, THAW, THAW]
+
+
+def test_whether_file_systems_are_frozen_is_known(daemon: Daemon) -> None:
+    device = daemon.device
+    assert not device.still_frozen
+    daemon.ask(FREEZE)
+    assert not device.still_frozen, "not yet"
+    daemon.run()
+    assert device.still_frozen
+    daemon.ask(THAW)
+    assert not device.still_frozen, "perhaps thawed by now"
+    daemon.run()
+    assert not device.still_frozen
+    daemon.ask(FREEZE)
+    daemon.run()
+    daemon.guest.server.reset()
+    assert not device.still_frozen, "another guest may run"
+
+
 def test_a_freeze_that_comes_too_late_is_undone(daemon: Daemon) -> None:
     results = daemon.ask(FREEZE)
     daemon.device.tick(0.0)
