@@ -107,6 +107,7 @@ def test_a_flood_of_clients_takes_no_more_than_there_is() -> None:
         message(DISCOVER, 1, (54, bytes((10, 0, 0, 1)))),
         message(DISCOVER)[:-1] + bytes((12, 200)),
         message(DISCOVER)[:240] + b"\xff",
+        message(DISCOVER)[:236] + b"none" + message(DISCOVER)[240:],
     ],
 )
 def test_what_is_not_for_us_gets_no_answer(wrong: bytes) -> None:
@@ -134,6 +135,15 @@ def test_names() -> None:
         assert struct.unpack_from("!HHHH", answer) == (7, 0x8500 | code, 1, count)
     assert resolve(query("host", flags=0x8000), leases.names) is None
     assert resolve(query("host")[:-1], leases.names) is None
+    assert resolve(query("x" * 64), {"x" * 64: OWN.ip}) is None  # no label is so long
+    plain = query("host")
+    for wrong in (
+        query("host", flags=0x1100),  # a status request
+        plain[:4] + b"\0\2" + plain[6:],  # two questions
+        plain[:-2] + b"\0\3",  # of another class
+    ):
+        answer = resolve(wrong, leases.names)
+        assert answer is not None and len(answer) == len(wrong) and answer[3] & 0xF == 5
 
 
 @settings(deadline=None)
