@@ -76,7 +76,7 @@ def test_five_rows_and_one_of_each_family_are_proven(guest: str, tmp_path: Path)
     assert "VP 1 at 0xffffffff" in heartbeat
 
 
-@only_in_matrix("20 to 40 minutes for each guest")
+@only_in_matrix("15 to 30 minutes for each guest")
 @pytest.mark.timeout(5500)
 @pytest.mark.parametrize("guest", GUESTS)
 def test_the_whole_table(guest: str, tmp_path: Path) -> None:
