@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,10 +67,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"{len(failed_first)} tried twice on emulated processors")
     for test, reason in failed_first.items():
         terminalreporter.write_line(f"{test} failed first:\n{reason}\n")
-
-
-# A shell's background job ignores it, and so would all that tests start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="package", autouse=True)

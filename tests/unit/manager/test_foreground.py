@@ -89,7 +89,13 @@ def test_a_signal_ends_the_machine_too(
 ) -> None:
     code = MAIN
     command = [sys.executable, "-c", code, "run", "--name", "m1", "--kernel", config.kernel]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # nohup, if these tests run under it, is not meant for the machine.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"fake guest up\r\n"
         process.send_signal(how)
