@@ -79,7 +79,7 @@ class Leases:
 
     def answer(self, message: bytes) -> Reply | None:
         """What a client's message is answered, if anything."""
-        if len(message) < _FIXED + len(_MAGIC) or message[_FIXED:][:4] != _MAGIC:
+        if message[_FIXED:][: len(_MAGIC)] != _MAGIC:
             return None
         op, kind, size, _, xid, _, flags, current, _, _, _, hardware = _HEAD.unpack_from(message)
         options = _options(message[_FIXED + 4 :])
@@ -165,7 +165,7 @@ def resolve(query: bytes, names: dict[str, Address]) -> bytes | None:
     labels, position = [], _QUERY.size
     while position < len(query) and query[position]:
         size = query[position]
-        if size > 63 or position + 1 + size >= len(query):
+        if size > 63:
             return None
         labels.append(query[position + 1 : position + 1 + size])
         position += 1 + size

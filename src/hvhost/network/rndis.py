@@ -261,7 +261,7 @@ def decode_control(message: bytes) -> tuple[RndisType, bytes]:
 def information(body: bytes, request: Query) -> bytes:
     """The information buffer of a query or set request."""
     start, end = request.info_buf_offset, request.info_buf_offset + request.info_buflen
-    if request.info_buflen and not Query.wire_size() <= start <= end <= len(body):
+    if request.info_buflen and (start < Query.wire_size() or end > len(body)):
         raise RemoteProtocolError(
             f"an RNDIS request of {len(body)} bytes puts {request.info_buflen} bytes of "
             f"information at {start}."
@@ -277,7 +277,7 @@ def config_parameter(data: bytes) -> tuple[str, str]:
         (head.parameter_name_offset, head.parameter_name_length),
         (head.parameter_value_offset, head.parameter_value_length),
     ):
-        if not ConfigParameter.wire_size() <= offset <= offset + length <= len(data):
+        if offset < ConfigParameter.wire_size() or offset + length > len(data):
             raise RemoteProtocolError(
                 f"a configuration parameter of {len(data)} bytes puts {length} bytes at {offset}."
             )

@@ -76,6 +76,21 @@ def test_a_wish_is_granted_unless_it_is_another_s_or_outside() -> None:
         assert asked(client, taken) == (NAK, "0.0.0.0")
 
 
+def test_padding_between_options_means_nothing() -> None:
+    plain = message(REQUEST, 1, (50, socket.inet_aton("192.168.77.9")), (12, b"web"))
+    padded = plain[:243] + bytes(3) + plain[243:]  # behind the message's kind
+    assert told(Leases(OWN).answer(padded)) == told(Leases(OWN).answer(plain))
+    assert told(Leases(OWN).answer(padded))[:2] == (ACK, "192.168.77.9")
+
+
+def test_a_network_without_room_gives_out_nothing() -> None:
+    leases = Leases(ipaddress.IPv4Interface("10.0.0.1/32"))
+    for kind in (DISCOVER, REQUEST):
+        answer = leases.answer(message(kind, 1, (50, socket.inet_aton("10.0.0.2")), (12, b"web")))
+        assert answer is None or told(answer)[0] == NAK
+    assert leases.names == {"host": leases.own}
+
+
 def test_what_is_let_go_is_free_again_and_questions_alone_cost_nothing() -> None:
     leases = Leases(OWN)
     assert told(leases.answer(message(DISCOVER)))[1] == "192.168.77.2"

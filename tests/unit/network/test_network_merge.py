@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvhost.network import frame
-from hvhost.network.merge import SEGMENT_LIMIT
+from hvhost.network.merge import SEGMENT_LIMIT, Train, mergeable
 from hvhost.network.receive import MERGE_LEAST
 from simulated.frames import ethernet, sums_are_right, tcp
 from simulated.netvsc import MAC, PEER, NetvscDriver, Received
@@ -58,6 +58,31 @@ def whole(data: bytes) -> bytes:
     frame.set_pseudo_checksum(made, where, len(made))
     frame.finish_checksum(made, frame.Offload(1, 0, 0, 0, where.transport, 16))
     return bytes(made)
+
+
+def test_only_plain_data_are_part_of_something_larger() -> None:
+    def may(data: bytes) -> bool:
+        where = frame.parse(data)
+        assert where is not None
+        return mergeable(data, where, len(data))
+
+    data = segment(bytes(100), 1)
+    datagram = bytearray(data)
+    datagram[23] = frame.UDP  # what are flags of TCP are a byte of its data
+    assert may(data) and not may(bytes(datagram))
+    assert not may(data + bytes(4)), "what lies behind is no data"
+    assert not may(segment(b"", 1)), "an acknowledgement alone"
+
+
+def test_what_does_not_follow_is_not_taken() -> None:
+    first = segment(bytes(100), 1)
+    where = frame.parse(first)
+    assert where is not None
+    for sequence, follows in ((101, True), (100, False), (102, False), (1, False)):
+        train = Train(first, where, len(first))
+        following = segment(bytes(100), sequence)
+        assert train.take(following, where, len(following)) is follows
+        assert train.count == 1 + follows
 
 
 @pytest.mark.parametrize("ipv6", [False, True])

@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,48 @@ def test_a_peer_that_hangs_up_is_noticed_once() -> None:
     far.close()
     assert wire.receive_into([memoryview(bytearray(10))]) == 0
     assert wire.send([b"lost"]) and gone == [1]
+
+
+class Watched(Loop):
+    """A loop that counts what it is asked to watch."""
+
+    watches = 0
+
+    def watch(self, *arguments: Any, **how: Any) -> None:
+        self.watches += 1
+        super().watch(*arguments, **how)
+
+
+def test_a_wire_that_is_closed_does_nothing_more() -> None:
+    near, far = socket.socketpair()
+    loop, told = Watched(), list[str]()
+    wire = DescriptorWire(
+        near.detach(),
+        loop,
+        readable=lambda: told.append("readable"),
+        writable=lambda: told.append("writable"),
+        gone=lambda: told.append("gone"),
+    )
+    wire._ready()
+    assert not told, "nobody wants to know yet"
+    wire.watch(read=True, write=True)
+    wire.watch(read=True, write=True)
+    assert loop.watches == 1
+    wire._ready()
+    assert told == ["writable", "readable"]
+    far.send(b"late")
+    descriptor = wire._descriptor
+    wire.close()
+    other = os.open(os.devnull, os.O_RDONLY)  # gets the descriptor's number
+    assert other == descriptor
+    wire.close()
+    wire._ready()
+    wire.watch(read=True, write=False)
+    buffer = memoryview(bytearray(10))
+    assert wire.receive_into([buffer]) == 0 and wire.send([b"lost"])
+    assert len(told) == 2 and loop.watches == 1 and wire.dropped == 0
+    os.close(other)
+    far.close()
 
 
 @pytest.fixture(params=["as here", "root without user namespaces"])
