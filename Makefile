@@ -2,8 +2,6 @@
 BIN := .venv/bin
 GUEST ?= debian-12
 # Unit tests run side by side, guests one after another: two software processors want two real ones.
-# The matrix takes hours and has waits that fit it, so two of its guests run at a time. Its first guest
-# is the one of tests for which one guest is enough.
 UNIT := -m 'not guest' -n auto --dist worksteal
 
 export PYTHON
@@ -39,6 +37,8 @@ check: setup-dev
 	$(BIN)/mypy
 	$(BIN)/pytest $(UNIT)
 
+# It takes hours, and its waits fit a busy computer, so two guests run at a time. The first one named
+# is that of tests for which one guest is enough.
 test-matrix: setup-dev
 	HVHOST_TEST_GUESTS=debian-12,debian-11,debian-13,sid HVHOST_TEST_FULL=debian-12-full \
 		$(BIN)/pytest -m guest -n 2 --dist worksteal --durations=30

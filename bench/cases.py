@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench import software_host
 from bench.inside import seconds_to_line
-from bench.measurement import Measurement, wake_ups
+from bench.measurement import Measurement, wake_ups_a_second
 from bench.memory import policy, relief, resize
 from bench.memory_peer import memory_peer
 from bench.network import network
@@ -146,13 +146,6 @@ def heartbeat(rounds: int) -> list[Measurement]:
     return figures + [Measurement("exits", reason, count, "") for reason, count in most]
 
 
-def _wake_ups_a_second(client: MachineClient) -> float:
-    pid = client.info().pid
-    before, start = wake_ups(pid), time.monotonic()
-    time.sleep(IDLE_SECONDS)
-    return (wake_ups(pid) - before) / (time.monotonic() - start)
-
-
 def idle(rounds: int) -> list[Measurement]:
     """Wake-ups of the VMM while the guest does nothing: beside the heartbeats of that time, and
     with an adapter that is up, without.
@@ -160,7 +153,7 @@ def idle(rounds: int) -> list[Measurement]:
     del rounds
     with running() as client:
         time.sleep(5)  # the boot's tail
-        alone = _wake_ups_a_second(client)
+        alone = wake_ups_a_second(client.info().pid, IDLE_SECONDS)
     with running(adapters=(parse_adapter("host-only", name="net0"),)) as client:
         probe = connect_probe(client.directory, BOOT_LIMIT)
         probe.wait_ready(BOOT_LIMIT)
@@ -169,7 +162,7 @@ def idle(rounds: int) -> list[Measurement]:
         probe.run("echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip link set eth0 up")
         probe.close()
         time.sleep(5)
-        with_adapter = _wake_ups_a_second(client)
+        with_adapter = wake_ups_a_second(client.info().pid, IDLE_SECONDS)
     what = "wake-ups of the worker a second"
     return [
         Measurement("idle", what, alone, "/s", "heartbeats and their answers", 2 / 2.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +34,10 @@ def wake_ups(pid: int) -> int:
                 if line.startswith("voluntary_ctxt_switches"):
                     total += int(line.split()[1])
     return total
+
+
+def wake_ups_a_second(pid: int, seconds: float) -> float:
+    """How often its threads are woken in a second, looked at for so many *seconds*."""
+    before, start = wake_ups(pid), time.monotonic()
+    time.sleep(seconds)
+    return (wake_ups(pid) - before) / (time.monotonic() - start)

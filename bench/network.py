@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.measurement import Measurement, wake_ups
+from bench.measurement import Measurement, wake_ups_a_second
 from hvhost.network import frame
 from hvhost.network.wires import DescriptorWire, enlarge
 
@@ -218,9 +218,7 @@ def _idle() -> float:
             ports.append(switch_client.join(config, "bench"))
         pid = int(switch_client.info(name)["pid"])
         time.sleep(1.0)
-        before, start = wake_ups(pid), time.monotonic()
-        time.sleep(IDLE_SECONDS)
-        return (wake_ups(pid) - before) / (time.monotonic() - start)
+        return wake_ups_a_second(pid, IDLE_SECONDS)
     finally:
         for port in ports:
             os.close(port)

@@ -16,11 +16,11 @@ from hvhost.guests.build import GuestImages
 from hvhost.machine.storage_model import DRIVES_PER_CONTROLLER, DriveConfig
 from hvhost.storage.limits import BURST_SECONDS
 from hvhost.storage.names import instance
+from hvhost.units import KIB, MIB
 
 NAME = "crowd"
 FULL = ("scsi0", "scsi1")
 LUNS = range(DRIVES_PER_CONTROLLER)
-KIB, MIB = 1 << 10, 1 << 20
 #: /proc/uptime has hundredths of a second, twice.
 ROUNDING_SECONDS = 0.02
 _BLOCK_LINK = re.compile(

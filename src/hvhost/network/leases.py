@@ -79,7 +79,7 @@ class Leases:
 
     def answer(self, message: bytes) -> Reply | None:
         """What a client's message is answered, if anything."""
-        if message[_FIXED:][: len(_MAGIC)] != _MAGIC:
+        if message[_FIXED : _FIXED + len(_MAGIC)] != _MAGIC:
             return None
         op, kind, size, _, xid, _, flags, current, _, _, _, hardware = _HEAD.unpack_from(message)
         options = _options(message[_FIXED + 4 :])
