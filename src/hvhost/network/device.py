@@ -255,7 +255,14 @@ class NetworkAdapter:
             for other in self._channels():
                 other.paused = True
         else:
-            done = self._done.setdefault(channel, [])
+            done = self._done.get(channel)
+            if done is None:
+                # The guest's TCP keeps back what is too much for the device: it goes on with the
+                # first answer, while the rest is handled.
+                self._done[channel] = []
+                channel.send_completion(packet.transaction_id, _DONE)
+                channel.interrupt_now()
+                return
             done.append(packet.transaction_id)
             if len(done) >= COMPLETIONS:
                 channel.send_completions(done, _DONE)
@@ -458,9 +465,11 @@ class NetworkAdapter:
 
     def settle(self) -> None:
         """The guest's packets were handled: it hears so, and sections may have come back."""
-        for channel, transactions in self._done.items():
-            channel.send_completions(transactions, _DONE)
-        self._done.clear()
+        if self._done:
+            for channel, transactions in self._done.items():
+                if transactions:
+                    channel.send_completions(transactions, _DONE)
+            self._done.clear()
         if self._controls:
             self._send_controls()
         self._watch()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 ETHERNET_HEADER: Final = 14
+IPV6_HEADER: Final = 40
 TAG_SIZE: Final = 4
 #: Bytes of the largest frame: a whole IP packet of 64 KiB, tagged.
 FRAME_LIMIT: Final = 65536 + ETHERNET_HEADER + TAG_SIZE
@@ -128,9 +129,9 @@ def parse(head: bytes | bytearray) -> Headers | None:
         if transport < start + 20 or head[start + 6] & 0x3F or head[start + 7]:
             return None
     elif kind == IPV6:
-        if len(head) < start + 40 or head[start] >> 4 != 6:
+        if len(head) < start + IPV6_HEADER or head[start] >> 4 != 6:
             return None
-        transport, protocol = start + 40, head[start + 6]
+        transport, protocol = start + IPV6_HEADER, head[start + 6]
     else:
         return None
     if protocol == TCP:
@@ -159,10 +160,33 @@ def set_lengths(head: bytearray, where: Headers, frame_length: int) -> None:
     """Write the IP header's length, and the checksum of IPv4's."""
     start = where.network
     if where.is_ipv6:
-        struct.pack_into("!H", head, start + 4, frame_length - start - 40)
+        struct.pack_into("!H", head, start + 4, frame_length - start - IPV6_HEADER)
         return
     struct.pack_into("!H", head, start + 2, frame_length - start)
     set_ip_checksum(head, where)
+
+
+_PLAIN_WORDS = struct.Struct("!10H")
+_U16 = struct.Struct("!H")
+_PLAIN_IP_SIZE: Final = 20
+
+
+def finish_large_send(head: bytearray, where: Headers, frame_length: int) -> None:
+    """Write what a large send leaves open: the IP header's length and sum, TCP's pseudo sum."""
+    start = where.network
+    if where.is_ipv6 or where.transport - start != _PLAIN_IP_SIZE:
+        set_lengths(head, where, frame_length)
+        set_pseudo_checksum(head, where, frame_length)
+        return
+    # The usual one: every word is read once, and both sums are made of them.
+    first, _, identifier, fragment, life, _, *addresses = _PLAIN_WORDS.unpack_from(head, start)
+    length = frame_length - start
+    both = sum(addresses)
+    total = (first + length + identifier + fragment + life + both) % 0xFFFF
+    _U16.pack_into(head, start + 2, length)
+    _U16.pack_into(head, start + 10, 0xFFFF - total if total else 0)
+    pseudo = (both + TCP + length - _PLAIN_IP_SIZE) % 0xFFFF
+    _U16.pack_into(head, where.transport + 16, pseudo or 0xFFFF)
 
 
 def set_ip_checksum(head: bytearray, where: Headers) -> None:

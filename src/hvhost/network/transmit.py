@@ -24,6 +24,8 @@ _USUAL_OFFSET: Final = (rndis.PACKET_SIZE - rndis.HEADER_SIZE).to_bytes(4, "litt
 _ADDRESSES: Final = 12
 _LSO_V2 = 1 << 30
 _LSO_IPV6 = 1 << 31
+#: The largest length that an IP header can name.
+_IP_LIMIT: Final = 65535
 
 Buffers = list[bytes | bytearray | memoryview]
 
@@ -32,12 +34,14 @@ class Shape(NamedTuple):
     """What all messages have in common that differ in nothing but their lengths.
 
     ``begin`` is where the frame starts, ``least`` how long it must be for ``header``, which goes
-    before it; ``header`` is ``None`` if its own headers have to be worked on.
+    before it; ``header`` is ``None`` if its own headers have to be worked on, for ``large_send`` if
+    that is all they are worked on for.
     """
 
     begin: int
     least: int
     header: bytes | None
+    large_send: int | None
 
 
 #: Messages look alike: what was decoded once is remembered, up to so many. A guest that makes up
@@ -64,7 +68,8 @@ def _learn(head: bytes, message: DataMessage) -> None:
         header = _checksum(wants, frame.FRAME_LIMIT)
         if header is not None and header is not frame.NO_OFFLOAD:
             least = (wants >> 16 & 0x3FF) + frame.unpack_offload(header).csum_offset + 2
-    shape = Shape(message.data_offset, least, header)
+    large_send = message.large_send if message.vlan is None else None
+    shape = Shape(message.data_offset, least, header, large_send)
     if len(_shapes) >= SHAPE_LIMIT:
         _shapes.clear()
     # All but the two lengths, up to the end of the information.
@@ -88,7 +93,9 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
         head = span.read(position, left if left < _USUAL_HEAD else _USUAL_HEAD)
         if len(head) >= rndis.PACKET_SIZE and head[:4] == _DATA_MESSAGE:
             shape = _shapes.get(head[8:12] + head[16 : rndis.PACKET_SIZE + head[32]])
-            if shape is not None and (header := shape.header) is not None:
+            if shape is not None and (
+                (header := shape.header) is not None or shape.large_send is not None
+            ):
                 length, size = _LENGTHS.unpack_from(head, 4)
                 begin = shape.begin
                 if (
@@ -97,12 +104,19 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
                     and begin + size <= length
                     and rndis.PACKET_SIZE + head[32] <= length
                 ):
-                    buffers = _usual(span, position + begin, head, header, begin, size)
-                    if may_spoof or buffers[1][6:12] == state.mac:
-                        found.append(buffers)
-                        total += size
+                    if header is None:
+                        message = DataMessage(length, begin, size, None, shape.large_send)
+                        made = _frame_buffers(state, span, position, head, message, may_spoof)
+                        if made is not None:
+                            found.append(made)
+                            total += size
                     else:
-                        state.counters.spoofed += 1
+                        buffers = _usual(span, position + begin, head, header, begin, size)
+                        if may_spoof or buffers[1][6:12] == state.mac:
+                            found.append(buffers)
+                            total += size
+                        else:
+                            state.counters.spoofed += 1
                     position += length
                     continue
             if rndis.info_size(head) > _USUAL_INFO:
@@ -221,16 +235,21 @@ def _large_send(head: bytearray, value: int, size: int) -> bytes | None:
         or where.is_ipv6 != bool(value & _LSO_IPV6)
         or where.transport != value >> 20 & 0x3FF
         or not 0 < mss < 65536
+        or (size - where.network > _IP_LIMIT and not where.is_ipv6)
     ):
         return None
-    frame.set_lengths(head, where, size)
-    frame.set_pseudo_checksum(head, where, size)
-    segmented = size - where.payload > mss
+    frame.finish_large_send(head, where, size)
+    return _to_segment(where, mss if size - where.payload > mss else 0)
+
+
+@functools.lru_cache(maxsize=SHAPE_LIMIT)
+def _to_segment(where: frame.Headers, size: int) -> bytes:
+    """The request to make TCP segments of *size* bytes, or with 0 the one there is."""
     return frame.Offload(
         flags=frame.NEEDS_CSUM,
-        gso_type=(frame.GSO_TCPV6 if where.is_ipv6 else frame.GSO_TCPV4) if segmented else 0,
+        gso_type=(frame.GSO_TCPV6 if where.is_ipv6 else frame.GSO_TCPV4) if size else 0,
         hdr_len=where.payload,
-        gso_size=mss if segmented else 0,
+        gso_size=size,
         csum_start=where.transport,
         csum_offset=16,
     ).pack()

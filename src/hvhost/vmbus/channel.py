@@ -238,6 +238,12 @@ class Channel:
         if not self._processing:
             self._interrupt()
 
+    def interrupt_now(self) -> None:
+        """Interrupt the guest for what was sent so far, if it does not read anyway; it need not
+        wait until all that it sent was handled.
+        """
+        self._interrupt()
+
     def send_completion(self, transaction_id: int, payload: Buffer = b"") -> bool:
         """Answer the packet which carried *transaction_id*; as :meth:`send`."""
         return self.send(payload, packet_type=PacketType.COMP, transaction_id=transaction_id)

@@ -125,6 +125,7 @@ LARGE = 1460 | 34 << 20 | 1 << 30
         (tcp(bytes(3000)), 1460 | 38 << 20 | 1 << 30),
         (tcp(bytes(3000)), 34 << 20 | 1 << 30),
         (tcp(bytes(3000)), 65536 | 34 << 20 | 1 << 30),
+        (tcp(bytes(65536 - 40)), LARGE),  # no IPv4 header can name its length
     ],
 )
 def test_a_large_send_of_something_else_is_not_sent(data: bytes, value: int) -> None:
@@ -342,6 +343,31 @@ def test_what_comes_while_nobody_listens_is_lost(link: bool) -> None:
     late = ethernet(0x1234, bytes(70), to=MAC)
     driver.wire.incoming.append(incoming(late))
     assert [each.data for each in driver.pull()] == [late]
+
+
+def test_the_first_of_many_is_answered_before_the_others_are_handled() -> None:
+    driver, guest = started(), []
+    take = driver.wire.send
+
+    def send(buffers: list[bytes | bytearray | memoryview]) -> bool:
+        driver.read()
+        guest.append((list(driver.completed), channel.interrupts - before))
+        return take(buffers)
+
+    driver.wire.send = send  # type: ignore[method-assign]
+    channel = driver.guest.server.channels[0]
+    driver.read()
+    driver.completed.clear()
+    before = channel.interrupts
+    message = rndis_packet(ethernet(0x1234, bytes(60)))
+    for transaction in (1, 2, 3):
+        driver.put(driver.send_pages, 0, message)
+        packet = nvsp(107, 0, 0, len(message))
+        driver.channel.write(packet, flags=1, transaction_id=transaction, signal=False)
+    channel.process()
+    assert guest == [([], 0), ([1], 1), ([1], 1)]
+    driver.read()
+    assert driver.completed == [1, 2, 3] and channel.interrupts == before + 2
 
 
 def test_a_wire_that_is_full_holds_the_guest_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,30 @@ def test_segments_are_whole_frames_that_make_up_the_large_one(
         flags = [piece[start + 13] for piece in pieces]
         assert flags[-1] & 0x09 and not any(each & 0x09 for each in flags[:-1])
         assert flags[0] & 0x80 and not any(each & 0x80 for each in flags[1:])
+
+
+@given(st.booleans(), st.integers(0, 10), st.integers(0, 65000), st.randoms())
+def test_a_large_send_gets_its_lengths_and_sums(
+    ipv6: bool, options: int, length: int, random: Random
+) -> None:
+    head = bytearray(tcp(b"", ipv6=ipv6))
+    where = frame.parse(head)
+    assert where is not None
+    if not ipv6:  # options of IP, of which the usual way knows nothing
+        head[34:34] = random.randbytes(4 * options)
+        head[14] += options
+        where = where._replace(
+            transport=where.transport + 4 * options, payload=where.payload + 4 * options
+        )
+    for position in (*range(where.network + 2, where.network + 6), where.network + 8):
+        head[position] = random.randrange(256)
+    if not ipv6:
+        head[26:34] = random.choice([random.randbytes(8), bytes(8), b"\xff" * 8])
+    size = min(where.payload + length, 65535)
+    frame.finish_large_send(head, where, size)
+    whole = head + random.randbytes(size - where.payload)
+    frame.finish_checksum(whole, frame.Offload(1, 0, 0, 0, where.transport, 16))
+    assert sums_are_right(bytes(whole))
 
 
 @given(st.binary(max_size=200), st.tuples(*[st.integers(0, 255)] * 2, *[st.integers(0, 200)] * 4))

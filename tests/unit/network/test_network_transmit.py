@@ -26,6 +26,8 @@ INFOS = st.lists(
             (CHECKSUM, 0x5),
             (CHECKSUM, 0),
             (LARGE_SEND, 1448 | 34 << 20 | 1 << 30),
+            (LARGE_SEND, 100 | 34 << 20 | 1 << 30),
+            (LARGE_SEND, 100 | 38 << 20 | 1 << 30),
             (VLAN, 5 << 4),
             (HASH, 77),
         ]
