@@ -480,9 +480,10 @@ class NetworkAdapter:
         return self.state.link and self.state.filter != 0
 
     def _watch(self) -> None:
-        receiver = self._receiver
-        read = receiver is not None and (
-            not self._listens or (receiver.has_room and not self._blocked)
+        state, buffer = self.state, self._receive_buffer
+        read = buffer is not None and (
+            not (state.link and state.filter)  # what nobody listens to is lost
+            or (len(buffer.free) > buffer.sections_per_frame and not self._blocked)
         )
         wanted = read, bool(self._waiting)
         if wanted != self._watching:

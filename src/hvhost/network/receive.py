@@ -88,12 +88,6 @@ class Receiver:
         self._wagons: list[int] = []
         self._train_infos = b""
 
-    @property
-    def has_room(self) -> bool:
-        """The largest frame there is would find room."""
-        buffer = self._buffer
-        return len(buffer.free) > buffer.sections_per_frame
-
     def pull(self, source: Source) -> bool:
         """Hand on what *source* has; true if there may be more."""
         buffer = self._buffer

@@ -508,6 +508,8 @@ class Channel:
                 budget -= len(packets)
                 if budget <= 0:
                     return True
+                if incoming.was_emptied:
+                    break
             else:  # paused, or too much waits: the guest signals new room
                 incoming.unmask()
                 return False

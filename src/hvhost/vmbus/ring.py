@@ -257,11 +257,13 @@ class RingBuffer:
 class IncomingRing:
     """Reader of the ring that the guest fills."""
 
-    __slots__ = ("_ring", "guest_has_room", "read_index")
+    __slots__ = ("_ring", "guest_has_room", "read_index", "was_emptied")
 
     def __init__(self, ring: RingBuffer) -> None:
         self._ring = ring
         self.read_index = ring.index(READ_INDEX)
+        #: The last batch was all there was; :meth:`unmask` tells what came since.
+        self.was_emptied = False
         #: Set when a batch made the room the guest waits for; whoever interrupts it, clears it.
         self.guest_has_room = False
 
@@ -270,6 +272,7 @@ class IncomingRing:
         """A reader that goes on at *read_index*, whatever the guest wrote over it since."""
         incoming = cls.__new__(cls)
         incoming._ring = ring
+        incoming.was_emptied = False
         incoming.read_index = ring.checked(READ_INDEX, read_index)
         incoming.guest_has_room = guest_has_room
         return incoming
@@ -313,6 +316,7 @@ class IncomingRing:
         if missing:  # one packet larger than a batch: copied anew, and parsed from that copy only
             packets, used, _ = self._parse(ring.read(self.read_index, missing), missing)
         self._advance(used)
+        self.was_emptied = used == available
         return packets
 
     @staticmethod
