@@ -47,7 +47,7 @@ def test_five_processors_have_two_channels_and_use_both(
     before = read_counters(guest.probe)
     for cpu in range(CPUS):
         guest.run("echo 3 > /proc/sys/vm/drop_caches")
-        told = guest.run(f"taskset -c {cpu} sha256sum /dev/sda", 120.0).split()[0]
+        told = guest.run(f"taskset {1 << cpu:x} sha256sum /dev/sda", 120.0).split()[0]
         assert told == hashlib.sha256(data).hexdigest()
     taken = {
         channel: after.interrupts - before[channel].interrupts
