@@ -173,7 +173,10 @@ def run(
             mmio_high=high,
         )
     else:
+        from hvhost.guests.catalog import check_guest
+
         assert guest is not None
+        check_guest(guest, "give a kernel with --kernel")
         config = define_guest(
             guest,
             command_line=append,

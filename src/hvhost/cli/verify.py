@@ -35,9 +35,9 @@ def verify(
         typer.Option(metavar="GUEST", help="Take Hyper-V's daemons from this distribution."),
     ] = None,
     rows: Annotated[
-        str,
+        str | None,
         typer.Option(metavar="ID,ID…", help="Only these rows of the contract, and demand them."),
-    ] = "",
+    ] = None,
     cpus: Annotated[int, typer.Option(metavar="N", help="Virtual processors.")] = 2,
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory, like 512M.")] = "512M",
     json: Annotated[
@@ -84,6 +84,12 @@ def verify(
     from hvhost.verify.command import verify as run_verify
     from hvhost.verify.options import VerifyOptions
 
+    named = _split(rows or "")
+    # A variable that is not set must not make another verification of it.
+    if rows is not None and not named:
+        raise typer.BadParameter("--rows names no row; leave --rows out to have all of them.")
+    if guest == "":
+        raise typer.BadParameter("--guest names no guest; `hvhost guest list` shows what there is.")
     if sum(bool(choice) for choice in (guest, kernel, deb)) > 1:
         raise typer.BadParameter("give only one of --guest, --kernel and --deb.")
     if modules is not None and kernel is None:
@@ -97,7 +103,7 @@ def verify(
             modules=modules,
             debs=[*(deb or []), *(more_debs or [])],
             daemons=daemons,
-            rows=_split(rows),
+            rows=named,
             cpus=cpus,
             memory=parse_size(memory, what="memory"),
             json_path=json,

@@ -38,7 +38,8 @@ class GuestImages:
     """What a machine boots: ``modules`` is ``None`` if the kernel's modules are not at hand.
 
     ``architecture`` is Debian's name for what its programs are made for; ``command_line`` is what
-    the kernel cannot do without.
+    the kernel cannot do without; ``daemons_of`` is the guest of the catalogue whose distribution
+    the daemons are from.
     """
 
     kernel: Path
@@ -49,6 +50,7 @@ class GuestImages:
     daemons: tuple[str, ...]
     architecture: str = apt.NATIVE
     command_line: str = ""
+    daemons_of: str = DEFAULT_GUEST
 
 
 def kernel_release(path: Path) -> str:
@@ -119,6 +121,7 @@ def _assemble(
     kernel: Path,
     modules: ModuleTree | None,
     packages: Sequence[Path],
+    daemons_of: str,
     title: str,
     progress: apt.Progress,
     kernel_source: Path | None = None,
@@ -148,6 +151,7 @@ def _assemble(
         kernel_release(kernel),
         tuple(path.name for path in daemons),
         architecture,
+        daemons_of=daemons_of,
     )
 
 
@@ -192,21 +196,22 @@ def _version(kernel: Path) -> tuple[int, int]:
 
 def _default_userland(
     kernel: Path, progress: apt.Progress, *, daemons: GuestRecipe | None = None
-) -> list[Path]:
+) -> tuple[list[Path], str]:
     """The default guest's programs, for a kernel that comes without any.
 
-    Its Hyper-V daemons are those that go with the kernel, unless *daemons* says which.
+    Its Hyper-V daemons are those that go with the kernel, unless *daemons* says which; the name is
+    that of the guest whose they are.
     """
     is_native = kernel_architecture(kernel) == apt.NATIVE
     chosen = recipe(DEFAULT_GUEST if is_native else DEFAULT_GUEST_32)
     if daemons is None and is_native and _version(kernel) >= UIO_SINCE:
         daemons = recipe(UIO_DAEMONS_GUEST)
-    return _userland(chosen, progress, daemons=daemons)
+    return _userland(chosen, progress, daemons=daemons), (daemons or chosen).name
 
 
 def _from_packages(
     paths: Sequence[Path],
-    userland: Sequence[Path] | None,
+    userland: tuple[Sequence[Path], str] | None,
     title: str | None,
     progress: apt.Progress,
     kernel_source: Path | None = None,
@@ -231,7 +236,7 @@ def _from_packages(
     if userland is None:
         userland = _default_userland(kernel, progress, daemons=daemons)
     title = title or f"Linux {release}"
-    return _assemble(kernel, ModuleTree(trees[0]), userland, title, progress, kernel_source)
+    return _assemble(kernel, ModuleTree(trees[0]), *userland, title, progress, kernel_source)
 
 
 def prepare_named(
@@ -255,7 +260,8 @@ def prepare_named(
     if chosen.kernel_source:
         names = (chosen.kernel_source,)
         (source,) = apt.download(chosen.suite, names, refresh=refresh, progress=progress)
-    images = _from_packages(kernel, userland, chosen.title, progress, source)
+    whole = (userland, (daemons or chosen).name)
+    images = _from_packages(kernel, whole, chosen.title, progress, source)
     return replace(images, command_line=chosen.command_line)
 
 
@@ -281,7 +287,7 @@ def prepare_kernel(
     elif (installed := Path("/lib/modules") / release).is_dir():
         tree = ModuleTree(installed)
     userland = _default_userland(kernel, progress, daemons=daemons)
-    return _assemble(kernel, tree, userland, f"Linux {release}", progress)
+    return _assemble(kernel, tree, *userland, f"Linux {release}", progress)
 
 
 def prepare_guest(
@@ -314,9 +320,11 @@ def prepare_guest(
             name = guest or DEFAULT_GUEST
             images = prepare_named(name, daemons=other, refresh=refresh, progress=progress)
     except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        why = error.strerror or error
         raise HvHostError(
-            f"The guest could not be prepared ({error}); look at the space and the permissions of "
-            f"{cache_dir()}, or set HVHOST_CACHE_DIR."
+            f"The guest could not be prepared ({where}{why}); look at the space and permissions "
+            f"of {cache_dir()}, or set HVHOST_CACHE_DIR."
         ) from error
     if other is None:
         return images

@@ -137,10 +137,28 @@ def full_recipe(name: str) -> FullRecipe:
         ) from None
 
 
+def base_guest(name: str) -> str:
+    """The guest that *name*, one of the catalogue, is a variant of: same suite, same processors."""
+    chosen = GUESTS[name]
+    return next(
+        each.name
+        for each in GUESTS.values()
+        if (each.suite, each.architecture) == (chosen.suite, chosen.architecture)
+    )
+
+
 def is_newer(one: GuestRecipe, other: GuestRecipe) -> bool:
     """Whether *one* is of a later release of Debian than *other*."""
     order = [suite for _, _, suite, _ in _SUITES]
     return order.index(one.suite) > order.index(other.suite)
+
+
+def check_guest(name: str, otherwise: str = "") -> None:
+    """HvHostError with the known names if *name* is none; *otherwise* is what to do instead."""
+    if name not in GUESTS and name not in FULL_GUESTS:
+        known = ", ".join((*GUESTS, *FULL_GUESTS))
+        instead = f", or {otherwise}" if otherwise else ""
+        raise HvHostError(f"There is no guest {name}; choose one of {known}{instead}.")
 
 
 def recipe(name: str) -> GuestRecipe:
@@ -150,10 +168,5 @@ def recipe(name: str) -> GuestRecipe:
             f"{name} is a complete system, which `hvhost run` boots; its kernel without it is "
             f"{name.removesuffix('-full')}."
         )
-    try:
-        return GUESTS[name]
-    except KeyError:
-        raise HvHostError(
-            f"There is no guest {name}; choose one of {', '.join((*GUESTS, *FULL_GUESTS))}, or "
-            "give a kernel with --kernel or --deb."
-        ) from None
+    check_guest(name)
+    return GUESTS[name]

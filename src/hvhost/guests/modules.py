@@ -52,9 +52,8 @@ def read_module(path: Path) -> bytes:
     try:
         return decompress(path.read_bytes(), path.suffix)
     except (OSError, ValueError) as error:
-        raise HvHostError(
-            f"The module {path} cannot be read ({error}); install it again."
-        ) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise HvHostError(f"The module {path} cannot be read ({why}); install it again.") from error
 
 
 def parse_modinfo(content: bytes) -> list[tuple[str, str]]:

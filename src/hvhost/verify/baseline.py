@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hvhost.errors import HvHostError
+from hvhost.guests.catalog import GUESTS, base_guest
 from hvhost.verify.contract import Status
 from hvhost.verify.results import SCHEMA, RowResult
 
@@ -56,17 +57,28 @@ def read_baseline(path: Path) -> frozenset[str]:
     """:func:`parse_baseline` of a file; :class:`HvHostError` when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HvHostError(f"baseline {path} cannot be read: {error}.") from None
+    except OSError as error:
+        raise HvHostError(
+            f"baseline {path} cannot be read: {error.strerror}; give the --json file of an earlier "
+            "run."
+        ) from None
+    except UnicodeDecodeError:
+        raise HvHostError(
+            f"baseline {path} is not a text file; give the --json file of an earlier run."
+        ) from None
     return parse_baseline(text, name=str(path))
 
 
 def shipped_baseline(guest: str) -> frozenset[str]:
-    """What the distribution *guest* is known to lack; empty where no baseline ships for it."""
-    file = resources.files("hvhost.verify") / "baselines" / f"{guest}.json"
-    if not file.is_file():
-        return frozenset()
-    return parse_baseline(file.read_text(encoding="utf-8"), name=guest)
+    """What the distribution *guest* is known to lack; empty where no baseline ships for it.
+
+    A variant of a guest, like its full kernel, has that guest's: it may lack no more.
+    """
+    for name in (guest, base_guest(guest) if guest in GUESTS else guest):
+        file = resources.files("hvhost.verify") / "baselines" / f"{name}.json"
+        if file.is_file():
+            return parse_baseline(file.read_text(encoding="utf-8"), name=name)
+    return frozenset()
 
 
 def _excused(result: RowResult, allowed: AbstractSet[str], *, asked_for: bool) -> bool:

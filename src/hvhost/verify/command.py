@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,22 +16,18 @@ from rich.console import Console
 from hvhost.errors import HvHostError
 from hvhost.guests.catalog import DEFAULT_GUEST, FULL_GUESTS
 from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped_baseline
-from hvhost.verify.contract import find_rows, requested_rows
+from hvhost.verify.contract import Row, find_rows, requested_rows
 from hvhost.verify.guest import PreparedGuest
 from hvhost.verify.options import VerifyOptions
-from hvhost.verify.report import Reporter, render_report, render_svg
+from hvhost.verify.outputs import Outputs, check_outputs
+from hvhost.verify.report import Reporter, render_report
+from hvhost.verify.requirements import lacks_only_a_program
 from hvhost.verify.results import VerifyReport
 from hvhost.verify.runner import run_rows
 from hvhost.verify.session import Session, Timing
+from hvhost.version import own_version
 
 Prepare = Callable[[VerifyOptions, Callable[[str], None]], PreparedGuest]
-
-
-def _own_version() -> str:
-    try:
-        return version("hvhost")
-    except PackageNotFoundError:  # run from a source tree
-        return "source tree"
 
 
 def describe_host(transport: str) -> dict[str, Any]:
@@ -45,33 +38,13 @@ def describe_host(transport: str) -> dict[str, Any]:
             model = line.partition(":")[2].strip()
             break
     return {
-        "hvhost": _own_version(),
+        "hvhost": own_version() or "source tree",
         "kernel": platform.release(),
         "python": platform.python_version(),
         "cpu": model,
         "cpus": os.cpu_count(),
         "transport": transport,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HvHostError(f"{path} cannot be written: {error.strerror}.") from None
-
-
-def _keep_logs(session: Session, directory: Path) -> None:
-    for number, console in enumerate(session.consoles, 1):
-        suffix = "" if number == 1 else f"-{number}"
-        _write(directory / f"console{suffix}.log", console)
-    events = [asdict(event) for event in session.events]
-    _write(directory / "events.json", json.dumps(events, indent=2) + "\n")
-    for name, text in session.attachments.items():
-        _write(directory / name, text)
-    for machine in session.machines:
-        machine.keep_logs(directory)
 
 
 def _allowed_lacks(options: VerifyOptions) -> frozenset[str]:
@@ -81,6 +54,21 @@ def _allowed_lacks(options: VerifyOptions) -> frozenset[str]:
     if options.kernel is None and not options.debs:
         allowed |= shipped_baseline(options.guest or DEFAULT_GUEST)
     return frozenset(allowed)
+
+
+def _allowed_of(guest: PreparedGuest, rows: Sequence[Row]) -> frozenset[str]:
+    """Rows that say nothing about this kernel if they are lacking."""
+    # Programs that its daemons' distribution is known not to have: not the kernel's to bring.
+    known = shipped_baseline(guest.daemons_of)
+    excused = {
+        row.id
+        for row in rows
+        if row.id in known and lacks_only_a_program(row, guest.modules, guest.daemons)
+    }
+    if guest.is_64_bit:
+        # About another kernel than this one: shown where the distribution has that.
+        excused.add("pae")
+    return frozenset(excused)
 
 
 def verify_guest(
@@ -104,19 +92,18 @@ def verify_guest(
         rows = provable(rows, options.guest, named=bool(options.rows))
         timing = timing or TIMING
     allowed = _allowed_lacks(options)
+    check_outputs(options)
+    outputs = Outputs(options)
     used = set[str]()
 
     def inspect(session: Session) -> None:
         used.update(session.transports)
-        if options.keep_logs is not None:
-            _keep_logs(session, options.keep_logs)
+        outputs.keep_session(session)
 
     with Reporter(progress or Console(stderr=True)) as reporter:
         reporter.step("preparing the guest")
         guest = prepare(options, reporter.step)
-        if guest.is_64_bit:
-            # A row about another kernel than this one: shown where the distribution has that.
-            allowed |= {"pae"}
+        allowed |= _allowed_of(guest, rows)
         outcome = run_rows(guest, rows, options.cpus, reporter, timing=timing, inspect=inspect)
     report = VerifyReport(
         host=describe_host(", ".join(sorted(used)) or options.transport.value),
@@ -128,13 +115,11 @@ def verify_guest(
     )
     named = bool(options.rows)
     failed = failures(report.results, rows_named=named, allowed=allowed)
-    (out or Console()).print(render_report(report, failed))
-    if options.json_path is not None:
-        _write(options.json_path, report.to_json())
-    if options.svg_path is not None:
-        _write(options.svg_path, render_svg(report))
-    if options.keep_logs is not None:
-        _write(options.keep_logs / "report.json", report.to_json())
+    try:
+        (out or Console()).print(render_report(report, failed))
+    finally:  # also when whoever was to read the table has gone
+        outputs.keep_report(report)
+    outputs.check_kept()
     status = exit_status(
         report.results, rows_named=named, allowed=allowed, bus_found=report.bus_found
     )

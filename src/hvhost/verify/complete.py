@@ -52,6 +52,10 @@ class CompleteGuest:
         return _DAEMONS
 
     @property
+    def daemons_of(self) -> str:
+        return self.name
+
+    @property
     def is_64_bit(self) -> bool:
         return True
 

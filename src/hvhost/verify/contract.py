@@ -206,7 +206,7 @@ def find_rows(ids: Iterable[str], *, option: str) -> tuple[Row, ...]:
     """
     wanted = set(ids)
     for unknown in sorted(wanted - _BY_ID.keys()):
-        near = difflib.get_close_matches(unknown, _BY_ID, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(unknown, _BY_ID, n=3, cutoff=0.7)
         meant = f"did you mean {', '.join(near)}?" if near else f"rows are: {', '.join(_BY_ID)}."
         raise HvHostError(f"{option} names {unknown!r}, which is no row of the contract; {meant}")
     return tuple(row for row in ROWS if row.id in wanted)

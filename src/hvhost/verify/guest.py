@@ -307,6 +307,11 @@ class PreparedGuest(Protocol):
         ...
 
     @property
+    def daemons_of(self) -> str:
+        """The known guest whose distribution they are from."""
+        ...
+
+    @property
     def is_64_bit(self) -> bool:
         """Whether the kernel runs in long mode."""
         ...

@@ -17,7 +17,7 @@ from typing import TypeVar
 from hvhost.errors import HvHostError
 from hvhost.guests.apt import NATIVE
 from hvhost.guests.build import GuestImages, prepare_guest
-from hvhost.guests.catalog import DEFAULT_GUEST, recipe
+from hvhost.guests.catalog import DEFAULT_GUEST, check_guest, recipe
 from hvhost.guests.probe import ProbeClient, ProbeTimeout
 from hvhost.machine.backup_model import BackupInfo, BackupOptions
 from hvhost.machine.model import (
@@ -409,6 +409,10 @@ class LiveGuest:
         return frozenset(self.images.daemons)
 
     @property
+    def daemons_of(self) -> str:
+        return self.images.daemons_of
+
+    @property
     def is_64_bit(self) -> bool:
         return self.images.architecture == NATIVE
 
@@ -451,6 +455,8 @@ class LiveGuest:
 
 def prepare(options: VerifyOptions, progress: Callable[[str], None]) -> LiveGuest:
     """The guest that *options* names, downloaded and built; *progress* hears what is being done."""
+    if options.guest is not None:
+        check_guest(options.guest, "give a kernel with --kernel or --deb")
     images = prepare_guest(
         options.guest,
         kernel=options.kernel,

@@ -43,6 +43,13 @@ def what_guest_lacks(row: Row, modules: Modules | None, daemons: AbstractSet[str
     return None if modules is None else _misfit(row, modules, daemons)
 
 
+def lacks_only_a_program(row: Row, modules: Modules | None, daemons: AbstractSet[str]) -> bool:
+    """Whether *row*'s guest lacks one of its daemons, and its kernel nothing."""
+    lacks = what_guest_lacks(row, modules, daemons)
+    whole = what_guest_lacks(row, modules, daemons | set(row.daemons))
+    return lacks is not None and whole is None
+
+
 def _misfit(row: Row, modules: Modules, daemons: AbstractSet[str]) -> str | None:
     """What is wrong with daemons that are there, but for a driver that this kernel has not."""
     for driver, daemon in row.served:

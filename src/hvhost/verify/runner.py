@@ -157,6 +157,8 @@ def run_rows(
 ) -> Outcome:
     """Run *rows* on *guest*; *inspect* sees the session when all is done and the machine ended.
 
+    *inspect* must not raise: the results would be lost.
+
     :class:`HvHostError` only where no machine could be started at all.
     """
     wanted = {row.id: row for row in rows}

@@ -93,6 +93,7 @@ def test_a_guest_of_the_catalogue(packages_without_network: list[str]) -> None:
     assert images.release == RELEASE
     assert images.title == "Debian 12, cloud kernel"
     assert images.daemons == ("hv_kvp_daemon", "chronyd", "ethtool")
+    assert images.daemons_of == "debian-12"
     assert images.modules is not None
     assert images.modules.driver_for("acpi:VMBUS:") == "hv_vmbus"
     items = read_cpio.read(images.initrd.read_bytes())
@@ -119,7 +120,8 @@ def test_a_32_bit_kernel_of_ones_own_gets_32_bit_programs(
 ) -> None:
     files = kernel_files() | {f"boot/vmlinuz-{RELEASE}": bzimage(bits=32)}
     package = tiny_deb.write(tmp_path / "linux-image-x_1_i386.deb", tiny_deb.files(files))
-    assert prepare_guest(debs=[package]).architecture == "i386"
+    images = prepare_guest(debs=[package])
+    assert (images.architecture, images.daemons_of) == ("i386", "debian-12-pae")
     (tmp_path / "vmlinuz").write_bytes(bzimage(bits=32))
     assert prepare_guest(kernel=tmp_path / "vmlinuz").architecture == "i386"
     assert all(each.endswith(":i386") for each in packages_without_network)
@@ -128,9 +130,11 @@ def test_a_32_bit_kernel_of_ones_own_gets_32_bit_programs(
 def test_daemons_of_another_distribution(packages_without_network: list[str]) -> None:
     images = prepare_guest("debian-13", daemons="sid")
     assert images.title == "Debian 13, cloud kernel, daemons of Debian sid"
+    assert images.daemons_of == "sid"
     asked = [each for each in packages_without_network if "hyperv-daemons" in each]
     assert asked == ["sid hyperv-daemons"]
     assert "trixie busybox-static" in packages_without_network
+    assert prepare_guest("debian-13").daemons_of == "debian-13"
     with pytest.raises(HvHostError, match="There is no guest windows"):
         prepare_guest("debian-13", daemons="windows")
 
@@ -158,10 +162,8 @@ def test_the_daemons_go_with_a_kernel_of_ones_own(
     )
     for is_file in (True, False):
         packages_without_network.clear()
-        if is_file:
-            prepare_guest(kernel=kernel)
-        else:
-            prepare_guest(debs=[package])
+        images = prepare_guest(kernel=kernel) if is_file else prepare_guest(debs=[package])
+        assert images.daemons_of == {"bookworm": "debian-12", "sid": "sid"}[suite]
         for name in ("hyperv-daemons", "libc6"):
             asked = [each for each in packages_without_network if each.endswith(f" {name}")]
             assert asked == [f"{suite} {name}"]
@@ -173,7 +175,7 @@ def test_daemons_that_were_asked_for_stay(
 ) -> None:
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(bzimage("7.0"))
-    prepare_guest(kernel=kernel, daemons="debian-11")
+    assert prepare_guest(kernel=kernel, daemons="debian-11").daemons_of == "debian-11"
     assert "bullseye hyperv-daemons" in packages_without_network
     assert "bookworm libc6" in packages_without_network  # older daemons run with it
     kernel.write_bytes(bzimage("7.0", bits=32))
@@ -312,8 +314,8 @@ def test_the_command_prints_kernel_and_initrd(capsys: pytest.CaptureFixture[str]
 
 def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_arguments: object, **_options: object) -> Path:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", "/x")
 
     monkeypatch.setattr(build, "build_initramfs", full)
-    with pytest.raises(HvHostError, match="No space left on device"):
+    with pytest.raises(HvHostError, match=r"\(/x: No space left on device\)"):
         prepare_guest()

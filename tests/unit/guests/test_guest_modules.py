@@ -197,3 +197,12 @@ def test_options_are_read_from_the_configuration(tmp_path: Path, place: str) -> 
     config.write_text("CONFIG_A=y\nCONFIG_B=m\n# CONFIG_C is not set\nCONFIG_AB=n\n")
     options = [f"CONFIG_{name}" for name in ("A", "B", "C", "AB", "D")]
     assert [tree.option(name) for name in options] == [True, True, False, False, False]
+
+
+def test_a_module_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "hv_vmbus.ko"
+    with pytest.raises(HvHostError) as caught:
+        modules.read_module(path)
+    assert str(caught.value) == (
+        f"The module {path} cannot be read (No such file or directory); install it again."
+    )

@@ -155,7 +155,11 @@ class ScriptedGuest:
 
     @property
     def daemons(self) -> frozenset[str]:
-        return frozenset({"hv_kvp_daemon", "chronyd"})
+        return frozenset({"hv_kvp_daemon", "chronyd"} - self.faults)
+
+    @property
+    def daemons_of(self) -> str:
+        return "debian-12"
 
     @property
     def release(self) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -19,6 +20,7 @@ from hvhost.verify import command
 from hvhost.verify.command import verify_guest
 from hvhost.verify.contract import GROUPS, ROWS, Status
 from hvhost.verify.options import VerifyOptions
+from hvhost.verify.outputs import Outputs, check_outputs
 from hvhost.verify.results import VerifyReport
 from hvhost.verify.rows import PROOFS, heartbeat
 from hvhost.verify.runner import run_rows
@@ -121,7 +123,7 @@ def test_bad_rows_are_refused_before_anything_is_prepared(field: str) -> None:
 def test_what_rows_drew_is_kept_with_the_logs(tmp_path: Path) -> None:
     drawn = {"accurate-time.svg": "<svg/>"}
     session = SimpleNamespace(consoles=["one", "two"], events=[], attachments=drawn, machines=[])
-    command._keep_logs(cast("Session", session), tmp_path / "logs")
+    Outputs(VerifyOptions(keep_logs=tmp_path / "logs")).keep_session(cast("Session", session))
     assert {each.name: each.read_text() for each in (tmp_path / "logs").iterdir()} == {
         "console.log": "one",
         "console-2.log": "two",
@@ -130,11 +132,97 @@ def test_what_rows_drew_is_kept_with_the_logs(tmp_path: Path) -> None:
     }
 
 
-def test_an_unwritable_report_is_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["json_path", "svg_path", "keep_logs"])
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("file/r", "Not a directory"),
+        ("/proc/r", "No such file or directory"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_prepared(
+    field: str, place: str, why: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
-    options = VerifyOptions(rows=["lsvmbus"], json_path=tmp_path / "file" / "r.json")
-    with pytest.raises(HvHostError, match="cannot be written"):
-        run(options)
+
+    def prepare(_options: object, _observer: object) -> ScriptedGuest:
+        raise AssertionError("prepared although the result would be lost")
+
+    path = tmp_path / place
+    option = {"json_path": "--json", "svg_path": "--svg", "keep_logs": "--keep-logs"}[field]
+    with pytest.raises(HvHostError) as caught:
+        verify_guest(VerifyOptions(**{field: path}), prepare)  # type: ignore[arg-type]
+    assert str(caught.value) == f"{path} cannot be written: {why}; give {option} another path."
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (VerifyOptions(json_path=Path()), "Is a directory"),
+        (VerifyOptions(keep_logs=Path("/dev/null")), "Not a directory"),
+    ],
+)
+def test_what_is_there_but_is_no_place_to_write(options: VerifyOptions, why: str) -> None:
+    with pytest.raises(HvHostError, match=why):
+        check_outputs(options)
+
+
+def test_looking_whether_files_can_be_written_changes_none(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.svg").symlink_to(tmp_path / "target.svg")
+    os.mkfifo(tmp_path / "pipe")
+    for json_path, svg_path in (("old.json", "link.svg"), ("new/r.json", "pipe")):
+        check_outputs(VerifyOptions(json_path=tmp_path / json_path, svg_path=tmp_path / svg_path))
+    assert {each.name for each in tmp_path.iterdir()} == {"old.json", "link.svg", "new", "pipe"}
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert not [*(tmp_path / "new").iterdir()]
+
+
+def test_a_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
+    """Nor the table from being printed first; the status is that of an error all the same."""
+    (tmp_path / "logs" / "console.log").mkdir(parents=True)
+    out = io.StringIO()
+    options = VerifyOptions(
+        rows=["lsvmbus"],
+        json_path=Path("/dev/full"),
+        svg_path=tmp_path / "table.svg",
+        keep_logs=tmp_path / "logs",
+    )
+    with pytest.raises(HvHostError) as caught:
+        verify_guest(
+            options,
+            lambda *_: ScriptedGuest(),
+            timing=FAST,
+            out=Console(file=out, width=160),
+            progress=Console(file=io.StringIO()),
+        )
+    assert str(caught.value) == (
+        f"{tmp_path}/logs/console.log cannot be written: Is a directory; /dev/full cannot be "
+        "written: No space left on device; all else is kept."
+    )
+    assert "1 works" in out.getvalue()
+    assert (tmp_path / "table.svg").read_text().startswith("<svg")
+    kept = {file.name for file in (tmp_path / "logs").iterdir()}
+    assert kept == {"console.log", "events.json", "report.json", "worker.log"}
+
+
+def test_the_results_are_kept_though_nobody_reads_the_table(tmp_path: Path) -> None:
+    options = VerifyOptions(rows=["lsvmbus"], json_path=tmp_path / "r.json")
+
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        verify_guest(
+            options,
+            lambda *_: ScriptedGuest(),
+            timing=FAST,
+            out=Console(file=Full()),
+            progress=Console(file=io.StringIO()),
+        )
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["status"] == "works"
 
 
 @pytest.mark.parametrize(("is_64_bit", "wanted"), [(True, 0), (False, 1)])
@@ -150,6 +238,42 @@ def test_only_a_64_bit_kernel_may_lack_a_32_bit_one_beside_it(
         options, lambda *_: ScriptedGuest(), timing=FAST, out=quiet, progress=quiet
     )
     assert (status, report.results[0].status) == (wanted, Status.GUEST_LACKS)
+
+
+@pytest.mark.parametrize(
+    "options", [VerifyOptions(debs=[Path("/d")]), VerifyOptions(kernel=Path("/k"))]
+)
+@pytest.mark.parametrize(
+    ("gone", "fault", "daemons_of", "wanted"),
+    [
+        ("", "", "debian-12", 0),
+        ("", "modules-unknown", "debian-12", 0),
+        ("hv_netvsc", "", "debian-12", 1),
+        ("", "hv_kvp_daemon", "debian-12", 1),  # which that distribution has
+        ("", "", "debian-12-full", 1),
+    ],
+)
+def test_a_kernel_of_ones_own_does_not_answer_for_the_programs_beside_it(
+    options: VerifyOptions,
+    gone: str,
+    fault: str,
+    daemons_of: str,
+    wanted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody ships the script that ``static-ip`` needs; its drivers are the kernel's to bring."""
+    static_ip = [proof for proof in PROOFS if proof.row_id == "static-ip"]
+    proofs = (*SCRIPTED_PROOFS, *static_ip)
+    monkeypatch.setattr(command, "run_rows", functools.partial(run_rows, proofs=proofs))
+    monkeypatch.setattr(ScriptedGuest, "daemons_of", daemons_of)
+    whole = full_modules()
+    aliases = {alias: name for alias, name in whole.aliases.items() if name != gone}
+    guest = ScriptedGuest(fault, modules=dataclasses.replace(whole, aliases=aliases))
+    quiet = Console(file=io.StringIO())
+    status, report = verify_guest(options, lambda *_: guest, timing=FAST, out=quiet, progress=quiet)
+    lacking = {each.row.id for each in report.results if each.status.lacking}
+    assert lacking == {"static-ip", *(["kvp"] if fault == "hv_kvp_daemon" else [])}
+    assert status == wanted
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,13 @@ def test_rows_come_in_the_contracts_order_once() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("heartbeet", "did you mean heartbeat"), ("lvsmbus", "lsvmbus"), ("xyzzy", "rows are: shut")],
+    [
+        ("heartbeet", "did you mean heartbeat"),
+        ("lvsmbus", "mean lsvmbus"),
+        ("backup", "did you mean live-backup"),
+        ("xyzzy", "rows are: shut"),
+        ("nope", "rows are: shut"),
+    ],
 )
 def test_unknown_row(wrong: str, meant: str) -> None:
     with pytest.raises(HvHostError, match=meant) as caught:
