@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError
 from hvhost.machine.config import MachineConfig
-from hvhost.manager.launcher import Worker, early_end, launch_forked
+from hvhost.manager.launcher import SeeLogError, Worker, early_end, launch_forked
 
 if TYPE_CHECKING:
     from hvhost.manager.terminal import Ending
@@ -29,20 +29,25 @@ def run(
 
     *progress* gets what takes time before there is a console, and what ended before that.
 
-    Nothing of the machine is left when this returns or raises. Raises :class:`HvHostError` with
-    the worker's words when the machine fails. Called in the main thread.
+    Nothing of the machine is left when this returns or raises, but for a log that the error names.
+    Raises :class:`HvHostError` with the worker's words when the machine fails. Called in the main
+    thread.
     """
     # Ends the blocks below in order, which gives the terminal back its modes.
     before = signal.signal(signal.SIGTERM, _exit)
     try:
         worker = launch_forked(config, progress)
+        log_named = False
         try:
-            ending = _attend(worker, source, sink, progress)
+            return _attend(worker, source, sink, progress)
+        except SeeLogError:
+            log_named = True
+            raise
         finally:
             if worker.process.poll() is None:
                 worker.stop()
-        worker.directory.remove()
-        return ending
+            if not log_named:
+                worker.directory.remove()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -60,7 +65,7 @@ def _attend(worker: Worker, source: int, sink: int, progress: Callable[[str], No
         return Ending.CLOSED
     if ending is Ending.CLOSED:
         if not worker.ended(_END_SECONDS):
-            raise HvHostError(
+            raise SeeLogError(
                 f"the worker of machine {worker.directory.name!r} closed its console but did not"
                 f" end; it was killed, and {worker.directory.log_file} has its log."
             )

@@ -47,6 +47,10 @@ _STOPPED = re.compile(r"^\S+ \S+ hvhost\.machine\.machine: stopped (.+)$", re.MU
 _PROGRESS = re.compile(r"^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$", re.MULTILINE)
 
 
+class SeeLogError(HvHostError):
+    """Its sentence sends a person to the machine's log, which therefore stays."""
+
+
 @dataclass(frozen=True, slots=True)
 class Worker:
     """A worker process this process started."""
@@ -67,7 +71,7 @@ class Worker:
         """After the process's end: :class:`HvHostError` with its own sentence if it failed."""
         status = self.process.wait()
         if status != 0:
-            raise HvHostError(_last_words(self.directory, status))
+            raise _last_words(self.directory, status)
 
     def stop(self) -> None:
         """End the process, by SIGTERM and after ten seconds by SIGKILL; returns when it is gone."""
@@ -159,17 +163,24 @@ def launch_forked(
 
     That saves a second interpreter's start. Only for a process with one thread that does nothing
     else meanwhile. Returns as soon as there is a console, or when all is over already: a guest may
-    be quicker than the API.
+    be quicker than the API. What does not start leaves nothing but the log that its error names.
     """
     from hvhost.manager.forked import ForkedWorker
 
     check(config)
     directory = MachineDirectory.of(config.name)
-    with directory.claim():
-        worker = Worker(directory, ForkedWorker(directory, config))
-        door = directory.serial_socket(1)
-        _wait_until_open(worker, door, START_SECONDS, progress, threading.Event())
-        _write_config(directory, config)  # for people; a busy start can do without
+    ours = False
+    try:
+        with directory.claim():
+            ours = True
+            worker = Worker(directory, ForkedWorker(directory, config))
+            door = directory.serial_socket(1)
+            _wait_until_open(worker, door, START_SECONDS, progress, threading.Event())
+            _write_config(directory, config)  # for people; a busy start can do without
+    except BaseException as error:
+        if ours and not isinstance(error, SeeLogError):
+            directory.remove()
+        raise
     return worker
 
 
@@ -231,7 +242,7 @@ def _await_door(
             if status == 0:
                 return
             if status is not None:
-                raise HvHostError(_last_words(worker.directory, status))
+                raise _last_words(worker.directory, status)
             if abandoned.is_set():
                 raise HvHostError(f"the start of machine {worker.directory.name!r} was given up.")
             now = time.monotonic()
@@ -241,7 +252,7 @@ def _await_door(
                 for message in _PROGRESS.findall(whole):
                     progress(message)
             if now - heard > timeout:
-                raise HvHostError(
+                raise SeeLogError(
                     f"the worker of machine {worker.directory.name!r} did not come up and has said"
                     f" nothing for {timeout:g} seconds; {worker.directory.log_file} says how far"
                     " it got."
@@ -261,7 +272,7 @@ def early_end(directory: MachineDirectory, before: str) -> str:
     return f"machine {directory.name!r} stopped before {before}{why}"
 
 
-def _last_words(directory: MachineDirectory, status: int) -> str:
+def _last_words(directory: MachineDirectory, status: int) -> HvHostError:
     """The worker's last ``error:`` line, or what is known without one."""
     try:
         log = directory.log_file.read_text(errors="replace")
@@ -269,9 +280,9 @@ def _last_words(directory: MachineDirectory, status: int) -> str:
         log = ""
     errors = re.findall(r"^error: *(.+)$", log, re.MULTILINE)
     if errors:
-        return str(errors[-1])
+        return HvHostError(errors[-1])
     how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-    return (
+    return SeeLogError(
         f"the worker of machine {directory.name!r} ended {how} without a word;"
         f" {directory.log_file} has its log."
     )

@@ -17,6 +17,7 @@ from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig
 from hvhost.manager import foreground, forked
 from hvhost.manager.directory import MachineDirectory, NameState
+from hvhost.manager.launcher import launch
 from hvhost.manager.terminal import Ending
 from manager.stand_in import live_as
 
@@ -68,16 +69,46 @@ def test_it_ends_with_the_guest_and_leaves_nothing(runtime: Path, config: Machin
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_machine_that_fails_keeps_its_log(runtime: Path, config: MachineConfig) -> None:
-    with pytest.raises(HvHostError, match="the guest broke; mend it"):
-        run(config, b"die")
-    directory = MachineDirectory.of("m1")
-    assert "the guest broke" in directory.log_file.read_text()
+@pytest.mark.parametrize(
+    ("words", "typed", "said"),
+    [
+        ("", b"die", "the guest broke; mend it"),
+        ("fail", b"", "no KVM here"),
+        ("fail-late", b"", "never had a chance"),
+    ],
+)
+def test_a_machine_that_fails_leaves_its_words_and_no_more(
+    runtime: Path, config: MachineConfig, words: str, typed: bytes, said: str
+) -> None:
+    with pytest.raises(HvHostError, match=said):
+        run(replace(config, command_line=words), typed)
+    assert not MachineDirectory.of("m1").path.exists()
 
 
-def test_a_machine_that_failed_before_we_looked(runtime: Path, config: MachineConfig) -> None:
-    with pytest.raises(HvHostError, match="never had a chance"):
-        run(replace(config, command_line="fail-late"), b"")
+def test_a_log_that_an_error_names_stays(runtime: Path, config: MachineConfig) -> None:
+    log = MachineDirectory.of("m1").log_file
+    with pytest.raises(HvHostError, match=f"without a word; {log} has its log"):
+        run(replace(config, command_line="fail-silently"), b"")
+    assert log.exists()
+
+
+def test_nothing_is_left_when_the_output_closes(runtime: Path, config: MachineConfig) -> None:
+    source, typing = os.pipe()
+    reading, sink = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        foreground.run(config, source=source, sink=sink)
+    for descriptor in (source, typing, sink):
+        os.close(descriptor)
+    assert not MachineDirectory.of("m1").path.exists()
+
+
+def test_a_name_in_use_keeps_what_it_names(runtime: Path, config: MachineConfig) -> None:
+    worker = launch(config, detach=True)
+    with pytest.raises(HvHostError, match="is running already"):
+        run(config, b"")
+    assert worker.directory.api_socket.exists()
+    worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +172,7 @@ def test_a_worker_that_lost_its_console_but_lives(
     monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code)))
     with pytest.raises(HvHostError, match="closed its console but did not end"):
         run(config, b"")
+    assert MachineDirectory.of("m1").log_file.exists()
     monkeypatch.setattr(forked, "live", live_as((sys.executable, "-c", code.split("port =")[0])))
     told: list[str] = []
     assert run(config, b"", progress=told.append) is Ending.CLOSED
