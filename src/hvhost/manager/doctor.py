@@ -84,7 +84,7 @@ def examine(computer: Computer | None = None) -> Diagnosis:
     if not local:
         # The rig takes over, so nothing about /dev/kvm keeps hvhost from working.
         kvm = [_with_status(check, CheckStatus.WARNING) for check in kvm]
-    rig = [
+    programs = [
         _check_program(
             computer,
             "qemu",
@@ -93,13 +93,14 @@ def examine(computer: Computer | None = None) -> Diagnosis:
             "runs the rig, the KVM host in software",
             needed=not local,
         ),
+        # With KVM of one's own too: the probe in every guest of ours is built by them.
         _check_program(
             computer,
             "gcc",
             "gcc",
             "gcc libc6-dev",
-            "builds the programs that run in guests and in the rig",
-            needed=not local,
+            "builds the programs in guests (hvhost verify, run --guest) and in the rig",
+            needed=True,
         ),
         _check_file(
             computer,
@@ -107,7 +108,7 @@ def examine(computer: Computer | None = None) -> Diagnosis:
             computer.static_libraries,
             "libc6-dev",
             "is linked into those programs",
-            needed=not local,
+            needed=True,
         ),
     ]
     packages = [
@@ -131,7 +132,7 @@ def examine(computer: Computer | None = None) -> Diagnosis:
         ("mke2fs", "mke2fs", "e2fsprogs", "makes their disks"),
     ):
         packages.append(_check_program(computer, identity, program, package, purpose, needed=False))
-    checks = [*kvm, *rig, *packages, _check_memory(computer), _check_disk(computer)]
+    checks = [*kvm, *programs, *packages, _check_memory(computer), _check_disk(computer)]
     usable = all(check.status is not CheckStatus.MISSING for check in checks)
     transport = "local" if local else "rig" if usable else None
     return Diagnosis(usable, transport, checks)

@@ -146,9 +146,6 @@ def test_a_device_that_is_no_kvm_at_all(computer: Computer) -> None:
 def test_what_the_rig_needs(computer: Computer, kvm: Kvm, program: str) -> None:
     without = replace(computer, which=lambda name: None if name == program else f"/bin/{name}")
     identity = program.partition("-")[0]
-    diagnosis = examine(without)
-    assert diagnosis.usable
-    assert of(diagnosis, identity).status == "warning"  # local KVM works, so it is not needed
     computer.cpuinfo.write_text(PLAIN)
     diagnosis = examine(without)
     assert not diagnosis.usable
@@ -158,13 +155,31 @@ def test_what_the_rig_needs(computer: Computer, kvm: Kvm, program: str) -> None:
     assert str(check.fix).startswith("sudo apt-get install ")
 
 
-def test_gcc_alone_links_nothing(computer: Computer, kvm: Kvm) -> None:
-    computer.static_libraries[0].unlink()
-    assert of(examine(computer), "libc").status == "warning"
-    computer.cpuinfo.write_text(PLAIN)
+def test_the_rigs_emulator_is_not_needed_with_kvm(computer: Computer, kvm: Kvm) -> None:
+    diagnosis = examine(
+        replace(computer, which=lambda name: None if "qemu" in name else f"/bin/{name}")
+    )
+    assert (diagnosis.usable, diagnosis.transport) == (True, "local")
+    assert of(diagnosis, "qemu").status == "warning"
+
+
+@pytest.mark.parametrize("identity", ["gcc", "libc"])
+def test_what_builds_guests_is_needed_with_kvm_too(
+    computer: Computer, kvm: Kvm, identity: str
+) -> None:
+    """The processors would run, but `hvhost verify` would have no probe."""
+    if identity == "libc":
+        computer.static_libraries[0].unlink()
+    else:
+        computer = replace(computer, which=lambda name: None if name == "gcc" else f"/bin/{name}")
     diagnosis = examine(computer)
-    assert (diagnosis.usable, diagnosis.transport) == (False, None)
-    assert str(of(diagnosis, "libc").fix).endswith(" libc6-dev")
+    assert (diagnosis.usable, diagnosis.transport) == (False, "local")
+    check = of(diagnosis, identity)
+    assert check.status == "missing"
+    assert str(check.fix).endswith(" libc6-dev")
+    assert "hvhost verify" in of(diagnosis, "gcc").finding
+    computer.cpuinfo.write_text(PLAIN)
+    assert examine(computer).transport is None
 
 
 def test_downloads_can_be_proved(computer: Computer, kvm: Kvm) -> None:
