@@ -208,3 +208,9 @@ def test_set_up_refuses_what_it_does_not_know() -> None:
     )
     assert done.returncode == 2
     assert "usage: scripts/setup [dev]" in done.stderr
+
+
+def test_every_room_is_in_the_table_of_rooms() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(\w+)/`", "\n".join(re.findall(r"^\| `.*$", table, re.MULTILINE))))
+    assert named == {each.parent.name for each in (ROOT / "src/hvhost").glob("*/__init__.py")}
