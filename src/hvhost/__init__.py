@@ -1,4 +1,4 @@
-"""hvhost: a Hyper-V host for Linux and FreeBSD guests, in Python.
+"""hvhost: a Hyper-V host for Linux guests, in Python.
 
 ``from hvhost import Machine`` is the API for programs; see :class:`hvhost.manager.machine.Machine`.
 """

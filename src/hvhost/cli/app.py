@@ -6,6 +6,8 @@ Nothing here or in the command modules imports more than typer and the choices o
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from hvhost.cli import (
@@ -26,7 +28,7 @@ from hvhost.cli import (
     version,
 )
 
-HELP = """A Hyper-V host for Linux and FreeBSD guests, on any x86-64 Linux computer.
+HELP = """A Hyper-V host for Linux guests, on any x86-64 Linux computer.
 
 \b
 Prove what a kernel can do on Hyper-V:
@@ -47,6 +49,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from hvhost.version import say_version
+
+        say_version()
+        raise typer.Exit
+
+
+@app.callback()
+def _hvhost(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None: ...
+
+
 app.command()(verify.verify)
 app.command()(run.run)
 app.command()(machines.ps)

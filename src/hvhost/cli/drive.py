@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hvhost.cli.machines import Json, Name
+from hvhost.cli.machines import Json, MachineGroup, Name
 
 if TYPE_CHECKING:
     from hvhost.machine.storage_model import DriveInfo
     from hvhost.manager.storage import DriveClient
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=MachineGroup, no_args_is_help=True, rich_markup_mode=None)
 
 Address = Annotated[
     str, typer.Argument(metavar="ADDRESS", help="Controller and LUN, like scsi0:1.")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hvhost.cli.machines import Json
+
 app = typer.Typer(
     name="guest",
     help="""Make guests from distribution packages, before `hvhost run --guest` needs them.
@@ -31,7 +33,7 @@ def build(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Make it anew, of the newest packages.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Make a guest, if it is not there, and print where its parts are.
 
@@ -71,17 +73,28 @@ def build(
 
 
 @app.command("list")
-def list_() -> None:
+def list_(json: Json = False) -> None:
     """List the guests that are known by name.
 
     \b
-    Example:
+    Examples:
       hvhost guest list
+      hvhost guest list --json | jq -r '.[] | select(.complete) | .name'
     """
     from hvhost.guests.catalog import FULL_GUESTS, GUESTS
 
     titles = {name: recipe.title for name, recipe in GUESTS.items()}
     titles |= {name: recipe.title for name, recipe in FULL_GUESTS.items()}
+    if json:
+        from hvhost.cli import output
+
+        output.print_json(
+            [
+                {"name": name, "title": title, "complete": name in FULL_GUESTS}
+                for name, title in titles.items()
+            ]
+        )
+        return
     for name, title in titles.items():
         print(f"{name:20}{title}")
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from hvhost.cli.machines import Json, Name
+from hvhost.cli.machines import Json, MachineGroup, Name
 from hvhost.machine.kinds import KvpPool
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=MachineGroup, no_args_is_help=True, rich_markup_mode=None)
 
 Key = Annotated[str, typer.Argument(metavar="KEY", help="Name of the item.")]
 AnyPool = Annotated[

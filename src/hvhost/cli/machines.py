@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a running machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Timeout = Annotated[
     float, typer.Option(metavar="SECONDS", min=0.0, help="How long to wait for the guest.")
 ]
+
+
+class MachineGroup(TyperGroup):
+    """Commands about one machine, whose name comes first; says so to whom leaves it out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # click's, or typer's own
+        first, second = [*args, "", ""][:2]
+        if first in self.commands and second not in self.commands:
+            ctx.fail(f"the machine's name comes first: {ctx.command_path} NAME {first}.")
+        return super().parse_args(ctx, args)
 
 
 def ps(json: Json = False) -> None:

@@ -1,4 +1,4 @@
-"""``hvhost run`` in its plainest form, without the command line's library.
+"""``hvhost run`` in its plainest form, and ``--version``, without the command line's library.
 
 Where Python is slow, as on a KVM host in software, that library takes longer to import than a
 machine takes to start. What is not understood here, the wrong as well as the rare, is left to
@@ -53,7 +53,12 @@ def parse(arguments: Sequence[str]) -> dict[str, Any] | None:
 
 
 def run(arguments: Sequence[str]) -> bool:
-    """Do what a whole command line says if it is a plain ``run``; otherwise False, and nothing."""
+    """Do what a whole command line says if it is as plain as that; otherwise False, and nothing."""
+    if list(arguments) == ["--version"]:
+        from hvhost.version import say_version
+
+        say_version()
+        return True
     if arguments[:1] != ["run"] or (options := parse(arguments[1:])) is None:
         return False
     from hvhost.cli.progress import say

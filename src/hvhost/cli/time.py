@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from hvhost.cli.machines import Json, Name
+from hvhost.cli.machines import Json, MachineGroup, Name
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=MachineGroup, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()

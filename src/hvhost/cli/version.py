@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from hvhost.cli.machines import Json
 
-def version() -> None:
-    """Print the version of hvhost."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as version_of
 
-    try:
-        print(f"hvhost {version_of('hvhost')}")
-    except PackageNotFoundError:
-        print("hvhost (not installed: run from its source tree)")
+def version(json: Json = False) -> None:
+    """Print the version of hvhost.
+
+    \b
+    Examples:
+      hvhost version
+      hvhost version --json | jq -r .version
+    """
+    from hvhost.version import own_version, say_version
+
+    if json:
+        from hvhost.cli import output
+
+        output.print_json({"version": own_version()})
+    else:
+        say_version()

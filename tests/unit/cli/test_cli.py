@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from hvhost import version as version_module
 from hvhost.cli.app import app
 from hvhost.cli.main import main
 from hvhost.errors import HvHostError
+from hvhost.guests.catalog import FULL_GUESTS, GUESTS
 from hvhost.machine.model import MachineConfig, Transport
 from hvhost.manager import definition, foreground
 from hvhost.manager import doctor as doctor_module
@@ -149,6 +151,9 @@ def test_without_a_command_it_shows_how(hvhost: Hvhost) -> None:
         ["verify", "--guest", "g", "--kernel", "k"],
         ["verify", "--modules", "m"],
         ["verify", "stray.deb"],
+        ["verify", "--rows", ""],
+        ["verify", "--rows", " ,"],
+        ["verify", "--guest", ""],
         ["rig", "exec"],
     ],
 )
@@ -354,6 +359,61 @@ def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyP
     assert "memory 'x' is not a size" in hvhost.sentence("verify", "--memory", "x")
 
 
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["verify", "--guest", "nosuch"], ", or give a kernel with --kernel or --deb."),
+        (["run", "--guest", "nosuch"], ", or give a kernel with --kernel."),
+        (["guest", "build", "nosuch"], "."),
+    ],
+)
+def test_an_unknown_guest_and_what_this_command_takes_instead(
+    hvhost: Hvhost, runtime: Path, words: list[str], instead: str
+) -> None:
+    known = ", ".join((*GUESTS, *FULL_GUESTS))
+    said = hvhost(*words).err.splitlines()[-1]
+    assert said == f"hvhost: There is no guest nosuch; choose one of {known}{instead}"
+
+
+@pytest.mark.parametrize("version", ["1.2.3", None])
+def test_the_version(
+    hvhost: Hvhost,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str | None,
+) -> None:
+    monkeypatch.setattr(version_module, "own_version", lambda: version)
+    said = f"hvhost {version or '(not installed: run from its source tree)'}\n"
+    assert hvhost("version").out == said
+    assert json.loads(hvhost("version", "--json").out) == {"version": version}
+    result = hvhost("--version", "doctor")  # by the command line's library
+    assert (result.status, result.out) == (0, said)
+    monkeypatch.setattr(sys, "argv", ["hvhost", "--version"])
+    main()
+    assert capsys.readouterr().out == said
+
+
+def test_known_guests_for_programs(hvhost: Hvhost) -> None:
+    listed = json.loads(hvhost("guest", "list", "--json").out)
+    assert [each["name"] for each in listed] == [*GUESTS, *FULL_GUESTS]
+    assert {each["name"] for each in listed if each["complete"]} == {*FULL_GUESTS}
+    assert {"name": "sid", "title": "Debian sid, cloud kernel", "complete": False} in listed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["kvp", "list"], ["kvp", "get", "OSName"], ["time", "sync", "--json"], ["drive", "list", "m"]],
+)
+def test_the_machines_name_comes_first(hvhost: Hvhost, words: list[str]) -> None:
+    result = hvhost(*words)
+    assert result.status == 2
+    assert f"name comes first: hvhost {words[0]} NAME {words[1]}." in " ".join(result.err.split())
+
+
+def test_a_machine_may_be_called_like_a_command(hvhost: Hvhost, runtime: Path) -> None:
+    assert "no running machine 'list'" in hvhost.sentence("kvp", "list", "list")
+
+
 def test_doctor_shows_what_to_do(hvhost: Hvhost, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Check("qemu", CheckStatus.MISSING, "there is no qemu", "sudo apt-get install qemu [x]")
     good = Check("disk", CheckStatus.OK, "50 GiB free")
@@ -420,10 +480,6 @@ def test_a_reader_that_leaves_early(runtime: Path) -> None:
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
         assert process.wait(20) == 1
-
-
-def test_the_version(hvhost: Hvhost) -> None:
-    assert hvhost("version").out.startswith("hvhost ")
 
 
 def test_python_m_hvhost() -> None:

@@ -91,6 +91,24 @@ def test_other_commands_are_not_ours() -> None:
     assert not plain.run(["doctor"])
 
 
+def test_the_version_alone_imports_no_library() -> None:
+    code = (
+        "import sys; from hvhost.cli.main import main\n"
+        "main(); print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    said, modules = done.stdout.splitlines()
+    assert said.startswith("hvhost ")
+    assert not {"typer", "click", "rich", "msgspec", "asyncio"} & set(modules.split())
+
+
 def test_a_plain_run_imports_no_library_of_ours(tmp_path: Path) -> None:
     """Also with an error at its end, whose sentence is the same as ever."""
     code = (
