@@ -95,7 +95,7 @@ class SetupHeader(NamedTuple):
     @property
     def is_64_bit(self) -> bool:
         """Whether the kernel has the 64-bit entry point."""
-        return self.version >= 0x20C and bool(self.xloadflags & XLF_KERNEL_64)
+        return bool(self.xloadflags & XLF_KERNEL_64)
 
 
 class LoadSegment(NamedTuple):
@@ -132,7 +132,8 @@ class KernelImage(NamedTuple):
     def is_64_bit(self) -> bool:
         """Whether it starts, by the Linux boot protocol, in long mode."""
         if self.kind is ImageKind.BZIMAGE:
-            return self.setup is not None and self.setup.is_64_bit
+            assert self.setup is not None
+            return self.setup.is_64_bit
         return self.kind is ImageKind.ELF64
 
     @property

@@ -37,7 +37,7 @@ def _ar_member(path: Path, prefix: str) -> tuple[str, bytes]:
             raise HvHostError(f"{path} is not a Debian package; give a .deb file.")
         while header := file.read(_AR_HEADER):
             digits = header[48:58].strip()
-            if len(header) != _AR_HEADER or header[58:] != b"`\n" or not digits.isdigit():
+            if header[58:] != b"`\n" or not digits.isdigit():
                 raise HvHostError(f"{path} is damaged; download or build the package again.")
             name = header[:16].decode("ascii", "replace").strip().rstrip("/")
             size = int(digits)
@@ -57,7 +57,7 @@ def open_files(path: Path) -> Iterator[tarfile.TarFile]:
     Raises HvHostError when ``path`` is no Debian package or is damaged.
     """
     if not path.is_file():
-        raise HvHostError(f"{path} does not exist; give an existing .deb file.")
+        raise HvHostError(f"{path} is not a file; give an existing .deb file.")
     damaged = HvHostError(f"{path} is damaged or not a Debian package; download it again.")
     dpkg_deb = shutil.which("dpkg-deb")
     try:

@@ -158,16 +158,15 @@ def libraries_of(programs: Iterable[Path], roots: Iterable[Path]) -> dict[str, P
     while pending:
         linkage = elf.linkage(pending.pop().read_bytes())
         wanted = [(name, f"lib/{name}") for name in linkage.needed]
-        if linkage.interpreter:
-            interpreter = linkage.interpreter.lstrip("/")
+        interpreter = (linkage.interpreter or "").lstrip("/")
+        if interpreter:
             wanted.append((PurePosixPath(interpreter).name, interpreter))
+        names = {PurePosixPath(known).name for known in found}
         for soname, place in wanted:
             # The interpreter is also named as a needed library; one copy, at its own path, will do.
-            if place in found or any(known.endswith("/" + soname) for known in found):
-                if not (linkage.interpreter and place == linkage.interpreter.lstrip("/")):
-                    continue
-                if place in found:
-                    continue
+            is_there = place in found if place == interpreter else soname in names
+            if is_there:
+                continue
             path = find_library(soname, roots)
             found[place] = path
             pending.append(path)

@@ -247,16 +247,16 @@ class ModuleTree:
         Raises HvHostError for a name, or a dependency, that the kernel does not have.
         """
         ordered: dict[str, Module] = {}
-        visiting: set[str] = set()
+        visited: set[str] = set()
 
         def visit(name: str) -> None:
-            if name in ordered or self.is_builtin(name) or name in visiting:
+            if name in visited or self.is_builtin(name):
                 return
             module = self._modules.get(name)
             if module is None:
                 self.path(name)
                 return
-            visiting.add(name)
+            visited.add(name)
             for soft in module.softdeps:
                 for target in self._by_name_or_alias(soft):
                     visit(target)
@@ -318,4 +318,4 @@ def find_tree(directory: Path, release: str | None = None) -> Path:
 
 
 def _is_tree(path: Path) -> bool:
-    return path.is_dir() and ((path / "kernel").is_dir() or (path / "modules.builtin").is_file())
+    return (path / "kernel").is_dir() or (path / "modules.builtin").is_file()

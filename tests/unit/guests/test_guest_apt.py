@@ -64,6 +64,22 @@ def test_deb822_sources_are_read() -> None:
     ]
 
 
+def test_empty_lines_and_comments_of_deb822_may_be_anywhere() -> None:
+    text = """
+Types: deb
+
+
+# Moved: in 2024
+URIs: http://other.example/debian
+"""
+    assert apt.parse_deb822(text) == []
+    (source,) = apt.parse_deb822(
+        "\nTypes: deb\nURIs: http://m.example/debian\nComponents: main\nSuites: bookworm\n"
+        "# bookworm-backports: not yet\n bookworm-updates\n \n"
+    )
+    assert source.suites == ("bookworm", "bookworm-updates")
+
+
 def test_one_line_sources_are_read() -> None:
     assert apt.parse_one_line(ONE_LINE) == [
         Source("http://one.example/debian", ("bookworm",), ("main",), "/usr/share/keyrings/k.gpg"),
@@ -71,7 +87,9 @@ def test_one_line_sources_are_read() -> None:
     ]
 
 
-def test_all_files_of_the_system_are_read_and_others_left_alone(tmp_path: Path) -> None:
+def test_all_files_of_the_system_are_read_and_others_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     parts = tmp_path / "sources.list.d"
     parts.mkdir()
     (tmp_path / "sources.list").write_text(ONE_LINE)
@@ -82,6 +100,7 @@ def test_all_files_of_the_system_are_read_and_others_left_alone(tmp_path: Path) 
     assert "http://mirror.example/debian" in uris
     assert "http://saved.example/debian" not in uris
     assert apt.system_sources(tmp_path / "none") == []
+    assert not caplog.records, "newer systems have no sources.list, which is nothing to tell of"
 
 
 def test_the_mirror_is_the_systems_own() -> None:
@@ -91,6 +110,12 @@ def test_the_mirror_is_the_systems_own() -> None:
     assert debian_mirror(apt.parse_one_line(ONE_LINE)) == Mirror(
         "http://one.example/debian", "http://one.example/debian-security"
     )
+
+
+def test_a_vendors_own_archive_is_not_taken_for_debians() -> None:
+    vendor = Source("https://vendor.example/linux/debian", ("bookworm",), ("stable",))
+    mirror = debian_mirror([vendor, *apt.parse_deb822(DEB822)])
+    assert mirror.archive == "http://mirror.example/debian"
 
 
 def test_the_mirror_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,9 +267,13 @@ def test_a_meta_package_is_resolved_and_downloaded_once(
     packages = [
         repository.package("linux-image-cloud-amd64", depends="linux-image-6.1.0-9-cloud-amd64"),
         repository.package(
-            "linux-image-6.1.0-9-cloud-amd64", depends="kmod, linux-modules-6.1.0-9-cloud-amd64"
+            "linux-image-6.1.0-9-cloud-amd64",
+            depends="kmod, linux-modules-6.1.0-9-cloud-amd64, linux-binary-6.1.0-9-cloud-amd64",
         ),
         repository.package("linux-modules-6.1.0-9-cloud-amd64", depends="libc6"),
+        repository.package(
+            "linux-binary-6.1.0-9-cloud-amd64", depends="linux-modules-6.1.0-9-cloud-amd64"
+        ),
         repository.package("busybox-static"),
     ]
     repository.publish_all("bookworm", packages, old_key)
@@ -254,6 +283,7 @@ def test_a_meta_package_is_resolved_and_downloaded_once(
     assert [path.name.split("_")[0] for path in first] == [
         "linux-image-6.1.0-9-cloud-amd64",
         "linux-modules-6.1.0-9-cloud-amd64",
+        "linux-binary-6.1.0-9-cloud-amd64",
         "busybox-static",
     ]
     assert first[0].read_bytes() == packages[1].read_bytes()
@@ -269,11 +299,14 @@ def test_a_meta_package_is_resolved_and_downloaded_once(
 
 
 def test_a_file_that_was_lost_is_downloaded_again(repository: Repository, old_key: Signer) -> None:
-    repository.publish_all("bookworm", [repository.package("busybox-static")], old_key)
+    packages = [repository.package("busybox-static"), repository.package("hyperv-daemons")]
+    repository.publish_all("bookworm", packages, old_key)
     (path,) = download("bookworm", ["busybox-static"])
     path.unlink()
     assert download("bookworm", ["busybox-static"]) == [path]
     assert path.is_file()
+    (other,) = download("bookworm", ["hyperv-daemons"])
+    assert other.read_bytes() == packages[1].read_bytes()
 
 
 def test_refresh_asks_again(repository: Repository, old_key: Signer) -> None:
@@ -399,6 +432,14 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch, old_key: Si
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(HvHostError, match=r"could not be read .*check the network"):
         download("bookworm", ["busybox-static"])
+
+
+def test_a_network_that_is_away_is_not_blamed_on_the_security_archive() -> None:
+    lost = "E: Failed to fetch http://m/debian-security/dists/x-security/InRelease  {}\n"
+    away = apt._explain_update("bookworm", lost.format("Could not connect to m:80 (10.0.0.1)"))
+    assert "check the network" in str(away)
+    gone = apt._explain_update("bookworm", lost.format("404  Not Found [IP: 10.0.0.1 80]"))
+    assert "security archive of Debian's bookworm" in str(gone)
 
 
 def test_a_missing_keyring_is_said(

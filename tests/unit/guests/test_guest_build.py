@@ -115,6 +115,15 @@ def test_a_32_bit_guest(packages_without_network: list[str]) -> None:
     assert "usr/bin/hvhost-clock-i386" in read_cpio.read(images.initrd.read_bytes())
 
 
+def test_packages_that_lost_their_busybox(
+    tmp_path: Path, packages_without_network: list[str]
+) -> None:
+    """Somebody tidied the cache up."""
+    tiny_deb.write(tmp_path / "mirror/busybox-static_1_amd64.deb", [])
+    with pytest.raises(HvHostError, match="no busybox; clear the cache and try again"):
+        prepare_guest()
+
+
 def test_a_32_bit_kernel_of_ones_own_gets_32_bit_programs(
     tmp_path: Path, packages_without_network: list[str]
 ) -> None:

@@ -130,17 +130,50 @@ def test_damaged_packages_leave_nothing_behind(tmp_path: Path, private_cache: Pa
 
 @pytest.mark.usefixtures("either_reader")
 @pytest.mark.parametrize(
-    ("place", "value"),
-    [(48, b"-68       "), (48, b"many      "), (58, b"xx")],
-    ids=["negative size", "no size", "wrong end"],
+    ("name", "place", "value"),
+    [
+        (b"debian-binary", 48, b"-68       "),
+        (b"debian-binary", 48, b"many      "),
+        (b"debian-binary", 58, b"xx"),
+        (b"data.tar.xz", 48, b"-1        "),
+    ],
+    ids=["negative size", "no size", "wrong end", "negative size of the files"],
 )
-def test_member_headers_that_lie(tmp_path: Path, place: int, value: bytes) -> None:
+def test_member_headers_that_lie(tmp_path: Path, name: bytes, place: int, value: bytes) -> None:
     path = tiny_deb.write(tmp_path / "a_1_amd64.deb", tiny_deb.files({"f": b"x"}))
     content = bytearray(path.read_bytes())
-    content[8 + place : 8 + place + len(value)] = value
+    start = content.index(name) + place
+    content[start : start + len(value)] = value
     path.write_bytes(content)
     with pytest.raises(HvHostError, match="damaged"):
         deb.extract([path])
+
+
+@pytest.mark.usefixtures("either_reader")
+def test_a_directory_is_no_package(tmp_path: Path, private_cache: Path) -> None:
+    with pytest.raises(HvHostError, match=r"is not a file; give an existing \.deb file"):
+        deb.extract([tmp_path])
+    assert leftovers(private_cache) == []
+
+
+def test_who_is_slower_takes_what_is_there(tmp_path: Path, private_cache: Path) -> None:
+    path = tiny_deb.write(tmp_path / "thing_1_amd64.deb", tiny_deb.files({"a": b"1"}))
+    others: list[Path] = []
+    found = deb.extract([path], lambda _text: others.append(deb.extract([path])))
+    assert others == [found] == leftovers(private_cache)
+    assert (found / "a").read_bytes() == b"1"
+
+
+def test_something_else_in_a_packages_place_is_not_taken_for_it(
+    tmp_path: Path, private_cache: Path
+) -> None:
+    path = tiny_deb.write(tmp_path / "thing_1_amd64.deb", tiny_deb.files({"a": b"1"}))
+    found = deb.extract([path])
+    shutil.rmtree(found)
+    found.write_text("a file")
+    with pytest.raises(NotADirectoryError, match=found.name):
+        deb.extract([path])
+    assert leftovers(private_cache) == [found]
 
 
 def test_a_package_that_is_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,31 @@ def test_big_endian_is_refused() -> None:
     data[5] = 2
     with pytest.raises(ElfError, match="little-endian"):
         elf.linkage(bytes(data))
+
+
+def test_a_file_that_only_goes_on_like_elf_is_refused() -> None:
+    for data in (tiny_elf.program(needed=("libc.so.6",)), tiny_elf.kernel_module(depends="a")):
+        other = b"\x7fELG" + data[4:]
+        with pytest.raises(ElfError, match="not a little-endian ELF file"):
+            elf.linkage(other)
+        with pytest.raises(ElfError, match="not a little-endian ELF file"):
+            elf.section(other, ".modinfo")
+
+
+def test_a_program_without_sections_has_none_whatever_else_it_says() -> None:
+    data = bytearray(tiny_elf.program())
+    assert elf.section(bytes(data), ".modinfo") is None
+    data[24:32] = (0x401000).to_bytes(8, "little")  # e_entry, where section 0's offset would be
+    assert elf.section(bytes(data), ".modinfo") is None
+
+
+def test_what_follows_the_end_of_the_dynamic_section_does_not_count() -> None:
+    data = tiny_elf.program(needed=("liba.so", "libb.so"))
+    second, strings, end = (struct.pack("<q", tag) for tag in (1, 5, 0))
+    start = data.index(struct.pack("<qQ", 1, 9))
+    moved = data[start + 16 : start + 48] + data[start : start + 16]
+    assert (moved[:8], moved[16:24], moved[32:40]) == (strings, end, second)
+    assert elf.linkage(data[:start] + moved + data[start + 48 :]).needed == ("liba.so",)
 
 
 @pytest.mark.parametrize("make", [tiny_elf.program, lambda: tiny_elf.kernel_module(depends="a")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hvhost.errors import HvHostError
 from hvhost.guests import apt, build, catalog, full, full_root
 from hvhost.manager import definition
+from hvhost.units import MIB
 
 ROOT = UUID(int=7)
 SOURCES = [apt.Source("http://mirror/debian", ("trixie", "trixie-updates"), signed_by="/keys.gpg")]
@@ -77,6 +79,11 @@ def test_who_cannot_build_is_told_what_to_do(
         full.installation_mode()
     (tmp_path / "subuid").write_text("daemon:100000:65536\n")
     assert full.installation_mode() == "unshare"
+    monkeypatch.setattr(
+        full, "_find_program", lambda name: None if name == "newuidmap" else f"/usr/bin/{name}"
+    )
+    with pytest.raises(HvHostError, match="apt-get install uidmap"):
+        full.installation_mode()
     monkeypatch.setattr(full, "_find_program", lambda name: None)
     with pytest.raises(HvHostError, match="apt-get install mmdebstrap"):
         full.installation_mode()
@@ -112,6 +119,12 @@ def test_a_system_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     full.prepare_full("debian-12-full", refresh=True)
     assert built == ["bookworm", "bookworm"]
     probe.write_bytes(b"another")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4095 * MIB))
+    with pytest.raises(HvHostError, match=r"4095 MiB free in .*takes up to 4096; make room"):
+        full.prepare_full("debian-12-full")
+    assert built == ["bookworm", "bookworm"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096 * MIB))
     assert full.prepare_full("debian-12-full").disk != guest.disk
     config = definition.define_guest("debian-12-full", command_line="debug")
     assert config.command_line.split()[:2] == ["console=ttyS0", f"root=UUID={guest.root}"]

@@ -10,7 +10,7 @@ import read_cpio
 import tiny_elf
 
 from hvhost.errors import HvHostError
-from hvhost.guests import initramfs
+from hvhost.guests import elf, initramfs
 from hvhost.guests.initramfs import InitramfsSpec, build_initramfs
 from hvhost.guests.modules import ModuleTree
 
@@ -92,6 +92,30 @@ def test_daemons_come_with_their_libraries(spec: InitramfsSpec) -> None:
     loader = items["lib64/ld-linux-x86-64.so.2"]
     assert loader.data.startswith(b"\x7fELF")
     assert loader.mode & 0o111
+    assert "lib/ld-linux-x86-64.so.2" not in items, "one copy of it will do"
+
+
+def test_libraries_are_read_once_and_may_need_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {"liba.so.1": ("libb.so.1",), "libb.so.1": ("liba.so.1", "ld.so"), "ld.so": ()}
+    for name, needed in needs.items():
+        program(tmp_path / "lib" / name, tiny_elf.program(needed=needed))
+    programs = [
+        program(tmp_path / f"bin/{name}", tiny_elf.program("/lib64/ld.so", ("liba.so.1",)))
+        for name in ("one", "other")
+    ]
+    read: list[elf.Linkage] = []
+    linkage = elf.linkage
+
+    def watched(data: bytes) -> elf.Linkage:
+        read.append(linkage(data))
+        return read[-1]
+
+    monkeypatch.setattr(elf, "linkage", watched)
+    found = initramfs.libraries_of(programs, [tmp_path])
+    assert sorted(found) == ["lib/liba.so.1", "lib/libb.so.1", "lib64/ld.so"]
+    assert len(read) == 5
 
 
 def test_an_older_libc_comes_with_what_it_opens_at_run_time(spec: InitramfsSpec) -> None:

@@ -162,6 +162,18 @@ def test_a_directory_without_modules_says_what_to_give(tmp_path: Path) -> None:
         find_tree(tmp_path)
 
 
+def test_modules_alone_and_a_kernel_with_everything_built_in(tree: Path, tmp_path: Path) -> None:
+    """A build's own modules come without ``modules.builtin``; some kernels with that only."""
+    built_in = tmp_path / "other/6.2"
+    built_in.mkdir(parents=True)
+    for name in ("modules.builtin", "modules.builtin.modinfo"):
+        (tree / name).rename(built_in / name)
+    assert "hv_netvsc" in ModuleTree(find_tree(tree))
+    assert "serio" not in ModuleTree(tree)
+    assert find_tree(tmp_path / "other") == built_in
+    assert ModuleTree(built_in).is_builtin("serio")
+
+
 def test_links_to_the_sources_are_not_followed(tree: Path) -> None:
     (tree / "build").mkdir()
     (tree / "build/other.ko").write_bytes(b"not a module")

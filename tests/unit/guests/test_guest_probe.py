@@ -378,6 +378,19 @@ def test_no_answer_is_a_timeout() -> None:
         guest.client.ping(0.1)
 
 
+def test_time_that_is_over_is_a_timeout_too() -> None:
+    guest = FakeGuest()
+    with pytest.raises(ProbeTimeout, match="did not answer within 0 s"):
+        guest.client.ping(0.0)
+
+
+def test_a_guest_that_only_stops_sending_is_gone() -> None:
+    guest = FakeGuest()
+    guest.end.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProbeGone):
+        guest.client.ping(1.0)
+
+
 def test_a_closed_port_is_gone() -> None:
     guest = FakeGuest()
     guest.end.close()
@@ -441,6 +454,20 @@ def test_answers_to_others_are_not_taken_for_ours() -> None:
     thread.join()
 
 
+def test_an_answer_to_others_does_not_make_a_probe_ready() -> None:
+    """It may have lain in the serial port since another client asked."""
+    guest = FakeGuest()
+
+    def answer() -> None:
+        request = guest.receive().request
+        guest.send(Message(MessageType.PONG, request ^ 1), Message(MessageType.OUTPUT, request))
+
+    thread = in_background(answer)
+    with pytest.raises(ProbeTimeout):
+        guest.client.wait_ready(0.3, drivers=False)
+    thread.join()
+
+
 def test_a_guest_that_sends_more_than_asked_for_is_stopped() -> None:
     guest = FakeGuest()
 
@@ -452,6 +479,74 @@ def test_a_guest_that_sends_more_than_asked_for_is_stopped() -> None:
     with pytest.raises(ProbeError, match="more than 2000 bytes"):
         guest.client.run("true", timeout=5, output_limit=2000)
     thread.join()
+
+
+@pytest.mark.parametrize(
+    ("ending", "value", "words"),
+    [
+        (Ending.CANCELLED, 0, "ended by another request"),
+        (Ending.FAILED, errno.EAGAIN, r"cannot run .*EAGAIN"),
+    ],
+)
+@pytest.mark.parametrize("way", ["run", "follow"])
+def test_commands_that_did_not_run_to_their_end(
+    ending: Ending, value: int, words: str, way: str
+) -> None:
+    guest = FakeGuest()
+
+    def answer() -> None:
+        body = bytes([ending, 0, value, 0, 0, 0])
+        guest.send(Message(MessageType.DONE, guest.receive().request, body))
+
+    thread = in_background(answer)
+    with pytest.raises(ProbeError, match=words):
+        if way == "run":
+            guest.client.run(["true"], timeout=5)
+        else:
+            guest.client.follow(["true"], lambda error, data: None)
+    thread.join()
+
+
+def test_a_followed_program_may_be_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "FOLLOW_INTERVAL", 0.01)
+    guest = FakeGuest()
+
+    def answer() -> None:
+        request = guest.receive().request
+        time.sleep(0.1)
+        guest.send(
+            Message(MessageType.OUTPUT, request ^ 1, b"theirs"),
+            Message(MessageType.DONE, request ^ 1, bytes(6)),
+            Message(MessageType.ERRORS, request, b"warning"),
+            Message(MessageType.DONE, request, b"short"),
+            Message(MessageType.OUTPUT, request, b"ours"),
+            Message(MessageType.DONE, request, bytes([Ending.SIGNALLED, 0, 9, 0, 0, 0])),
+        )
+
+    thread = in_background(answer)
+    output: list[tuple[bool, bytes]] = []
+    status = guest.client.follow(["sleep", "100"], lambda *piece: output.append(piece))
+    assert (status, output) == (-9, [(True, b"warning"), (False, b"ours")])
+    thread.join()
+
+
+def test_a_restart_ends_a_followed_program() -> None:
+    guest = FakeGuest()
+
+    def restart() -> None:
+        guest.receive()
+        guest.send(Message(MessageType.HELLO, 1))
+
+    thread = in_background(restart)
+    with pytest.raises(ProbeGone, match="started again while the command ran"):
+        guest.client.follow(["sleep", "100"], lambda error, data: None)
+    thread.join()
+
+
+@pytest.mark.parametrize("length", [3072, 3073])
+def test_a_path_that_leaves_no_room_for_data_is_refused(length: int) -> None:
+    with pytest.raises(ProbeError, match="too long for the probe"):
+        FakeGuest().client.write_file("/" * length, b"data")
 
 
 def test_drivers_that_do_not_finish_loading_are_named() -> None:
