@@ -127,14 +127,14 @@ class MemoryPeripheral:
         if resting and self._takes_no_more:  # nor does it keep from others what it cannot use
             claim = replace(claim, maximum=max(claim.minimum, claim.assigned))
         target = self._commons.target(claim, self._resident)
-        if not self._device.idle or self._goal is not None:
+        if not self._device.idle:  # as it is while there is a goal
             return
         change = policy.step(claim, target, self._pace, now)
         if change < 0 and resting and not self._takes_no_more:
             return  # it gave less than it was asked for; if it needs memory now, it gets some
         if change:
             self._goal, self._problem = claim.assigned + change, None
-            self._pursue()
+            self._pursue(self._device)
 
     def close(self) -> None:
         self._commons.close()
@@ -197,12 +197,11 @@ class MemoryPeripheral:
             self._told = assigned
             self._event("memory", f"the guest has {in_mib(assigned)}")
         if device.idle:
-            self._pursue()
+            self._pursue(device)
 
-    def _pursue(self) -> None:
+    def _pursue(self, device: MemoryDevice) -> None:
         """The next request towards the goal; the device is idle."""
-        device = self._device
-        if device is None or self._goal is None:
+        if self._goal is None:
             return
         missing = (self._goal - self._assigned(device)) // PAGE_SIZE
         work, wanted = device.state.last_work, device.state.wanted
@@ -305,7 +304,7 @@ class MemoryPeripheral:
             computer.require_running()
             self._check_size(device, size)
             self._goal, self._problem, device.state.wanted = size, None, 0
-            self._pursue()
+            self._pursue(device)
             deadline = time.monotonic() + timeout
             while self._goal is not None and self._computer is computer:
                 has = f"{in_mib(self._assigned(device))} of the {in_mib(size)}"
@@ -347,7 +346,7 @@ class MemoryPeripheral:
                 "the guest has no driver for dynamic memory (hv_balloon) running; its memory "
                 f"stays {in_mib(self._assigned(device))}."
             )
-        if self._goal is not None or device.state.work is not Work.NONE:
+        if device.state.work is not Work.NONE:
             raise HvHostError(
                 f"the guest is still busy with another change ({device.state.work}); wait for it."
             )

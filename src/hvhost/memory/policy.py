@@ -171,7 +171,7 @@ def _pour(shares: list[int], goals: Sequence[int], weights: Sequence[int], amoun
     """Raise *shares* towards *goals* by *amount* in all, by weight; how much that took."""
     gaps = [goal - share for goal, share in zip(goals, shares, strict=True)]
     thirsty = [index for index, gap in enumerate(gaps) if gap > 0]
-    if amount <= 0 or not thirsty:
+    if amount <= 0:
         return 0
     thirsty.sort(key=lambda index: gaps[index] / weights[index])  # as they become full
     left, weight = amount, sum(weights[index] for index in thirsty)

@@ -28,7 +28,7 @@ def check_size(claim: Claim, size: int, ceiling: int, room: Callable[[], int]) -
             f"{in_mib(size)} is more than the {format_size(ceiling)} that this machine can be "
             "given while it runs; stop it and start it with more."
         )
-    if size > claim.assigned and size - claim.assigned > (free := room()):
+    if size - claim.assigned > (free := room()):
         raise HvHostError(
             f"this computer has {in_mib(free)} to give, not the {in_mib(size - claim.assigned)} "
             f"that {in_mib(size)} would take."

@@ -263,15 +263,30 @@ def test_a_late_answer_counts(world: World) -> None:
 def test_the_driver_leaves_while_it_is_asked(world: World) -> None:
     with pytest.raises(HvHostError, match="still busy"):
         world.peripheral.set(600 * MIB, 0.01)
+    assert world.peripheral.info().demand is not None
     world.guest.close(1)
     info = world.peripheral.info()
     assert (info.target, info.driver) == (None, "no-driver")
+    assert info.demand is None, "what the next driver will tell is not known yet"
     assert info.problem == "the guest's memory driver went away"
     world.driver.channel = world.guest.open(1)
     world.driver.regions.clear()
     assert world.driver.connect()
     world.set(640 * MIB)
     assert world.assigned == 640 * MIB
+
+
+def test_a_report_in_the_middle_of_a_change_tells_nothing(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with pytest.raises(HvHostError, match="still busy"):
+        world.peripheral.set(600 * MIB, 0.01)
+    world.report(100 * MIB)
+    info = world.peripheral.info()
+    assert info.available is not None and info.demand is None
+    world.driver.run()
+    assert world.assigned == 600 * MIB
+    world.report(100 * MIB)
+    assert world.peripheral.info().demand == 100 * MIB
 
 
 def a_set_that_fails(world: World) -> tuple[threading.Thread, list[str]]:
@@ -376,6 +391,42 @@ def test_a_refusal_is_not_asked_again_at_once(dynamic: World) -> None:
     assert dynamic.assigned > STARTUP
 
 
+def test_while_one_request_is_under_way_there_is_no_other(dynamic: World) -> None:
+    now = time.monotonic()
+    dynamic.report(500 * MIB)
+    with dynamic.computer.lock:
+        dynamic.peripheral.tick(now)
+    goal = dynamic.peripheral.info().target
+    assert goal is not None and goal > STARTUP
+    with dynamic.computer.lock:
+        dynamic.peripheral.tick(now + 2)
+    info = dynamic.peripheral.info()
+    assert (info.target, info.problem) == (goal, None)
+    dynamic.driver.run()
+    assert dynamic.assigned > STARTUP
+
+
+def test_a_guest_that_cannot_grow_may_shrink_meanwhile(dynamic: World) -> None:
+    dynamic.driver.answers_hot_add = (0, 0)
+    now = time.monotonic()
+    dynamic.run(500 * MIB, 2, now)
+    assert "did not add" in (dynamic.peripheral.info().problem or "")
+    dynamic.run(120 * MIB, 20, now + 2)
+    assert dynamic.assigned < STARTUP
+
+
+def test_fixed_memory_takes_no_part_in_sharing(world: World, tmp_path: Path) -> None:
+    world.peripheral.tick(0.0)
+    assert not any((tmp_path / "fixed/shares").read_bytes())
+
+
+def test_between_two_boots_there_is_nothing_to_decide(dynamic: World) -> None:
+    dynamic.report(500 * MIB)
+    dynamic.peripheral.detach()
+    dynamic.peripheral.tick(0.0)
+    assert dynamic.events == []
+
+
 def test_a_guest_that_gave_less_than_asked_gets_what_it_needs_at_once(dynamic: World) -> None:
     """It had come into need when it was asked."""
     now = time.monotonic()
@@ -413,7 +464,9 @@ def test_a_guest_that_cannot_grow_keeps_nothing_from_others(dynamic: World, tmp_
 
 
 def test_what_may_change_while_it_runs(dynamic: World) -> None:
-    info = dynamic.peripheral.change(minimum=128 * MIB, maximum=2 * GIB)
+    info = dynamic.peripheral.change(
+        minimum=128 * MIB, maximum=2 * GIB, buffer=DYNAMIC.buffer, weight=DYNAMIC.weight
+    )
     assert info.dynamic == replace(DYNAMIC, minimum=128 * MIB, maximum=2 * GIB)
     dynamic.driver.run()
     assert dynamic.driver.maximum == 2 * GIB // PAGE_SIZE
