@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any] | None:
                 return None
             value = left.pop(0)
         if key == "cpus":
-            if not (value.isascii() and value.isdecimal()):
+            if not value.isdecimal():
                 return None
             found["cpus"] = int(value)
         elif key == "transport":

@@ -139,9 +139,10 @@ def test_convert_and_compact(hvhost: Hvhost, image: Path) -> None:
 def test_refusals(hvhost: Hvhost, image: Path, tmp_path: Path) -> None:
     new = str(tmp_path / "n.vhdx")
     assert "needs a size" in hvhost.sentence("disk", "create", new)
-    assert "name only --parent" in hvhost.sentence(
-        "disk", "create", new, "1G", "--parent", str(image)
-    )
+    for of_ones_own in (["1G"], ["--fixed"], ["--block-size", "2M"], ["--sector-size", "4096"]):
+        assert "name only --parent" in hvhost.sentence(
+            "disk", "create", new, *of_ones_own, "--parent", str(image)
+        )
     assert "power of two" in hvhost.sentence("disk", "create", new, "1G", "--block-size", "3M")
     assert "File exists" in hvhost.sentence("disk", "create", str(image), "1G")
     assert "does not say its format" in hvhost.sentence("disk", "create", str(tmp_path / "n"), "1G")

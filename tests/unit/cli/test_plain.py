@@ -89,6 +89,7 @@ def test_the_rest_is_left_to_the_whole(arguments: list[str]) -> None:
 def test_other_commands_are_not_ours() -> None:
     assert not plain.run([])
     assert not plain.run(["doctor"])
+    assert not plain.run(["verify", "--kernel", "k"]), "which `run` would understand"
 
 
 def test_the_version_alone_imports_no_library() -> None:
