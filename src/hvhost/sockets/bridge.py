@@ -306,9 +306,7 @@ class Connection:
         self._bridge.later(self._bridge.accept_seconds, self._late)
 
     def end(self) -> None:
-        """End the connection at once, on both sides."""
-        if self._over:
-            return
+        """End the connection at once, on both sides; doing so again changes nothing."""
         self._over = True
         self._bridge.connections.discard(self)
         if self._interest is not None:
@@ -367,8 +365,6 @@ class Connection:
 
     def settle(self) -> None:
         """Move what can be moved, and wait for what cannot."""
-        if self._over:
-            return
         self._write()
         self._read()
         self._end_or_wait()
@@ -405,7 +401,7 @@ class Connection:
         device = self._device
         assert device is not None
         for _ in range(_READS_PER_ROUND):
-            if self._program_finished or not device.writable:
+            if not device.writable:  # nor is it once the program has finished
                 return
             size = device.data_size
             data, self._from_program = self._from_program[:size], self._from_program[size:]

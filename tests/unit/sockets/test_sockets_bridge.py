@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,49 @@ def test_a_resumed_guest_that_takes_nothing_is_given_up(host: SocketHost) -> Non
     assert "nobody in the guest accepted" in refusal(host, b"CONNECT 1\n", 0.1)
 
 
+def test_a_connection_that_was_accepted_is_not_given_up(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
+    guest, program = host.host_to_guest()
+    host.run(2 * SOON)
+    guest.send(b"hello")
+    assert program.recv(100) == b"hello"
+    program.close()
+
+
+def test_an_offer_waits_while_the_guest_takes_others(host: SocketHost) -> None:
+    host.bridge.accept_seconds = SOON
+    program = host.dial(b"CONNECT 1\n")
+    (offer,) = host.new_offers()
+    host.bridge.accepted_at = time.monotonic() + 3600.0  # no wait of this test is longer
+    host.run(2 * SOON)
+    guest = host.open(offer)
+    assert program.recv(100).startswith(b"OK ")
+    guest.send(b"hello")
+    assert program.recv(100) == b"hello"
+    program.close()
+
+
+def test_an_offer_that_ended_before_its_time_is_not_blamed_on_the_guest(
+    host: SocketHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.bridge.accept_seconds = SOON
+    pending = host.dial(b"CONNECT 9\n")
+    host.bridge.detach()
+    with caplog.at_level("INFO"):
+        host.run(2 * SOON)
+    assert not caplog.records
+    assert ended(pending)
+
+
+def test_what_the_loop_still_had_for_a_connection_that_ended(host: SocketHost) -> None:
+    """A virtual processor's thread ended it while the loop waited for the lock."""
+    guest, program = host.guest_to_host()
+    (connection,) = host.bridge.connections
+    host.guest.close(guest.channel.offer.child_relid)
+    connection._ready()
+    assert ended(program)
+
+
 def test_an_acceptance_that_comes_too_late(host: SocketHost) -> None:
     host.bridge.accept_seconds = SOON
     program = host.dial(b"CONNECT 1\n")
@@ -201,7 +245,9 @@ def test_there_is_no_guest(directory: Path) -> None:
     assert "has not connected to its bus" in refusal(host, b"CONNECT 1\n")
     host.bridge.detach()
     assert "being reset" in refusal(host, b"CONNECT 1\n")
+    listener = host.listen(2)
     assert host.bridge.guest_connects(service_id(1), service_id(2)) is False
+    listener.close()
     host.close()
     assert not (directory / "vsock.sock").exists()
 
@@ -337,6 +383,24 @@ def test_what_a_program_sent_before_it_closed_arrives(host: SocketHost) -> None:
         if guest.ended:
             break
     assert received == data
+    assert over(host)
+
+
+@pytest.mark.parametrize("size", [3924, 3932, 3956, 3964])
+def test_the_end_arrives_too_if_the_ring_has_no_room_for_it(host: SocketHost, size: int) -> None:
+    program = host.dial(b"CONNECT 1\n")
+    guest = host.accept(pages=2)
+    host.run()
+    assert program.recv(100).startswith(b"OK ")
+    program.sendall(bytes(size))
+    program.close()
+    host.run()
+    assert not guest.ended
+    received = guest.receive()
+    host.run()
+    received += guest.receive()
+    assert received == bytes(size) and guest.ended
+    host.run()
     assert over(host)
 
 
@@ -495,6 +559,20 @@ def test_a_full_ring_does_not_stop_the_other_direction(host: SocketHost) -> None
     guest.send(b"this way is free")
     host.run()
     assert program.recv(100) == b"this way is free"
+    program.close()
+
+
+def test_a_socket_that_takes_part_of_a_packet(host: SocketHost) -> None:
+    guest, program = host.guest_to_host()
+    (connection,) = host.bridge.connections
+    connection._stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
+    data = random.Random(3).randbytes(100_000)
+    sent, received = 0, b""
+    while len(received) < len(data):
+        sent += guest.send(data[sent:])
+        host.run()
+        received += program.recv(1 << 20)
+    assert received == data
     program.close()
 
 
