@@ -92,12 +92,11 @@ class _Streams:
         deadline = None
         while True:
             wait = 1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-            events = selector.select(wait)
-            for key, _ in events:
+            for key, _ in selector.select(wait):
                 self._move(str(key.data), selector)
             if deadline is None and self._status.endswith(b"\n"):
                 deadline = time.monotonic() + 0.3  # what the command said last is still on its way
-            if deadline is not None and (not events or time.monotonic() > deadline):
+            if deadline is not None and time.monotonic() >= deadline:
                 return int(self._status)
             if process.poll() is not None:
                 last = console.read_text(errors="replace").strip().splitlines()[-1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -328,11 +329,15 @@ def test_a_keeper_that_is_killed_takes_qemu_with_it(rig: Rig, number: signal.Sig
 
 
 def test_a_keeper_that_does_not_start(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        client, "_start_keeper", lambda: subprocess.Popen(["/bin/false"], stdin=subprocess.DEVNULL)
-    )
+    failed = subprocess.Popen(["/bin/false"], stdin=subprocess.DEVNULL)
+    failed.wait()
+    monkeypatch.setattr(client, "_start_keeper", lambda: failed)
+    waits: list[float] = []
+    monkeypatch.setattr(client, "KEEPER_SECONDS", 1.0)
+    monkeypatch.setattr(time, "sleep", waits.append)
     with pytest.raises(HvHostError, match=r"keeper did not start; see .*rig\.out"):
         open_session(MIB, 1)
+    assert not waits, "there is nobody to wait for"
 
 
 def test_a_keeper_that_is_not_alone_leaves(rig: Rig, session: RigSession) -> None:
@@ -410,6 +415,22 @@ def test_lost_descriptors_are_a_sentence(rig: Rig) -> None:
     os.close(spare)
 
 
+def test_a_keeper_that_leaves_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive, looks = socket.recv_fds, itertools.count(1)
+
+    def watched(*words: int) -> object:
+        assert next(looks) < 10, "it is listened to for ever"
+        return receive(*words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "recv_fds", watched)
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'{"progress": "starting')
+    theirs.shutdown(socket.SHUT_WR)
+    assert client._negotiate(ours, MIB, 2, lambda text: None) is None
+    for each in (ours, theirs):
+        each.close()
+
+
 def test_last_words_that_are_no_words() -> None:
     for words in (b"", b"nonsense", b"{}\n", b"\n", b"[1]", b"\xff", b'"error"'):
         ours, theirs = socket.socketpair()
@@ -453,6 +474,29 @@ def opened(keeper: Keeper) -> tuple[Session, socket.socket]:
     return session, theirs
 
 
+def connected(keeper: Keeper) -> tuple[Session, socket.socket]:
+    """A client that has not said anything yet."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    session = Session(ours, b"")
+    keeper.selector.register(ours, 1, lambda: keeper.on_request(session))
+    keeper.clients.append(session)
+    return session, theirs
+
+
+def says(keeper: Keeper, session: Session, theirs: socket.socket, words: bytes) -> str:
+    """What the keeper answers to *words*."""
+    theirs.sendall(words)
+    keeper.on_request(session)
+    try:
+        return theirs.recv(4096).decode()
+    except BlockingIOError:
+        return ""
+
+
+REQUEST = b'{"memory": 1048576, "vectors": 2}\n'
+
+
 def state(keeper: Keeper, session: Session) -> int:
     assert session.index is not None
     return keeper.memory.load(keeper.entry(session.index) + layout.SESSION_STATE)
@@ -462,6 +506,42 @@ def agent_says(keeper: Keeper, session: Session, new: int) -> None:
     assert session.index is not None
     keeper.memory.store(keeper.entry(session.index) + layout.SESSION_STATE, new)
     keeper.on_agent()
+
+
+def test_a_request_may_come_in_pieces(keeper: Keeper) -> None:
+    session, theirs = connected(keeper)
+    assert says(keeper, session, theirs, REQUEST[:10]) == ""
+    assert not keeper.waiting and not keeper.sessions
+    assert says(keeper, session, theirs, REQUEST[10:]) == ""
+    assert list(keeper.sessions.values()) == [session]
+    theirs.close()
+    session.connection.close()
+
+
+def test_a_client_gets_one_session_whatever_it_says(keeper: Keeper) -> None:
+    keeper.ready = False
+    session, theirs = connected(keeper)
+    assert "starting the rig" in says(keeper, session, theirs, REQUEST)
+    assert says(keeper, session, theirs, REQUEST) == ""
+    assert keeper.waiting == [session]
+    keeper.ready = True
+    keeper.open_session(session)
+    vectors = len(keeper.free_vectors)
+    assert says(keeper, session, theirs, REQUEST) == ""
+    assert list(keeper.sessions.values()) == [session]
+    assert len(keeper.free_vectors) == vectors
+    theirs.close()
+    session.connection.close()
+
+
+def test_who_asks_for_the_state_takes_no_session(keeper: Keeper) -> None:
+    session, theirs = connected(keeper)
+    for _ in range(2):
+        account = json.loads(says(keeper, session, theirs, b"status\n"))
+        assert (account["state"], account["machines"]) == ("running", 0)
+    assert not keeper.served and not keeper.sessions
+    theirs.close()
+    session.connection.close()
 
 
 def test_a_client_that_leaves_while_the_agent_opens_its_session(keeper: Keeper) -> None:
