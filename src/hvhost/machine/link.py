@@ -181,8 +181,8 @@ class Link:
 
     def _run(self) -> None:
         try:
-            while self._next():
-                pass
+            while True:
+                self._next()
         except (OSError, HvHostError, ValueError, TypeError, KeyError, AttributeError) as error:
             if not isinstance(error, OSError):
                 log.warning("%s does not keep to the protocol: %r", self._name, error)
@@ -193,13 +193,11 @@ class Link:
             answer.put(LinkLostError(self._gone))
         self._lost()
 
-    def _next(self) -> bool:
-        """Handle one frame; false at the end."""
+    def _next(self) -> None:
+        """Handle one frame; :class:`ConnectionResetError` at the end."""
         header, files, _, _ = socket.recv_fds(self._connection, _HEADER.size, MOST_FILES)
         kept = False
         try:
-            if not header:
-                return False
             length, number, answer = _HEADER.unpack(
                 header + self._exactly(_HEADER.size - len(header))
             )
@@ -212,7 +210,6 @@ class Link:
                 self._receive(Received(message, number, tuple(files)))
             elif number in self._waiting:
                 self._waiting[number].put(message)
-            return True
         finally:
             if not kept:
                 for descriptor in files:
@@ -223,6 +220,6 @@ class Link:
         while len(pieces) < length:
             piece = self._connection.recv(min(length - len(pieces), 1 << 20))
             if not piece:
-                raise ConnectionResetError("the other end was closed within a frame")
+                raise ConnectionResetError("the other end was closed")
             pieces += piece
         return bytes(pieces)

@@ -229,8 +229,9 @@ class SerialSocket:
 
     def _writable(self, client: _Client) -> None:
         with self._lock:
-            if client not in self._clients or self._loop is None:
+            if client not in self._clients:
                 return
+            assert self._loop is not None
             try:
                 client.send()
             except OSError:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -22,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvhost.errors import HvHostError
+from hvhost.machine import application
 from hvhost.machine.api import ApiServer
 from hvhost.machine.application import ENDPOINTS, MAXIMUM_BODY, openapi
 from hvhost.machine.model import MachineConfig, MachineEvent, MachineInfo
@@ -356,3 +358,25 @@ def test_any_body_gets_an_answer(api: Api, path: str, body: bytes) -> None:
     status, answer = api.ask("POST", path, body)
     assert status in (200, 204, 400, 409)
     assert (status >= 400) == (b'"error"' in answer)
+
+
+def test_the_answer_for_a_client_that_went_away_is_dropped() -> None:
+    going = threading.Event()
+    broken: list[object] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, what: broken.append(what))
+        waiting = asyncio.create_task(application._in_thread(going.wait))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        threads = [each for each in threading.enumerate() if each.name == "api-request"]
+        going.set()
+        for each in threads:
+            each.join(10)
+        await asyncio.sleep(0)  # what the threads asked for
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert not broken

@@ -144,11 +144,45 @@ def test_it_ends_while_processors_wait(step: object) -> None:
     assert threading.active_count() == before
 
 
+def test_a_board_that_was_stopped_tells_nobody_of_its_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next board of this machine may be there already."""
+
+    def guest(kvm: FakeTransport) -> Script:
+        yield Halt()
+
+    board, _ = started(guest)
+    board.stop()
+    for reason in ("reset", "KVM failed"):
+        board._stopped(reason)
+    with board.lock, pytest.raises(HvHostError, match="was stopped while it started"):
+        board.read(HV_X64_MSR_CRASH_CTL)
+    told: list[object] = []
+    board.plug(plug(told))
+    for reason in ("reset", "KVM failed"):
+        board._stopped(reason)
+    assert not told
+    board.close()
+    monkeypatch.setattr(board, "_flush", lambda: pytest.fail("its transport is gone"))
+    board.stop()
+
+
 def test_a_transport_is_given_back_when_nothing_comes_of_it(tmp_path: Path) -> None:
     transport = FakeTransport(MEMORY)
     config = MachineConfig("m", "/kernel", initrd=str(tmp_path / "none"), memory=MEMORY)
     with pytest.raises(HvHostError, match=r"machine 'm' could not be built \(.*none'\)"):
         build_board(config, kernel(), lambda: transport)
+    assert transport.closed == 1
+
+
+def test_a_kernel_that_does_not_fit_is_a_sentence() -> None:
+    """Found on the thread that copies it."""
+    transport = FakeTransport(MEMORY)
+    segments = [Segment(b"kernel text", 2 * MEMORY), pvh_note(2 * MEMORY)]
+    large = parse_kernel(Elf(segments, 2 * MEMORY).build(), "large")
+    with pytest.raises(HvHostError, match="large"):
+        build_board(MachineConfig("m", "/large", memory=MEMORY), large, lambda: transport)
     assert transport.closed == 1
 
 

@@ -12,6 +12,7 @@ from fake_transport import FakeTransport
 
 from hvhost.errors import LocalProtocolError
 from hvhost.kvm.vm import Vm
+from hvhost.machine import computer
 from hvhost.machine.computer import BusPort
 from hvhost.machine.loop import Loop
 from hvhost.partition.memory import GuestMemory
@@ -59,5 +60,25 @@ def test_kvm_raises_the_other_processs_event_itself() -> None:
     assert transport.raises[handle] == device.signal and len(loop._callbacks) == 1
     port.disconnect_signal(channel.connection_id)
     assert handle not in transport.handles
+    os.close(device.signal)
+    loop.close()
+
+
+def test_a_guest_cannot_use_up_the_hosts_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals of further channels arrive as hypercalls."""
+    monkeypatch.setattr(computer, "MAXIMUM_SIGNALS", 2)
+    transport, loop, device = FakeTransport(), Loop(), Elsewhere()
+    port = BusPort(Vm(transport), loop, threading.RLock())
+    channels = [
+        Channel(number, device, GuestMemory([]), port, violation=pytest.fail, gpadl=no_gpadl)
+        for number in (7, 8, 9)
+    ]
+    for channel in channels:
+        port.connect_signal(channel.connection_id, channel)
+    assert set(transport.signals) == {channel.connection_id for channel in channels[:2]}
+    port.disconnect_signal(channels[2].connection_id)
+    port.disconnect_signal(channels[0].connection_id)
+    port.connect_signal(channels[2].connection_id, channels[2])
+    assert channels[2].connection_id in transport.signals
     os.close(device.signal)
     loop.close()

@@ -25,7 +25,7 @@ EXTERNAL, GUEST, AUTO = KvpPool.EXTERNAL, KvpPool.GUEST, KvpPool.AUTO
 
 class Guest:
     def __init__(self) -> None:
-        guest = SimulatedGuest()
+        guest = self.simulated = SimulatedGuest()
         self.lock = threading.RLock()
         self.device = Kvp()
         guest.server.add_device(self.device)
@@ -51,6 +51,26 @@ def guest() -> Iterator[Guest]:
     yield guest
     guest.over = True
     guest.thread.join()
+
+
+def test_a_guest_that_goes_while_it_is_asked(guest: Guest) -> None:
+    guest.over = True
+    guest.thread.join()
+    errors: list[HvHostError] = []
+
+    def ask() -> None:
+        with pytest.raises(HvHostError) as raised:
+            guest.exchange.items(GUEST)
+        errors.append(raised.value)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while guest.device._current is None:
+        time.sleep(0.001)
+    with guest.lock:
+        guest.simulated.close(1)
+    asking.join(10)
+    assert "ended before the answer came" in str(errors[0])
 
 
 def test_pools_are_listed_one_or_all(guest: Guest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -128,6 +129,29 @@ def test_who_waits_learns_of_the_end(pair: tuple[End, End]) -> None:
         one.link.request(Hello("c"))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/a.vhdx"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_errors_of_files_come_whole(pair: tuple[End, End], error: OSError) -> None:
+    one, other = pair
+    other.answer = error
+    with pytest.raises(type(error)) as raised:
+        one.link.request(Hello("a"))
+    assert (raised.value.errno, raised.value.filename) == (error.errno, error.filename)
+    assert str(raised.value) == str(error)
+
+
+def test_errors_that_only_look_like_those_of_files(pair: tuple[End, End]) -> None:
+    one, other = pair
+    other.answer = OSError("no number")
+    with pytest.raises(HvHostError, match="no number"):
+        one.link.request(Hello("a"))
+
+
 def test_who_waits_no_longer(pair: tuple[End, End]) -> None:
     one, other = pair
     other.link._receive = lambda received: None
@@ -150,9 +174,25 @@ def test_who_waits_no_longer(pair: tuple[End, End]) -> None:
         b"\xff\xfe",
     ],
 )
-def test_what_is_no_message_ends_the_link(raw: Raw, body: bytes) -> None:
+def test_what_is_no_message_ends_the_link(
+    raw: Raw, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     raw.frame(body)
     assert raw.end.lost.wait(10) and not raw.end.received
+    assert "the other one does not keep to the protocol" in caplog.text
+    with pytest.raises(LinkLostError):  # our end is open still, but nobody listens to answers
+        raw.end.link.request(Hello("a"), timeout=10)
+
+
+@pytest.mark.parametrize("words", [b"", b"\x05\0", b"\x05\0\0\0\0\0\0\0\0[1"])
+def test_an_end_is_no_violation(words: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = socket.socketpair()
+    end = End(ours)
+    theirs.sendall(words)
+    theirs.close()
+    assert end.lost.wait(10)
+    end.link.close()
+    assert not caplog.records
 
 
 def test_a_frame_has_a_bound(raw: Raw) -> None:

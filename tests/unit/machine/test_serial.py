@@ -157,6 +157,22 @@ def test_clients_that_left_leave_nothing_behind(port: Port) -> None:
     assert open_descriptors() <= before + 1
 
 
+def test_a_client_that_left_is_let_go_at_once(port: Port) -> None:
+    before = open_descriptors()
+    port.client().close()
+    port.settle()
+    assert open_descriptors() == before
+
+
+def test_what_a_dropped_client_had_typed_is_not_the_guests_any_more(port: Port) -> None:
+    with port.client() as stuck:
+        stuck.sendall(b"rm -rf /\n")
+        for _ in range(2):
+            port.serial.write(bytes(2 * serial.CLIENT_LIMIT))
+        port.settle()
+        assert port.typed == b""
+
+
 def test_a_client_gone_during_a_write_harms_nobody(port: Port) -> None:
     with port.client() as stays:
         port.client().close()
