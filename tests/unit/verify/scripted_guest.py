@@ -263,6 +263,9 @@ class ScriptedMachine:
         if "no-userspace" in self.faults:
             self._print("clocksource: jiffies")
             return
+        if "stops-at-boot" in self.faults:
+            self.state = MachineState.STOPPED
+            return
         if self.bus:
             self._event("bus", "5.3")
             if "no-heartbeat" not in self.faults:

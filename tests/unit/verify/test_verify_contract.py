@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from scripted_guest import ScriptedModules
+from scripted_guest import ScriptedModules, full_modules
 
 from hvhost.errors import HvHostError
 from hvhost.verify.contract import (
@@ -106,6 +108,21 @@ def test_nothing_is_said_of_daemons_where_the_kernel_does_not_say() -> None:
     builtin = ScriptedModules(builtin=frozenset({"hv_vmbus", "hv_utils"}))
     for daemon in (OLD, NEW):
         assert what_guest_lacks(row, builtin, {daemon}) is None
+    with_uio = dataclasses.replace(builtin, names=frozenset({"uio_hv_generic"}))
+    assert what_guest_lacks(row, with_uio, {OLD}) is None
+    listed = dataclasses.replace(builtin, aliases={FCOPY_ALIAS: "hv_utils"})
+    assert f"goes with {OLD}" in (what_guest_lacks(row, listed, {NEW}) or "")
+
+
+def test_an_option_the_kernel_is_built_without_is_named() -> None:
+    (row,) = find_rows(["hot-add"], option="--rows")
+    for options, lacks in (
+        (frozenset[str](), f"is built without {row.options[0]}"),
+        (frozenset(row.options), ""),
+        (None, ""),
+    ):
+        said = what_guest_lacks(row, dataclasses.replace(full_modules(), options=options), set())
+        assert lacks in (said or "") and bool(said) is bool(lacks)
 
 
 def test_rows_come_in_the_contracts_order_once() -> None:

@@ -246,16 +246,58 @@ def test_events_are_collected_once_and_in_order() -> None:
     assert log.after(3, 5.0) is None, "none will come"
 
 
-def test_a_start_that_is_interrupted_leaves_nothing(
-    config: MachineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_machine_that_cannot_be_started_says_why(config: MachineConfig) -> None:
+    refused = replace(config, name="../v")
+    with pytest.raises(HvHostError, match="name"):
+        LiveMachine(refused)
+
+
+def test_a_worker_that_neither_answers_nor_ends(
+    config: MachineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = replace(config, command_line="never-open")
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        LiveMachine(slow)
-    timer.join()
-    assert not list((tmp_path / "machines").iterdir())
+    machine = LiveMachine(config)
+    monkeypatch.setattr(live, "_ENDING_SECONDS", 0.01)
+    assert "does not answer any more" in str(machine._end())
+    machine.kill()
+
+
+def test_a_console_that_nobody_offers_is_not_waited_for_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_CONSOLE_CONNECT_SECONDS", 0.0)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 100
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(HvHostError, match=r"serial port ttyS0\.sock cannot be reached: No such"):
+        live._connect(tmp_path / "ttyS0.sock")
+
+
+def test_the_32_bit_guest_beside_one_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = GuestImages(Path("/k"), Path("/i"), None, "T", "6.1", ())
+    narrow = replace(images, architecture="i386")
+    asked: list[str] = []
+
+    def prepare(name: str, progress: object) -> GuestImages:
+        asked.append(name)
+        return narrow
+
+    monkeypatch.setattr(live, "prepare_guest", prepare)
+    found = LiveGuest(images, VerifyOptions(cpus=3)).pae_sibling()
+    assert found is not None and found.images is narrow
+    assert (found.options.guest, found.options.cpus) == ("debian-12-pae", 3)
+    assert LiveGuest(narrow, VerifyOptions()).pae_sibling() == LiveGuest(narrow, VerifyOptions())
+    assert asked == ["debian-12-pae"]
+    for options in (
+        VerifyOptions(kernel=Path("/k")),
+        VerifyOptions(debs=[Path("/linux-image.deb")]),
+        VerifyOptions(guest="debian-13"),
+    ):
+        assert LiveGuest(images, options).pae_sibling() is None
+    assert asked == ["debian-12-pae"]
 
 
 def test_no_news_is_no_end() -> None:
@@ -294,3 +336,16 @@ def test_the_guests_command_line(
     needing = replace(images, command_line="needed=1")
     LiveGuest(needing, VerifyOptions(append=append)).start(verbose=verbose)
     assert configs[1].command_line == line.replace("panic=0", "panic=0 needed=1")
+
+
+# The last, as nothing runs behind it in a process that was made to try it.
+def test_a_start_that_is_interrupted_leaves_nothing(
+    config: MachineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slow = replace(config, command_line="never-open")
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        LiveMachine(slow)
+    timer.join()
+    assert not list((tmp_path / "machines").iterdir())
