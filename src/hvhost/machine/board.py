@@ -166,8 +166,9 @@ class Board:
         """A processor cannot go on; several may stop at once."""
         with self.lock:
             self._plugged.wait_for(lambda: self._plug is not None or self._closing)
-            if self._plug is None or self._closing:
+            if self._closing:
                 return
+            assert self._plug is not None
             if reason == "reset":
                 self._plug.reset("triple fault")
             else:
