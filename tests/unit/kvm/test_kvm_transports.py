@@ -24,6 +24,7 @@ from hvhost.kvm import detect, local, remote
 from hvhost.kvm.constants import Exit
 from hvhost.kvm.local import LocalTransport
 from hvhost.kvm.remote import RemoteTransport
+from hvhost.kvm.residence import Residence
 from hvhost.kvm.transport import Fixup, FixupKind, Handle
 from hvhost.kvm.vcpu import Vcpu
 from hvhost.machine.loop import Loop
@@ -567,10 +568,11 @@ def test_what_this_computer_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert detect.why_not_local() == (
         "the processor offers no hardware virtualization (neither svm nor vmx)"
     )
-    flags.append("svm")
-    assert detect.why_not_local("/dev/nothing") == (
-        "/dev/nothing cannot be opened (No such file or directory)"
-    )
+    for flag in ("vmx", "svm"):
+        flags[:] = [flag]
+        assert detect.why_not_local("/dev/nothing") == (
+            "/dev/nothing cannot be opened (No such file or directory)"
+        )
     answer = detect.why_not_local("/dev/null")
     assert answer is not None
     assert answer.startswith("/dev/null does not answer as a KVM")
@@ -631,3 +633,39 @@ def test_memory_that_the_computer_gets_back(transport: Any) -> None:
     transport.discard(16 * page, 32 * page)
     assert transport.resident(16 * page, 32 * page) == 0
     assert transport.resident(0, 16 * page) == 16 * page
+
+
+def test_code_is_loaded_into_ones_own_memory_only(rig: Rig) -> None:
+    """What follows in the rig's memory is another machine's."""
+    mine, other = RemoteTransport(MEMORY, 1), RemoteTransport(MEMORY, 1)
+    assert mine.share()[1] < other.share()[1]
+    other.memory[:4096] = b"\xa5" * 4096
+    mine.code_loaded()
+    mine.memory[8192:12288] = b"\x5a" * 4096
+    mine.code_loaded()
+    assert mine.memory[8192:12288] == b"\x5a" * 4096
+    assert other.memory[:4096] == b"\xa5" * 4096
+    for each in (mine, other):
+        each.close()
+
+
+def test_a_rig_is_left_once(rig: Rig) -> None:
+    transport = RemoteTransport(MEMORY, 1)
+    transport.close()
+    others = [os.open("/dev/null", os.O_RDONLY) for _ in range(200)]
+    transport.close()
+    for each in others:
+        os.close(each)
+
+
+def test_memory_that_cannot_be_given_back_or_counted_is_a_sentence(rig: Rig) -> None:
+    transport = RemoteTransport(MEMORY, 1)
+    with pytest.raises(HvHostError, match=r"could not give memory back .*: Invalid argument"):
+        transport.discard(1, 4096)
+    transport.close()
+    with mmap.mmap(-1, 4096) as mapping:
+        residence = Residence(mapping)
+        with pytest.raises(HvHostError, match="does not tell what memory it holds: "):
+            residence.bytes_in(1, 4096)
+        del residence
+        gc.collect()
