@@ -635,18 +635,47 @@ def test_memory_that_the_computer_gets_back(transport: Any) -> None:
     assert transport.resident(0, 16 * page) == 16 * page
 
 
-def test_code_is_loaded_into_ones_own_memory_only(rig: Rig) -> None:
+def test_code_is_loaded_into_ones_own_memory_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What follows in the rig's memory is another machine's."""
     mine, other = RemoteTransport(MEMORY, 1), RemoteTransport(MEMORY, 1)
     assert mine.share()[1] < other.share()[1]
-    other.memory[:4096] = b"\xa5" * 4096
+    other.memory[8192:12288] = b"\xa5" * 4096
     mine.code_loaded()
     mine.memory[8192:12288] = b"\x5a" * 4096
     mine.code_loaded()
     assert mine.memory[8192:12288] == b"\x5a" * 4096
-    assert other.memory[:4096] == b"\xa5" * 4096
+    assert other.memory[8192:12288] == b"\xa5" * 4096
+
+    def broken(*arguments: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lseek", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            mine.code_loaded()
     for each in (mine, other):
         each.close()
+
+
+def test_an_answer_that_came_with_the_rigs_end_counts(rig: Rig) -> None:
+    transport = RemoteTransport(MEMORY, 1)
+    mailbox = transport._mailbox
+    epoll, post = mailbox._epoll, mailbox.post
+
+    class BothAtOnce:
+        def poll(self, patience: float, most: int) -> list[tuple[int, int]]:
+            mailbox._words[mailbox._state] = mailbox._done
+            return [(mailbox._connection, select.EPOLLIN)]
+
+    mailbox.post = lambda: None  # type: ignore[method-assign]
+    mailbox._words[mailbox._state] = mailbox._request
+    mailbox._epoll = BothAtOnce()  # type: ignore[assignment]
+    mailbox.wait()
+    assert mailbox._failure is None
+    mailbox._epoll, mailbox.post = epoll, post  # type: ignore[method-assign]
+    transport.close()
 
 
 def test_a_rig_is_left_once(rig: Rig) -> None:

@@ -218,9 +218,9 @@ def test_a_keeper_whose_only_client_left_does_not_wait_for_its_qemu(rig: Rig) ->
 
 def test_a_keeper_waits_for_whom_it_was_started(rig: Rig) -> None:
     """Longer than it lingers, as a computer may be busy."""
-    rig.settings["command"] = ["/bin/sleep", "60"]
+    rig.settings["command"] = ["/bin/sh", "-c", "exec sleep 60"]
     keeper = rig.start_keeper()
-    eventually(lambda: (rig.directory / "rig.sock").exists())
+    eventually(lambda: (rig.directory / "rig.sock").exists(), 60)
     time.sleep(5 * rig.linger)
     assert keeper.poll() is None
 
