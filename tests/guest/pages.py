@@ -30,14 +30,14 @@ def commands(page: str, heading: str) -> list[list[str]]:
     return [words[1:] for words in found]
 
 
-def do(words: list[str]) -> str:
+def do(words: list[str], boot_seconds: float = BOOT_SECONDS) -> str:
     """Run a command of the page; a machine that is started is waited for."""
     result = hvhost(*words, timeout=200)
     assert result.returncode == 0, f"hvhost {' '.join(words)}: {result.stdout}{result.stderr}"
     if words[0] == "run":
         name = words[words.index("--name") + 1]
         ready = ["exec", name, "--", "test", "-e", "/run/hvhost-ready"]
-        wait_for(f"the boot of {name}", lambda: not hvhost(*ready).returncode, BOOT_SECONDS)
+        wait_for(f"the boot of {name}", lambda: not hvhost(*ready).returncode, boot_seconds)
     return result.stdout
 
 

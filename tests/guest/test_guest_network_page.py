@@ -5,7 +5,6 @@ Two machines at once take their time on emulated processors: ``make test-matrix`
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -35,32 +34,6 @@ def lease(name: str) -> str:
     do(["exec", name, "--", "sh", "-c", f"ip link set eth0 up; {script}"])
     do(["exec", name, "--", "udhcpc", "-i", "eth0", "-n", "-q", "-s", "/tmp/d"])
     return do(["exec", name, "--", "ip", "-o", "-4", "address", "show", "eth0"]).split()[3]
-
-
-def test_ssh_into_a_guest() -> None:
-    """But for sshd, which an initramfs has not: somebody else listens at port 22."""
-    with ended("demo"):
-        (start,) = commands(PAGE, "Ssh into a guest")
-        do(start)
-        host_port = int(start[start.index("-p") + 1].partition(":")[0])
-        lease("demo")
-        listen = "(while echo SSH-2.0-somebody | nc -l -p 22; do :; done) > /dev/null 2>&1 &"
-        do(["exec", "demo", "--", "sh", "-c", listen])
-
-        def banner() -> bytes:
-            where = ("127.0.0.1", host_port)
-            with contextlib.suppress(OSError), socket.create_connection(where, 5) as stream:
-                stream.settimeout(20)
-                stream.sendall(b"SSH-2.0-of-a-client\r\n")  # as ssh does, before it hears anything
-                return stream.recv(100)
-            return b""
-
-        said = b""
-        deadline = time.monotonic() + 90
-        while not said and time.monotonic() < deadline:
-            said = banner()
-            time.sleep(0.5)
-        assert said == b"SSH-2.0-somebody\n"
 
 
 def test_several_machines_behind_one_nat() -> None:

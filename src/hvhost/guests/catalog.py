@@ -118,7 +118,7 @@ class FullRecipe:
 _SYSTEM = (
     "linux-image-cloud-amd64", "initramfs-tools", "lz4", "systemd-sysv", "systemd-resolved", "udev",
     "dbus", "hyperv-daemons", "chrony", "e2fsprogs", "iproute2", "kmod", "procps", "ethtool",
-    "ca-certificates", "kdump-tools", "makedumpfile",
+    "ca-certificates", "kdump-tools", "makedumpfile", "openssh-server",
 )  # fmt: skip
 FULL_GUESTS: dict[str, FullRecipe] = {
     f"{name}-full": FullRecipe(f"{title}, complete", suite, _SYSTEM)

@@ -77,6 +77,15 @@ rm -r /tmp/no-chroot
 test -s /var/lib/kdump/initrd.img
 """
 
+# sshd starts with the first connection: a start of the system does not wait for it. Host keys that
+# its package made would be those of all machines.
+_WAIT_FOR_SSH = """
+set -eu
+systemctl --quiet disable ssh.service
+systemctl --quiet enable ssh.socket
+rm -f /etc/ssh/ssh_host_*
+"""
+
 # Makes the file system in a namespace (or as root) from a tar of it, and hands back a tar: files
 # cross the border of a namespace only as streams, since users inside are others outside. Device
 # nodes are left out: a namespace may not make them, and the kernel does when it boots.
@@ -174,6 +183,7 @@ def install_command(
         # A test guest: root has no password.
         '--customize-hook=chroot "$1" passwd --quiet --delete root',
         '--customize-hook=chroot "$1" systemctl --quiet enable systemd-networkd',
+        f'--customize-hook=chroot "$1" sh -c {shlex.quote(_WAIT_FOR_SSH)}',
         f'--customize-hook=chroot "$1" sh -c {shlex.quote(_MAKE_CRASH_INITRAMFS)}',
         # A kernel that could not reach its disk would say so only after the boot's time limit.
         '--customize-hook=chroot "$1" sh -c '

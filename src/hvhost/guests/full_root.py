@@ -32,10 +32,10 @@ def _text(path: str, *lines: str, mode: int = 0o644) -> RootFile:
     return RootFile(path, "".join(f"{line}\n" for line in lines).encode(), mode)
 
 
-def _service(name: str, *lines: str) -> tuple[RootFile, RootFile]:
-    """A unit and the link that has it started with the system."""
+def _service(name: str, *lines: str, by: str = "multi-user.target") -> tuple[RootFile, RootFile]:
+    """A unit and the link that has it started with the unit *by*: with the system."""
     path = f"etc/systemd/system/{name}"
-    wanted = f"etc/systemd/system/multi-user.target.wants/{name}"
+    wanted = f"etc/systemd/system/{by}.wants/{name}"
     return _text(path, *lines), RootFile(wanted, link=f"/{path}")
 
 
@@ -87,6 +87,26 @@ def _network_files() -> tuple[RootFile, ...]:
         ),
         # Nothing here needs a network to be up, and there may be none.
         RootFile("etc/systemd/system/systemd-networkd-wait-online.service", link="/dev/null"),
+    )
+
+
+def _ssh_files() -> tuple[RootFile, ...]:
+    """A host key for each machine, made when somebody connects for the first time.
+
+    Of one kind: emulated processors take long for the others.
+    """
+    key = "/etc/ssh/ssh_host_ed25519_key"
+    return (
+        _text("etc/ssh/sshd_config.d/hvhost.conf", f"HostKey {key}"),
+        *_service(
+            "hvhost-ssh-key.service",
+            *("[Unit]", "Description=Make this machine's ssh host key", "Before=ssh.service"),
+            *(f"ConditionPathExists=!{key}", ""),
+            *("[Service]", "Type=oneshot", "RemainAfterExit=yes"),
+            *(f"ExecStart=/usr/bin/ssh-keygen -q -t ed25519 -N '' -f {key}", ""),
+            *("[Install]", "WantedBy=ssh.service"),
+            by="ssh.service",
+        ),
     )
 
 
@@ -153,6 +173,7 @@ def root_files(probe: bytes, root: UUID, sources: Iterable[str]) -> tuple[RootFi
         ),
         *_crash_files(),
         *_network_files(),
+        *_ssh_files(),
         *_time_files(),
         *_probe_files(probe),
     )

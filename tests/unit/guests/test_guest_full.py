@@ -67,6 +67,24 @@ def test_the_command_installs_the_recipe_with_the_systems_proxy() -> None:
     assert {"systemd-sysv", "hyperv-daemons"} <= set(included.split("=")[1].split(","))
 
 
+def test_each_machine_makes_its_own_host_key() -> None:
+    """None is built in, which all would share, and none is made before somebody connects."""
+    made = files()
+    unit = made["etc/systemd/system/hvhost-ssh-key.service"].content.decode().splitlines()
+    (setting,) = made["etc/ssh/sshd_config.d/hvhost.conf"].content.decode().splitlines()
+    key = setting.removeprefix("HostKey ")
+    assert f"ConditionPathExists=!{key}" in unit and "Before=ssh.service" in unit
+    assert any(line.startswith("ExecStart=") and line.endswith(f" -f {key}") for line in unit)
+    assert "etc/systemd/system/ssh.service.wants/hvhost-ssh-key.service" in made
+    recipe = catalog.full_recipe("debian-12-full")
+    words = full.install_command(recipe, "root", Path("/e.tar"), SOURCES, [])
+    (hook,) = (word for word in words if "ssh_host_" in word)
+    steps = hook.splitlines()
+    assert "rm -f /etc/ssh/ssh_host_*" in steps
+    assert "systemctl --quiet disable ssh.service" in steps
+    assert "systemctl --quiet enable ssh.socket" in steps
+
+
 def test_who_cannot_build_is_told_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
