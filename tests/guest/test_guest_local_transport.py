@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -16,6 +18,8 @@ from hvhost.guests.initramfs import READY_LINE
 SECONDS = 200
 DISK_BYTES = 1 << 20
 WRITTEN = "written by the guest"
+ROOT = Path(__file__).parents[2]
+TRANSPORT_TESTS = Path("tests/unit/kvm/test_kvm_transports.py")
 
 
 def in_software_host(script: str, seconds: float) -> subprocess.CompletedProcess[bytes]:
@@ -88,3 +92,32 @@ def test_disks_of_a_guest_on_a_real_kvm_are_served_by_a_process(one: GuestImages
     assert seen == digest, "the guest reads what is in the image"
     assert written == WRITTEN
     assert processes == ["hvhost.storage.process"]
+
+
+def tests_of_the_local_transport() -> list[str]:
+    """Those that are skipped where no ``/dev/kvm`` makes machines, without those of the rig."""
+    source = (ROOT / TRANSPORT_TESTS).read_text()
+    of_each = re.findall(r"^def (test_\w+)\(transport: Any\)", source, re.MULTILINE)
+    alone = re.findall(r"^@needs_kvm\ndef (test_\w+)\(\)", source, re.MULTILINE)
+    assert len(of_each) > 10 and len(alone) > 2
+    return [*(f"{name}[local]" for name in of_each), *alone]
+
+
+@only_in_matrix("minutes")
+@pytest.mark.timeout(1800)
+def test_the_local_transport_does_with_a_real_kvm_what_its_tests_say() -> None:
+    names = tests_of_the_local_transport()
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    words += ["-o", "timeout=600", "--junitxml=/run/report.xml"]
+    words += [f"{TRANSPORT_TESTS}::{name}" for name in names]
+    script = f"cd {ROOT} && {shlex.join(words)} >&2; cat /run/report.xml"
+    done = in_software_host(script, 1700)
+    said = done.stderr.decode(errors="replace")
+    assert done.returncode == 0 and done.stdout, said
+    ran = {
+        case.get("name", ""): list(case)
+        for case in ElementTree.fromstring(done.stdout).iter("testcase")
+    }
+    assert sorted(ran) == sorted(names), said
+    unwell = {name: [part.tag for part in parts] for name, parts in ran.items() if parts}
+    assert not unwell, f"{unwell} have failed or been skipped: {said}"
