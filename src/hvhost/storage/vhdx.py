@@ -83,7 +83,6 @@ class VhdxDisk:
         self.physical_sector_size = layout.physical_sector_size
         self.identifier: UUID = layout.identifier
         self.next_guid: UUID | None = None
-        self._closed = False
 
     def attach(self, parent: ImageDisk) -> None:
         """Take over the disk that this one is the difference to."""
@@ -324,7 +323,7 @@ class VhdxDisk:
         from_parent = self.layout.has_parent and state == PayloadState.NOT_PRESENT
         if not from_parent and state not in (_FULL, _PARTIAL):
             return
-        if not within and count == self.used(block) and not self._keeps_blocks:
+        if count == self.used(block) and not self._keeps_blocks:
             self.drop_block(index, _ZERO)
         elif not from_parent:
             self.file.clear(place + within, count)
@@ -392,9 +391,6 @@ class VhdxDisk:
         resize(self, size)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         try:
             if not self.read_only:
                 self.flush()

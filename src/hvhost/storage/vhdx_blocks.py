@@ -108,10 +108,7 @@ def survey(name: str, layout: Layout, table: BlockTable, file_size: int) -> Surv
         for within, entry in enumerate(piece):
             if not entry:
                 continue
-            index = base + within
-            if index >= layout.entry_count:
-                break
-            chunk, position = divmod(index, ratio + 1)
+            chunk, position = divmod(base + within, ratio + 1)
             state, place = entry & STATE_MASK, entry & OFFSET_MASK
             if position == ratio:
                 if state == BitmapState.PRESENT and layout.has_parent:

@@ -78,8 +78,6 @@ def _places(disk: VhdxDisk) -> Iterator[tuple[int, int, int]]:
     layout = disk.layout
     for index in range(layout.entry_count):
         entry = disk.table.get(index)
-        if not entry & OFFSET_MASK:
-            continue
         state, place = entry & STATE_MASK, entry & OFFSET_MASK
         if index % (layout.chunk_ratio + 1) == layout.chunk_ratio:
             if state == BitmapState.PRESENT and layout.has_parent:

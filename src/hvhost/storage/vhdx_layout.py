@@ -113,8 +113,7 @@ class ReplayedFile:
 
     def may_have_data(self, offset: int, length: int) -> bool:
         """Whether the range may be something else than zeros."""
-        inside = min(length, self._file.size() - offset)
-        return (inside > 0 and self._file.may_have_data(offset, inside)) or any(
+        return self._file.may_have_data(offset, length) or any(
             offset <= page < offset + length for page in self._replay.pages
         )
 

@@ -27,8 +27,9 @@ from hvhost.storage.vhdx_format import (
 _HEADER_SIZE = LogEntryHeader.wire_size()
 _DESCRIPTOR_SIZE = DataDescriptor.wire_size()
 MAXIMUM_LOG_LENGTH = 64 << 20
-# Leftovers may overlap each other, but nobody shall spend minutes on a log made for that.
-_CHECKSUM_BUDGET = 16
+# Leftovers may overlap each other, but nobody shall spend minutes, or all memory, on a log made for
+# that: it is looked at so many times over, a descriptor being as much as the sector it stands for.
+_BUDGET = 16
 _STEP_BUDGET = 1 << 20
 _MAXIMUM_CLEARED_RANGES = 1024
 
@@ -120,7 +121,7 @@ def read_log(log: bytes | bytearray, log_guid: UUID, name: str) -> Replay:
 def _valid_entries(log: bytes | bytearray, log_guid: UUID, name: str) -> dict[int, _Entry]:
     """All entries that are whole and of this log, by position."""
     found: dict[int, _Entry] = {}
-    budget = _CHECKSUM_BUDGET * len(log)
+    budget = _BUDGET * len(log)
     for position in range(0, len(log), LOG_SECTOR):
         if log[position : position + 4] != LOG_ENTRY_SIGNATURE:
             continue
@@ -130,17 +131,15 @@ def _valid_entries(log: bytes | bytearray, log_guid: UUID, name: str) -> dict[in
             header.log_guid != log_guid
             or not header.sequence_number
             or size % LOG_SECTOR
-            or not LOG_SECTOR <= size <= len(log)
+            or size > len(log)
             or header.tail % LOG_SECTOR
             or header.tail >= len(log)
             or _descriptor_sectors(header.descriptor_count) * LOG_SECTOR > size
         ):
             continue
-        budget -= size
+        budget -= max(size, header.descriptor_count * LOG_SECTOR)
         if budget < 0:
-            raise DiskError(
-                f"{name} has a log whose entries overlap many times over; it is damaged."
-            )
+            raise DiskError(f"{name} has a log that says many times what it holds; it is damaged.")
         data = _circular(log, position, size)
         entry = _parse(header, position, data) if checksum_is_right(data) else None
         if entry is not None:

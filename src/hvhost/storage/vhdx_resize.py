@@ -27,6 +27,7 @@ from hvhost.storage.vhdx_format import (
     STATE_MASK,
     VIRTUAL_DISK_SIZE,
     BitmapState,
+    ItemFlags,
     MetadataTableEntry,
     MetadataTableHeader,
     PayloadState,
@@ -216,7 +217,12 @@ def _item_pages(disk: VhdxDisk, guid: UUID, value: bytes) -> dict[int, bytes]:
     after = bytearray(before)
     count = MetadataTableHeader.unpack(before).entry_count
     entries = [MetadataTableEntry.unpack(before, 32 + 32 * number) for number in range(count)]
-    number = next(index for index, each in enumerate(entries) if each.item_id == guid)
+    # A user's item may have the same name (2.6.1.2).
+    number = next(
+        index
+        for index, each in enumerate(entries)
+        if each.item_id == guid and not each.flags & ItemFlags.IS_USER
+    )
     entry = entries[number]
     offset = entry.offset
     if len(value) > entry.length:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -18,25 +17,29 @@ from hvhost.storage.operations import check
 from hvhost.storage.vhd_create import VhdOptions
 from hvhost.storage.vhdx import VhdxDisk
 from hvhost.storage.vhdx_check import check_vhdx
-from hvhost.storage.vhdx_create import BAT_OFFSET, LOG_OFFSET, VhdxOptions, create_vhdx
+from hvhost.storage.vhdx_create import BAT_OFFSET, VhdxOptions, create_vhdx
 from hvhost.storage.vhdx_format import (
     HEADER_OFFSETS,
-    HEADER_SIZE,
     LOG_SECTOR,
     MIB,
     REGION_TABLE_OFFSETS,
     BitmapState,
-    Header,
     LogEntryHeader,
     PayloadState,
-    RegionTableEntry,
-    with_checksum,
 )
-from hvhost.storage.vhdx_log import make_entry, read_log
+from hvhost.storage.vhdx_log import read_log
+from simulated.damaged_images import (
+    LOG_GUID,
+    log_entry,
+    put_entry,
+    refusal,
+    vhdx,
+    with_log,
+    with_region,
+)
 from simulated.disk_targets import VHDX_PLACES, fuzz_vhd, fuzz_vhdx
 from simulated.image_files import MemoryFile
 
-GUID = UUID(int=7)
 DAMAGE = st.lists(
     st.tuples(
         st.integers(0, len(VHDX_PLACES) - 1),
@@ -67,27 +70,6 @@ def test_damaged_vhd(first: int, damage: list[tuple[int, int, bytes]]) -> None:
     fuzz_vhd(as_bytes(first, damage))
 
 
-def image(**options: bool | int) -> bytearray:
-    file = MemoryFile()
-    create_vhdx(file, replace(VhdxOptions(4 * MIB, block_size=MIB), **options))  # type: ignore[arg-type]
-    return file.content
-
-
-def refusal(content: bytes | bytearray) -> str:
-    """The sentence with which an image is refused."""
-    with pytest.raises(DiskError) as caught:
-        VhdxDisk(MemoryFile(content), read_only=True)
-    message = str(caught.value)
-    assert message.endswith(".") and "\n" not in message
-    return message
-
-
-def put_entry(content: bytearray, block: int, place: int, state: int) -> None:
-    content[BAT_OFFSET + 8 * block : BAT_OFFSET + 8 * block + 8] = (place | state).to_bytes(
-        8, "little"
-    )
-
-
 @pytest.mark.parametrize(
     ("place", "state", "said"),
     [
@@ -100,7 +82,7 @@ def put_entry(content: bytearray, block: int, place: int, state: int) -> None:
     ],
 )
 def test_blocks_that_cannot_be(place: int, state: int, said: str) -> None:
-    content = image()
+    content = vhdx()
     put_entry(content, 1, place, state)
     assert said in refusal(content)
 
@@ -126,21 +108,10 @@ def test_sector_bitmaps_that_cannot_be(place: int, said: str) -> None:
 
 
 def test_two_blocks_at_one_place() -> None:
-    content = image(fixed=True)
+    content = vhdx(fixed=True)
     entry = content[BAT_OFFSET : BAT_OFFSET + 8]
     content[BAT_OFFSET + 8 : BAT_OFFSET + 16] = entry
     assert "two things at one place" in refusal(content)
-
-
-def with_region(number: int, **changes: int | UUID) -> bytearray:
-    content = image()
-    for offset in REGION_TABLE_OFFSETS:
-        place = offset + 16 + 32 * number
-        entry = replace(RegionTableEntry.unpack(content, place), **changes)  # type: ignore[arg-type]
-        content[place : place + 32] = entry.pack()
-        table = with_checksum(bytes(content[offset : offset + 65536]), 65536)
-        content[offset : offset + 65536] = table
-    return content
 
 
 def test_regions_that_cannot_be() -> None:
@@ -150,14 +121,14 @@ def test_regions_that_cannot_be() -> None:
     assert "no place" in refusal(with_region(1, file_offset=1 << 60))
     assert "no place" in refusal(with_region(1, length=0))
     assert "does not know" in refusal(with_region(0, guid=uuid4()))
-    content = image()
+    content = vhdx()
     for offset in (*REGION_TABLE_OFFSETS, *HEADER_OFFSETS):
         content[offset + 20] ^= 1
     assert "no valid header" in refusal(content)
 
 
 def test_one_valid_copy_is_enough() -> None:
-    content = image()
+    content = vhdx()
     content[REGION_TABLE_OFFSETS[0] + 20] ^= 1
     content[HEADER_OFFSETS[1] + 20] ^= 1
     disk = VhdxDisk(MemoryFile(content), read_only=True)
@@ -165,29 +136,6 @@ def test_one_valid_copy_is_enough() -> None:
 
 
 # --- logs ---------------------------------------------------------------------------------------
-
-
-def entry(position: int = 0, number: int = 1, **changes: int) -> bytes:
-    made = make_entry(
-        {3 * MIB: bytes([number]) * LOG_SECTOR},
-        position=position,
-        sequence_number=number,
-        log_guid=GUID,
-        flushed_file_offset=4 * MIB,
-        last_file_offset=4 * MIB,
-    )
-    header = replace(LogEntryHeader.unpack(made), **changes)  # type: ignore[arg-type]
-    return with_checksum(header.pack() + made[64:], len(made))
-
-
-def with_log(log: bytes, **changes: int) -> bytearray:
-    content = image()
-    content[LOG_OFFSET : LOG_OFFSET + len(log)] = log
-    for offset in HEADER_OFFSETS:
-        header = Header.unpack(content, offset)
-        header = replace(header, log_guid=GUID, **changes)  # type: ignore[arg-type]
-        content[offset : offset + HEADER_SIZE] = with_checksum(header.pack(), HEADER_SIZE)
-    return content
 
 
 def test_headers_that_leave_no_number_for_the_next() -> None:
@@ -198,9 +146,9 @@ def test_a_log_that_cannot_be() -> None:
     assert "a log of" in refusal(with_log(b"", log_length=1 << 31))
     assert "outside the file" in refusal(with_log(b"", log_offset=1 << 40))
     assert "log of version 3" in refusal(with_log(b"", log_version=3))
-    assert "was cut" in refusal(with_log(entry(flushed_file_offset=1 << 30)))
-    assert "extends it without end" in refusal(with_log(entry(last_file_offset=1 << 60)))
-    assert "writes outside" in refusal(with_log(entry(last_file_offset=MIB)))
+    assert "was cut" in refusal(with_log(log_entry(flushed_file_offset=1 << 30)))
+    assert "extends it without end" in refusal(with_log(log_entry(last_file_offset=1 << 60)))
+    assert "writes outside" in refusal(with_log(log_entry(last_file_offset=MIB)))
 
 
 def test_only_a_whole_sequence_is_replayed() -> None:
@@ -210,34 +158,34 @@ def test_only_a_whole_sequence_is_replayed() -> None:
     def place(position: int, data: bytes) -> None:
         log[position : position + len(data)] = data
 
-    place(0, entry(0, 1))
-    place(16384, entry(16384, 5))
-    place(32768, entry(32768, 6, tail=16384))  # not behind the one at its tail
-    place(65536, entry(65536, 9)[:-1] + b"\1")  # torn
-    place(131072, entry(131072, 8, tail=98304))  # leads nowhere
-    assert read_log(log, GUID, "x").pages == {3 * MIB: bytes([5]) * LOG_SECTOR}
+    place(0, log_entry(0, 1))
+    place(16384, log_entry(16384, 5))
+    place(32768, log_entry(32768, 6, tail=16384))  # not behind the one at its tail
+    place(65536, log_entry(65536, 9)[:-1] + b"\1")  # torn
+    place(131072, log_entry(131072, 8, tail=98304))  # leads nowhere
+    assert read_log(log, LOG_GUID, "x").pages == {3 * MIB: bytes([5]) * LOG_SECTOR}
     assert not read_log(log, uuid4(), "x").pages
-    size = len(entry())
-    place(16384 + size, entry(16384 + size, 6, tail=16384))
-    assert read_log(log, GUID, "x").pages == {3 * MIB: bytes([6]) * LOG_SECTOR}
+    size = len(log_entry())
+    place(16384 + size, log_entry(16384 + size, 6, tail=16384))
+    assert read_log(log, LOG_GUID, "x").pages == {3 * MIB: bytes([6]) * LOG_SECTOR}
 
 
 def test_a_log_made_to_be_slow() -> None:
     """Entries that each claim the whole log, all with right checksums, are not all summed up."""
     log = bytearray(MIB)
     for position in range(0, MIB, LOG_SECTOR):
-        claim = LogEntryHeader(b"loge", 0, MIB, 0, 1, 0, 0, GUID, 0, 0)
+        claim = LogEntryHeader(b"loge", 0, MIB, 0, 1, 0, 0, LOG_GUID, 0, 0)
         log[position : position + 64] = claim.pack()
-    with pytest.raises(DiskError, match="overlap many times"):
-        read_log(log, GUID, "x")
+    with pytest.raises(DiskError, match="many times what it holds"):
+        read_log(log, LOG_GUID, "x")
 
 
 def test_a_wrapped_entry_is_read() -> None:
     log = bytearray(MIB)
-    data = entry(MIB - LOG_SECTOR, 3)
+    data = log_entry(MIB - LOG_SECTOR, 3)
     log[MIB - LOG_SECTOR :] = data[:LOG_SECTOR]
     log[: len(data) - LOG_SECTOR] = data[LOG_SECTOR:]
-    assert read_log(log, GUID, "x").pages
+    assert read_log(log, LOG_GUID, "x").pages
 
 
 # --- chains -------------------------------------------------------------------------------------
@@ -307,7 +255,7 @@ def test_a_parent_that_changed_or_is_gone(tmp_path: Path) -> None:
 
 def test_a_guest_cannot_turn_its_raw_disk_into_an_image(tmp_path: Path) -> None:
     path = tmp_path / "a.img"
-    path.write_bytes(image())
+    path.write_bytes(vhdx())
     disk = open_disk(path)
     assert disk.size == path.stat().st_size
     disk.close()
