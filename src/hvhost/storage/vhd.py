@@ -80,7 +80,6 @@ class VhdDisk:
         self.bitmaps: dict[int, bytearray] = {}
         self._dirty_bitmaps: set[int] = set()
         self.end = self.footer.current_size
-        self._closed = False
         if self.footer.disk_type == DiskType.FIXED:
             if self.footer.current_size + FOOTER_SIZE > file.size():
                 raise DiskError(f"{file.name} is shorter than its disk; it was cut.")
@@ -356,9 +355,6 @@ class VhdDisk:
         resize(self, size)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         try:
             self.flush()
         finally:
