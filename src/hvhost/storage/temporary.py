@@ -18,10 +18,16 @@ def open_temporary(path: Path, image_format: ImageFormat | None = None) -> Image
     the end of the process, whatever that is. Only a VHDX or VHD can be a parent;
     :class:`HvHostError` for others.
     """
-    actual = image_format or format_of(path)
-    if actual is not format_of(path) or actual is ImageFormat.RAW:
+    found = format_of(path)
+    actual = image_format or found
+    if actual is ImageFormat.RAW:
         raise HvHostError(
             f"{path} is raw, so no temporary image can have it as its parent; convert it to a VHDX."
+        )
+    if actual is not found:
+        raise HvHostError(
+            f"{path} is taken for a {found} image and not for {actual}; leave the format out, or "
+            f"name it *.{actual}."
         )
     with tempfile.TemporaryDirectory(dir=cache_dir("temporary")) as directory:
         child = Path(directory) / f"temporary.{actual.value}"

@@ -10,7 +10,7 @@ from hvhost.errors import HvHostError
 from hvhost.machine.storage_model import DriveKind
 from hvhost.manager.storage import parse_drive
 from hvhost.paths import cache_dir
-from hvhost.storage.images import create_disk, open_disk
+from hvhost.storage.images import ImageFormat, create_disk, open_disk
 from hvhost.storage.temporary import open_temporary
 from hvhost.storage.vhd_create import VhdOptions
 from hvhost.storage.vhdx_create import VhdxOptions
@@ -51,6 +51,20 @@ def test_a_raw_image_cannot_be_a_parent(tmp_path: Path) -> None:
     create_disk(tmp_path / "raw.img", SIZE).close()
     with pytest.raises(HvHostError, match="convert it to a VHDX"):
         open_temporary(tmp_path / "raw.img")
+
+
+def test_a_format_that_is_not_the_image_s(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    create_disk(path, VhdOptions(SIZE)).close()
+    open_temporary(path, ImageFormat.VHD).close()
+    with pytest.raises(HvHostError, match=r"a vhd image and not for vhdx; leave the format out"):
+        open_temporary(path, ImageFormat.VHDX)
+    with pytest.raises(HvHostError, match="is raw"):
+        open_temporary(path, ImageFormat.RAW)
+    path.rename(path.with_suffix(".img"))
+    with pytest.raises(HvHostError, match=r"a raw image and not for vhd; .* name it \*.vhd\."):
+        open_temporary(path.with_suffix(".img"), ImageFormat.VHD)
+    assert not list(cache_dir("temporary").iterdir())
 
 
 def test_how_it_is_asked_for() -> None:
