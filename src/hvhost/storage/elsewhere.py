@@ -264,8 +264,9 @@ class StorageElsewhere:
         why = f"the storage process ended ({_how_it_ended(status)}); start the machine again."
 
         def fail() -> None:
-            if self._computer is not None:
-                self._computer.fail(why)
+            computer = self._computer
+            assert computer is not None
+            computer.fail(why)
 
         self._with_computer(fail)
 
