@@ -33,12 +33,7 @@ MODULES = (
     *(f"vmbus/{name}.py" for name in ("gpadl", "ring", "channel", "saved", "server")),
     *(f"partition/{name}.py" for name in ("hypercall", "memory", "synic", "processor", "crash")),
     *(f"chipset/{name}.py" for name in ("ports", "pm", "rtc", "uart")),
-    *(f"storage/{name}.py" for name in (
-        "worker", "quick", "controller", "device", "session", "messages", "scsi", "operations",
-        "block", "inquiry", "optical", "bounds", "buffers", "partitions", "unit", "disk", "file",
-        "raw", "images", "foreign", "elsewhere", "process_bus",
-    )),
-    "storage/vhd*.py",
+    "storage/*.py",
     *(f"network/{name}.py" for name in (
         "receive", "transmit", "control", "device", "buffers", "frame", "merge", "ndis", "rndis",
         "leases", "switch", "toeplitz", "wires",

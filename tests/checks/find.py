@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from textwrap import shorten
 
 SWITCH = "hvhost.check_switch"
+#: What the switch is called in a rewritten module, which may have a ``_check`` of its own.
+SEE = "_see_check_switch"
 _REFUSING_CALL = re.compile(r"fault|refus|reject|drop|fail|complain|warn|error|ignore")
 _REFUSING_VALUE = re.compile(
     r"invalid|fail|refus|reject|error|status|absent|nobody|mismatch|denied|check_condition",
@@ -122,7 +124,7 @@ class _Rewriter(ast.NodeTransformer):
         number = self.first + len(self.checks)
         self.checks.append(check)
         arguments = [ast.Constant(number), ast.Constant(neutral), self._parts(node, condition)]
-        return ast.Call(ast.Name("_check", ast.Load()), arguments, [])
+        return ast.Call(ast.Name(SEE, ast.Load()), arguments, [])
 
     def _parts(self, node: ast.expr, condition: str) -> ast.expr:
         """*node* with its operands made into checks."""
@@ -167,5 +169,5 @@ def rewrite(source: str, file: str, first: int = 0) -> tuple[str, list[Check]]:
         if not is_text and not is_future:
             break
         position += 1
-    tree.body.insert(position, ast.ImportFrom(SWITCH, [ast.alias("see", "_check")], 0))
+    tree.body.insert(position, ast.ImportFrom(SWITCH, [ast.alias("see", SEE)], 0))
     return ast.unparse(ast.fix_missing_locations(tree)), rewriter.checks

@@ -13,7 +13,7 @@ import pytest
 
 from checks import exceptions
 from checks.__main__ import default_modules
-from checks.find import Check, rewrite
+from checks.find import SEE, Check, rewrite
 from checks.tree import PACKAGE
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -140,11 +140,22 @@ def test_only_functions_have_checks_and_they_are_told_apart() -> None:
     ]
 
 
+def test_a_module_may_have_a_check_of_its_own() -> None:
+    source = "def _check(a):\n    return a > 1\ndef f(a):\n    if not _check(a): raise ValueError\n"
+    text, _ = rewrite(source, "made/up.py")
+    text = text.replace(f"from hvhost.check_switch import see as {SEE}", "")
+    names: dict[str, object] = {SEE: lambda number, neutral, value: value}
+    exec(text, names)
+    names["f"](2)  # type: ignore[operator]
+    with pytest.raises(ValueError):
+        names["f"](1)  # type: ignore[operator]
+
+
 def test_a_chain_is_looked_at_once() -> None:
     """What is between two comparisons is worked out once, as it was."""
     text, _ = rewrite("def f(g):\n    if not 0 < g() < 3: raise ValueError\n", "made/up.py")
-    text = text.replace("from hvhost.check_switch import see as _check", "")
-    names: dict[str, object] = {"_check": lambda number, neutral, value: value}
+    text = text.replace(f"from hvhost.check_switch import see as {SEE}", "")
+    names: dict[str, object] = {SEE: lambda number, neutral, value: value}
     exec(text, names)
     calls: list[int] = []
 
