@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from uuid import UUID
 
 from hvhost.errors import HvHostError
@@ -14,6 +14,7 @@ from hvhost.storage.buffers import only_zeros
 from hvhost.storage.disk import Disk, ImageDisk
 
 if TYPE_CHECKING:
+    from hvhost.storage.block import DiskUnit
     from hvhost.storage.controller import Drive
 
 MANIFEST: Final = "backup.json"
@@ -50,14 +51,12 @@ def find_base(directory: Path, machine: str, drives: list[Drive]) -> Base | None
 def _same(
     path: Path, disks: list[dict[str, Any]], drives: list[Drive]
 ) -> Iterator[tuple[str, Path]]:
-    from hvhost.storage.block import DiskUnit
-
     known = {str(each["address"]): each for each in disks}
     for drive in drives:
         entry = known.get(drive.address)
-        if entry is None or not isinstance(drive.unit, DiskUnit):
+        if entry is None:
             continue
-        disk, file = drive.unit.disk, path / Path(str(entry["file"])).name
+        disk, file = cast("DiskUnit", drive.unit).disk, path / Path(str(entry["file"])).name
         if (
             entry["size"] == disk.size
             and entry["sector_size"] == disk.logical_sector_size

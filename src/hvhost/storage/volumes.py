@@ -96,7 +96,7 @@ def _network(path: Path, volume: Volume) -> str | None:
 
 def _network_device(link: Path, depth: int = 8) -> str | None:
     """The same for a block device in sysfs, and for those that it is made of."""
-    if not link.exists() or not depth:
+    if not depth:
         return None
     place = link.resolve()
     for name, pattern in _NETWORK_DEVICES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -28,6 +29,7 @@ from hvhost.machine.storage_model import DriveConfig, DriveKind
 from hvhost.services.vss import FROZEN_SECONDS, Vss
 from hvhost.services.vss_protocol import VssOperation
 from hvhost.storage.backup import Backup, hold
+from hvhost.storage.backup_base import Whole
 from hvhost.storage.block import DiskUnit
 from hvhost.storage.controller import Drive, Storage
 from hvhost.storage.file import HostFile
@@ -441,7 +443,7 @@ def test_disks_stay_while_they_are_backed_up(bench: Bench, monkeypatch: pytest.M
             bench.storage.remove("scsi0:1")
         with pytest.raises(HvHostError, match="being backed up"):
             bench.storage.resize("scsi0:0", 2 * SIZE)
-        with pytest.raises(HvHostError, match="already"):
+        with pytest.raises(HvHostError, match="is being backed up already; wait or cancel"):
             bench.run()
         assert bench.backup.progress().state is BackupState.COPYING
     assert bench.backup.progress(10.0).state is BackupState.DONE
@@ -465,6 +467,84 @@ def test_a_machine_that_ends_gives_its_backup_up(
         while not bench.backup._job or not bench.backup._job.cancelled:
             pass
     assert "cancelled" in refused(bench.backup.progress(10.0))
+
+
+def test_what_the_guest_overwrites_and_nobody_can_keep(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest goes on, and the backup is given up: it would hold what the guest wrote since."""
+
+    def full(self: Whole, offset: int, data: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    bench.write(1, 0, 1)
+    with held_copy(bench, monkeypatch), monkeypatch.context() as patch:
+        patch.setattr(Whole, "put", full)
+        bench.write(1, 0, 7)
+    error = refused(bench.backup.progress(10.0))
+    assert error.startswith("The backup of scsi0:1 failed, nothing of it is left: ")
+    assert "no room" in error and bench.left() == []
+
+
+def test_two_backups_in_one_second(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101T000000Z")
+    bench.write(0, 0, 1)
+    info = bench.run(crash_consistent=True)
+    bench.write(0, 0, 2)
+    with pytest.raises(HvHostError, match="m1-20260101T000000Z exists already; wait a second"):
+        bench.run(crash_consistent=True)
+    assert contents(info, "scsi0-0.vhdx")[:CHUNK] == b"\1" * CHUNK
+
+
+def test_a_guest_that_does_not_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvhost.storage.backup._WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("hvhost.storage.backup._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "answer", lambda: None)
+    assert "did not answer HOT_BACKUP; see whether it hangs" in refused(bench.run())
+    assert bench.left() == []
+
+
+def test_a_machine_that_is_reset(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its guest was asked, and when that was frozen: another one runs then, which is not."""
+    from hvhost.storage import backup
+
+    bench.backup.detach()
+    assert "is being reset; try again" in refused(bench.run())
+    bench.backup.attach(cast("Computer", bench.board))
+    take = backup._snapshots
+
+    def reset(job: backup.Job, copies: list[backup.Copy]) -> None:
+        take(job, copies)
+        bench.backup.attach(cast("Computer", copy.copy(bench.board)))
+
+    monkeypatch.setattr(backup, "_snapshots", reset)
+    assert "did not stay frozen" in refused(bench.run())
+    assert bench.left() == []
+
+
+def test_what_an_incremental_backup_is_built_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only this machine's, though another's name may begin alike; disks that are new come whole."""
+    stamps = iter(f"2026010{day}T000000Z" for day in range(1, 10))
+    monkeypatch.setattr(time, "strftime", lambda *_: next(stamps))
+    first = bench.run(crash_consistent=True)
+    other = Path(first.path).with_name("m1-b-20260109T000000Z")
+    shutil.copytree(first.path, other)
+    manifest = json.loads((other / "backup.json").read_text())
+    manifest["machine"]["name"] = "m1-b"
+    (other / "backup.json").write_text(json.dumps(manifest))
+    create_disk(bench.directory / "c.img", SIZE).close()
+    bench.storage.add(DriveConfig(str(bench.directory / "c.img")))
+    second = bench.run(crash_consistent=True, incremental=True)
+    assert second.base == first.path
+    disks = json.loads(Path(second.path, "backup.json").read_text())["disks"]
+    earlier = f"../{Path(first.path).name}"
+    assert [each["parent"] for each in disks] == [
+        f"{earlier}/scsi0-0.vhdx",
+        f"{earlier}/scsi0-1.vhdx",
+        None,
+    ]
 
 
 def test_what_cannot_be_backed_up_is_refused_at_once(bench: Bench, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hvhost.storage.confine import DENIED
+from hvhost.storage.confine import DENIED, confine
 
 _CONFINED = """
 import ctypes, os, sys, threading
@@ -66,3 +66,45 @@ def test_numbers_are_this_kernels() -> None:
     assert str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith("socket:")
     os.close(descriptor)
     assert syscall(DENIED["kill"], os.getpid(), 0) == 0
+
+
+class Kernel:
+    """A C library whose ``prctl`` refuses the option *refused*."""
+
+    def __init__(self, refused: int = 0) -> None:
+        self.refused, self.called = refused, list[int]()
+
+    def prctl(self, option: int, *_: object) -> int:
+        self.called.append(option)
+        ctypes.set_errno(errno.EINVAL)
+        return -1 if option == self.refused else 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "refused", "called", "said"),
+    [
+        ("x86_64", 0, [38, 22], None),
+        ("x86_64", 38, [38], "has no seccomp (Invalid argument)"),
+        ("x86_64", 22, [38, 22], "has no seccomp (Invalid argument)"),
+        ("aarch64", 0, [], "its filter is for x86-64"),
+    ],
+)
+def test_a_computer_that_cannot_confine_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    machine: str,
+    refused: int,
+    called: list[int],
+    said: str | None,
+) -> None:
+    """PR_SET_NO_NEW_PRIVS is 38, PR_SET_SECCOMP 22; this process is not confined by the test."""
+    kernel = Kernel(refused)
+    monkeypatch.setattr("hvhost.storage.confine.platform.machine", lambda: machine)
+    monkeypatch.setattr("hvhost.storage.confine.ctypes.CDLL", lambda *_, **__: kernel)
+    confine()
+    assert kernel.called == called
+    if said is None:
+        assert caplog.messages == []
+    else:
+        (line,) = caplog.messages
+        assert said in line

@@ -240,6 +240,12 @@ def test_a_dvd_drive(bench: Bench, tmp_path: Path) -> None:
     assert bench.storage.eject(address, force=True).path is None
     assert driver.command(bytes(6)).key == (6, 0x28, 0)
     assert driver.command(bytes(6)).key == (2, 0x3A, 0)
+    assert bench.storage.drives()[0].locked, "the guest still holds what is not there any more"
+    assert bench.storage.eject(address).path is None
+    bench.storage.insert(address, str(image))
+    assert driver.command(bytes((0x1E, 0, 0, 0, 0, 0))).key == (6, 0x28, 0)
+    assert driver.command(bytes((0x1E, 0, 0, 0, 0, 0))).ok
+    assert bench.storage.eject(address).path is None
 
 
 def test_limits_are_shown(bench: Bench, image: Path) -> None:
@@ -302,6 +308,7 @@ def test_adapters_of_the_configuration(image: Path) -> None:
     [
         (DriveConfig("/nowhere", controller="ide0"), "'ide0' is no controller"),
         (DriveConfig("/nowhere", lun=64), "LUN 64 does not exist"),
+        (DriveConfig("/nowhere", lun=-1), "LUN -1 does not exist"),
         (DriveConfig(None), "has no image file"),
         (DriveConfig("/nowhere", image_format="zip"), "'zip' is no format"),
     ],

@@ -15,10 +15,14 @@ from hypothesis import strategies as st
 from hvhost.errors import HvHostError
 from hvhost.storage.backup_base import GRAIN, Difference, Keeper, Whole
 from hvhost.storage.disk import Disk
+from hvhost.storage.file import HostFile
 from hvhost.storage.images import create_disk, differencing_options, open_disk
 from hvhost.storage.raw import RawDisk
+from hvhost.storage.shared_copy import SharedCopy
 from hvhost.storage.snapshot import CHUNK, STEP, Snapshot
-from hvhost.storage.vhdx_create import VhdxOptions
+from hvhost.storage.vhdx import VhdxDisk
+from hvhost.storage.vhdx_create import VhdxOptions, create_vhdx
+from simulated.image_files import MemoryFile
 
 SECTOR = 512
 SIZE = 40 * CHUNK + 3 * SECTOR
@@ -169,3 +173,19 @@ def test_only_what_is_different_is_stored(tmp_path: Path) -> None:
     keeper.put_zeros(CHUNK, SIZE - CHUNK)
     assert keeper.stored == 2 * GRAIN
     assert content(keeper.target) == new + bytes(SIZE - CHUNK)
+
+
+def test_what_cannot_share_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks in no file of the host, and block devices: beside those no second file is made."""
+    memory = MemoryFile()
+    create_vhdx(memory, VhdxOptions(SIZE))
+    assert SharedCopy.prepare(VhdxDisk(memory)) is None
+    path = tmp_path / "disk.img"
+    disk = RawDisk.create(path, SIZE)
+    monkeypatch.setattr(HostFile, "share_with", lambda self, descriptor: None)
+    copy = SharedCopy.prepare(disk)
+    assert copy is not None and len(list(tmp_path.iterdir())) == 2
+    copy.close()
+    disk.file.is_device = True
+    assert SharedCopy.prepare(disk) is None and list(tmp_path.iterdir()) == [path]
+    disk.close()

@@ -565,6 +565,21 @@ def test_eject_and_insert_are_told(drive: OpticalUnit, image: Path) -> None:
     assert run(drive, bytes(6)) == b""
 
 
+def test_who_asks_what_it_is_keeps_the_news_for_who_uses_it(
+    drive: OpticalUnit, image: Path
+) -> None:
+    """SPC-4 5.14: INQUIRY tells of no unit attention and leaves it pending, as events do."""
+    drive.insert(RawDisk(image, read_only=True))
+    assert run(drive, bytes((0x12, 0, 0, 0, 255)), 255)[16:32] == b"Virtual DVD-ROM "
+    assert run(drive, bytes((0x46, 0, 0, 0, 0, 0, 0, 0, 255)), 255)[6:8] == b"\0\x10"
+    assert run(drive, bytes((0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8)), 8)[4:6] == b"\2\2"
+    assert sense(drive, ten(0x28, 0, 1), 2048) == (6, 0x28, 0)
+    assert len(run(drive, ten(0x28, 0, 1), 2048)) == 2048
+    drive.insert(RawDisk(image, read_only=True))
+    assert run(drive, bytes((3, 0, 0, 0, 18)), 18)[12:14] == b"\x28\0"
+    assert len(run(drive, ten(0x28, 0, 1), 2048)) == 2048, "it was told by being asked for"
+
+
 def test_a_guest_holds_its_medium(drive: OpticalUnit) -> None:
     run(drive, bytes((0x1E, 0, 0, 0, 1)))
     assert sense(drive, bytes((0x1B, 0, 0, 0, 2))) == (5, 0x53, 2)

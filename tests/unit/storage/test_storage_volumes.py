@@ -88,6 +88,20 @@ def test_block_devices_of_other_computers(
     check("/srv/disk.vhdx", "/mnt/new disk", network=True)
 
 
+def test_devices_that_are_made_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kernel lets that be; a search through it ends all the same."""
+    numbers, devices = tmp_path / "dev/block", tmp_path / "devices/virtual/block"
+    numbers.mkdir(parents=True)
+    for name, other in (("dm-0", "dm-1"), ("dm-1", "dm-0")):
+        (devices / name / "slaves").mkdir(parents=True)
+        (devices / name / "slaves" / other).symlink_to(devices / other)
+    (numbers / "8:1").symlink_to(devices / "dm-0")
+    monkeypatch.setattr("hvhost.storage.volumes._BLOCK_DEVICES", numbers)
+    check("/srv/disk.vhdx", "/mnt/new disk")
+
+
 def test_network_storage_is_a_good_destination() -> None:
     check("/srv/disk.vhdx", "/srv/nfs/backups")
 
