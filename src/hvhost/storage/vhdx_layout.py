@@ -6,6 +6,7 @@ said with :class:`DiskError`.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import pairwise
 from uuid import UUID
@@ -110,12 +111,12 @@ class ReplayedFile:
     def __init__(self, file: ImageFile, replay: Replay) -> None:
         self._file = file
         self._replay = replay
+        self._places = sorted(replay.pages)
 
     def may_have_data(self, offset: int, length: int) -> bool:
         """Whether the range may be something else than zeros."""
-        return self._file.may_have_data(offset, length) or any(
-            offset <= page < offset + length for page in self._replay.pages
-        )
+        first, behind = (bisect_left(self._places, each) for each in (offset, offset + length))
+        return self._file.may_have_data(offset, length) or first < behind
 
     def read(self, offset: int, length: int) -> bytearray:
         """*length* bytes at *offset*, zeros beyond the file's end; multiples of 4 KiB."""

@@ -32,7 +32,8 @@ from hvhost.storage.vhdx_format import (
     RegionTableEntry,
     with_checksum,
 )
-from hvhost.storage.vhdx_layout import make_locator, parse_locator
+from hvhost.storage.vhdx_layout import ReplayedFile, make_locator, parse_locator
+from hvhost.storage.vhdx_log import Replay
 from hvhost.storage.vhdx_resize import set_item
 from simulated.damaged_images import (
     LOCATOR,
@@ -353,6 +354,15 @@ def test_opening_a_table_as_big_as_it_can_be_reads_little(
     disk.readv((64 << 40) - 4096, [buffer])
     assert buffer == b"x" * 4096
     disk.close()
+
+
+def test_what_a_log_wants_written_counts_as_data() -> None:
+    pages = {place * 4096: b"" for place in (3, 4, 9)}
+    replayed = ReplayedFile(MemoryFile(bytes(65536)), Replay(pages))
+    ranges = [(0, 3), (0, 4), (3, 1), (5, 4), (5, 5), (9, 1), (10, 20), (100, 5)]
+    found = [replayed.may_have_data(first * 4096, count * 4096) for first, count in ranges]
+    assert found == [False, True, True, False, True, True, False, False]
+    assert ReplayedFile(MemoryFile(b"x" * 4096), Replay()).may_have_data(0, 4096)
 
 
 # --- what is asked of it ------------------------------------------------------------------------

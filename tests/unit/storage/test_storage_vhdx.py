@@ -183,6 +183,20 @@ def test_what_a_compaction_does() -> None:
     assert moved == [], "there is nothing left to do"
 
 
+def test_zeros_of_a_block_in_part_stay() -> None:
+    """Around them are its parent's data, which would go with it."""
+    parent = VhdxDisk(MemoryFile(vhdx()))
+    write(parent, 0, b"p" * 4 * MIB)
+    _, child = new(**DIFFERENCING)
+    child.attach(parent)
+    write(child, MIB + 4096, bytes(8192))
+    compact(child, progress)
+    buffer = memoryview(bytearray(MIB))
+    child.readv(MIB, [buffer])
+    assert buffer == b"p" * 4096 + bytes(8192) + b"p" * (MIB - 12288)
+    assert states(child)[1] == PayloadState.PARTIALLY_PRESENT
+
+
 def test_gaps_are_taken_where_they_are_long_enough() -> None:
     extents = [(0, MIB), (2 * MIB, MIB), (5 * MIB, MIB)]
     file = MemoryFile(bytes(10 * MIB))
