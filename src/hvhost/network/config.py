@@ -103,6 +103,8 @@ def parse_vlans(text: str) -> tuple[int, ...]:
         last = last or first
         if not (first.isdecimal() and last.isdecimal()):
             raise HvHostError(f"{text!r} is no list of VLANs; write one like 10+20-29.")
+        if int(first) > int(last):
+            raise HvHostError(f"{part!r} is no range of VLANs; write it {last}-{first}.")
         vlans.update(_vlan(first, number) for number in range(int(first), int(last) + 1))
     return tuple(sorted(vlans))
 
