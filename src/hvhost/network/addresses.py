@@ -43,7 +43,7 @@ class Addresses:
                     "gateways and name servers go with addresses; an adapter on DHCP is told them."
                 )
             return IpSettings(f"{{{instance}}}", sum(FAMILY.values()), dhcp=True)
-        addresses = [_interface(text) for text in self.addresses]
+        addresses = [interface(text) for text in self.addresses]
         gateways = [_address(text, "gateway") for text in self.gateways]
         servers = [_address(text, "name server") for text in self.dns_servers]
         if max(len(addresses), len(gateways), len(servers)) > ENTRY_LIMIT:
@@ -75,7 +75,8 @@ def _mask(interface: ipaddress.IPv4Interface | ipaddress.IPv6Interface) -> str:
     return str(network.prefixlen if network.version == 6 else network.netmask)
 
 
-def _interface(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
+def interface(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
+    """An address with its prefix length that an adapter can have; :class:`HvHostError` if none."""
     address, slash, _ = text.partition("/")
     try:
         found = ipaddress.ip_interface(text)
@@ -85,8 +86,15 @@ def _interface(text: str) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
         ) from None
     if not slash:
         raise HvHostError(f"{address} needs the length of its prefix; write {address}/24 or so.")
-    if found.ip.is_multicast or found.ip.is_unspecified or "%" in address:
+    own, network = found.ip, found.network
+    if own.is_multicast or own.is_unspecified or own.is_loopback or "%" in address:
         raise HvHostError(f"{address} cannot be an adapter's own address; choose another.")
+    if network.num_addresses > 2 and own == network.network_address:
+        raise HvHostError(f"{address} is the address of the network {network} itself; add to it.")
+    if own == ipaddress.IPv4Address("255.255.255.255") or (
+        network.version == 4 and network.num_addresses > 2 and own == network.broadcast_address
+    ):
+        raise HvHostError(f"{address} is the broadcast address of {network}; choose another.")
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,15 @@ def test_one_family(address: str, family: int) -> None:
     assert parse([address], [], []).settings(INSTANCE).family == family
 
 
+@pytest.mark.parametrize(
+    "address",
+    # A link of two, an address alone, and IPv6, which has no broadcasts.
+    ["192.0.2.0/31", "192.0.2.1/31", "192.0.2.0/32", "2001:db8::/127", "2001:db8::ffff/112"],
+)
+def test_the_edges_of_a_network_that_are_addresses(address: str) -> None:
+    assert parse([address], [], []).settings(INSTANCE).addresses == address.partition("/")[0]
+
+
 def test_dhcp() -> None:
     settings = parse(["dhcp"], [], []).settings(INSTANCE)
     assert settings.dhcp and not (settings.addresses or settings.subnets or settings.gateways)
@@ -47,6 +58,12 @@ def test_dhcp() -> None:
         (["224.0.0.1/24"], [], [], "own address"),
         (["0.0.0.0/24"], [], [], "own address"),
         (["fe80::1%eth0/64"], [], [], "own address"),
+        (["127.0.0.1/8"], [], [], "own address"),
+        (["::1/64"], [], [], "own address"),
+        (["192.0.2.0/24"], [], [], "192.0.2.0 is the address of the network 192.0.2.0/24 itself"),
+        (["2001:db8::/64"], [], [], "is the address of the network"),
+        (["192.0.2.127/25"], [], [], "is the broadcast address of 192.0.2.0/25"),
+        (["255.255.255.255/32"], [], [], "is the broadcast address"),
         (["192.0.2.5/24"], ["192.0.3.1"], [], "in no network of 192.0.2.5/24"),
         (["192.0.2.5/24"], ["2001:db8::1"], [], "in no network"),
         (["192.0.2.5/24"], ["router"], [], "no address of a gateway"),
@@ -66,8 +83,17 @@ def test_what_is_refused(
 
 INTERFACES = (
     st.ip_addresses()
-    .filter(lambda each: not (each.is_multicast or each.is_unspecified))
+    .filter(lambda each: not (each.is_multicast or each.is_unspecified or each.is_loopback))
     .flatmap(lambda each: st.integers(1, each.max_prefixlen).map(lambda length: f"{each}/{length}"))
+    .map(ipaddress.ip_interface)
+    .filter(
+        lambda each: (
+            each.network.num_addresses <= 2
+            or each.ip not in (each.network.network_address, each.network.broadcast_address)
+        )
+    )
+    .filter(lambda each: str(each.ip) != "255.255.255.255")
+    .map(str)
 )
 
 
