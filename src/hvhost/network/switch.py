@@ -13,12 +13,15 @@ from typing import Final, NamedTuple
 
 #: Seconds after which an address that was not heard of again is forgotten.
 AGEING_SECONDS: Final = 300.0
-#: Addresses remembered; the one not heard of for the longest time makes room.
-ADDRESS_LIMIT: Final = 4096
+#: Addresses remembered behind a machine's port, and behind an uplink. The one not heard of for the
+#: longest time makes room, of the same port: none can push out what is behind another.
+ADDRESS_LIMIT: Final = 1024
+UPLINK_ADDRESS_LIMIT: Final = 4096
 #: Frames a second that a port may have flooded, and how many at once.
 STORM_RATE: Final = 20_000.0
 STORM_BURST: Final = 4_000.0
 ALL_VLANS: Final = frozenset(range(1, 4095))
+_Station = tuple[int, bytes]
 _TAG = b"\x81\x00"
 _PRIORITY_TAG_VLAN = 0
 
@@ -82,25 +85,25 @@ class Switch:
     def __init__(self) -> None:
         self.ports: dict[int, PortSettings] = {}
         self._storm: dict[int, TokenBucket] = {}
-        self._addresses: OrderedDict[tuple[int, bytes], tuple[int, float]] = OrderedDict()
+        #: The port of each (VLAN, address); and by port, when each was heard last, oldest first.
+        self.addresses: dict[_Station, int] = {}
+        self._heard: dict[int, OrderedDict[_Station, float]] = {}
+        self._limits: dict[int, int] = {}
         self.flooded = self.suppressed = 0
 
-    def add_port(self, number: int, settings: PortSettings) -> None:
-        """A new port; *number* must be free."""
+    def add_port(self, number: int, settings: PortSettings, limit: int = ADDRESS_LIMIT) -> None:
+        """A new port, behind which *limit* addresses are remembered; *number* must be free."""
         assert number not in self.ports
         self.ports[number] = settings
         self._storm[number] = TokenBucket(STORM_RATE, STORM_BURST)
+        self._heard[number] = OrderedDict()
+        self._limits[number] = limit
 
     def remove_port(self, number: int) -> None:
         """Forget a port and the addresses behind it."""
-        del self.ports[number], self._storm[number]
-        for key in [key for key, (port, _) in self._addresses.items() if port == number]:
-            del self._addresses[key]
-
-    @property
-    def addresses(self) -> dict[tuple[int, bytes], int]:
-        """The port of each known (VLAN, address)."""
-        return {key: port for key, (port, _) in self._addresses.items()}
+        del self.ports[number], self._storm[number], self._limits[number]
+        for key in self._heard.pop(number):
+            del self.addresses[key]
 
     def forward(self, number: int, head: bytes, now: float) -> Decision:
         """What becomes of a frame that came in on port *number*; *head* is its first 18 bytes."""
@@ -120,9 +123,9 @@ class Switch:
         self._learn(vlan, source, number, now)
         tag = tag & 0xF000 | vlan
         if not destination[0] & 1:
-            known = self._addresses.get((vlan, destination))
-            if known is not None and now - known[1] < AGEING_SECONDS:
-                target = known[0]
+            key = vlan, destination
+            target = self.addresses.get(key)
+            if target is not None and now - self._heard[target][key] < AGEING_SECONDS:
                 if target == number:
                     return DROPPED
                 return self._decision((target,), number, vlan, tag, was_tagged)
@@ -148,8 +151,13 @@ class Switch:
         return Decision(tuple(plain), tuple(tagged), tag, was_tagged)
 
     def _learn(self, vlan: int, source: bytes, number: int, now: float) -> None:
-        addresses, key = self._addresses, (vlan, source)
-        addresses[key] = number, now
-        addresses.move_to_end(key)
-        if len(addresses) > ADDRESS_LIMIT:
-            addresses.popitem(last=False)
+        key, heard = (vlan, source), self._heard[number]
+        before = self.addresses.get(key)
+        if before != number:
+            if before is not None:
+                del self._heard[before][key]
+            self.addresses[key] = number
+        heard[key] = now
+        heard.move_to_end(key)
+        if len(heard) > self._limits[number]:
+            del self.addresses[heard.popitem(last=False)[0]]

@@ -57,6 +57,43 @@ def test_the_table_is_bounded() -> None:
     assert (0, bytes(6)) not in switch.addresses
 
 
+def test_an_address_that_moves_is_behind_one_port() -> None:
+    switch = make(*(PortSettings(name) for name in "abc"))
+    switch.forward(0, head(ALL, A), 0.0)
+    switch.forward(1, head(ALL, A), 1.0)
+    assert switch.forward(2, head(A, C), 1.0).plain == (1,)
+    switch.remove_port(0)
+    assert switch.addresses == {(0, A): 1, (0, C): 2}
+    switch.remove_port(1)
+    assert switch.addresses == {(0, C): 2}
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, 10, 20]), st.integers(0, 30)), max_size=60))
+def test_who_spoofs_pushes_out_nobody_elses_address(frames: list[tuple[int | None, int]]) -> None:
+    switch, limit = Switch(), 3
+    switch.add_port(0, PortSettings("spoofs", vlan=30, trunk=frozenset({10, 20})), limit)
+    switch.add_port(1, PortSettings("ten", vlan=10), limit)
+    switch.add_port(2, PortSettings("trunk", vlan=30, trunk=frozenset({10, 20})), limit)
+    theirs = {}
+    for number in range(limit):
+        mac = bytes((0, 0x15, 0x5D, 1, 1, number))
+        switch.forward(1, head(ALL, mac), 0.0)
+        theirs[10, mac] = 1
+        mac = bytes((0, 0x15, 0x5D, 1, 2, number))
+        vlan = (10, 20, 30)[number]
+        switch.forward(2, head(ALL, mac, None if vlan == 30 else vlan), 0.0)
+        theirs[vlan, mac] = 2
+    for tag, number in frames:
+        switch.forward(0, head(ALL, bytes((2, 0, 0, 0, 0, number)), tag), 1.0)
+        own = {key: port for key, port in switch.addresses.items() if port == 0}
+        assert len(own) <= limit
+        assert {key: port for key, port in switch.addresses.items() if port} == theirs
+    for _, mac in theirs:
+        if (10, mac) in theirs:
+            decision = switch.forward(0, head(mac, A, 10), 2.0)
+            assert decision.plain + decision.tagged == (theirs[10, mac],), "it is not flooded"
+
+
 def test_access_trunk_and_native() -> None:
     switch = make(
         PortSettings("ten", vlan=10),
