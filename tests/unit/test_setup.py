@@ -90,7 +90,7 @@ def test_a_second_run_downloads_nothing(computer: Computer) -> None:
     assert first.returncode == 0, first.stderr
     (update, install) = computer.asked("apt-get")
     assert "update" in update and "install --no-install-recommends -y" in install
-    for package in ("qemu-system-x86", "gcc", "libc6-dev", "passt", "acpica-tools"):
+    for package in ("qemu-system-x86", "gcc", "libc6-dev", "passt", "acpica-tools", "tshark"):
         assert f" {package}" in install
     (pip,) = (line for line in computer.asked("python") if " pip " in line)
     assert "-c constraints.txt -e .[dev]" in pip
