@@ -38,10 +38,12 @@ def create(
         str,
         typer.Option(
             metavar="PLUG",
-            help="How the switch reaches further: nat, host-only, tap:NAME or none; nat and"
-            " host-only take address=ADDRESS/LENGTH, their own, after a comma.",
+            help="How the switch reaches further: nat, host-only, tap:NAME or none; after commas"
+            " follow address=ADDRESS/LENGTH, its own, for nat and host-only, and vlan=, trunk=,"
+            " isolated and rate=, as for any port.",
         ),
     ] = "nat",
+    json: Json = False,
 ) -> None:
     """Make a virtual switch, into which machines of this computer can be plugged.
 
@@ -53,26 +55,28 @@ def create(
       hvhost net create lan
       hvhost net create lan --uplink nat,address=10.9.8.1/24,forward=2222:22
       hvhost net create private --uplink none
-      hvhost net create office --uplink tap:tap0
+      hvhost net create office --uplink tap:tap0,vlan=10
       hvhost run --guest debian-12 --nic switch:lan,vlan=10
     """
+    from hvhost.cli import output
     from hvhost.errors import HvHostError
-    from hvhost.network.config import Uplink, check_name, parse_adapter
-    from hvhost.network.switch_client import SwitchConfig, start
+    from hvhost.network.config import Uplink, check_name, parse_uplink
+    from hvhost.network.switch_client import SwitchConfig, info, start
 
-    config = parse_adapter(uplink, name="uplink")
-    if config.uplink is Uplink.SWITCH:
-        raise typer.BadParameter("a switch cannot be plugged into another.")
-    wanted = SwitchConfig(check_name(switch), None if config.uplink is Uplink.NONE else config)
+    config = parse_uplink(uplink)
     try:
-        start(wanted)
+        start(SwitchConfig(check_name(switch), config))
     except HvHostError as error:
-        if config.uplink is not Uplink.NAT or config.forwards or "passt" not in str(error):
+        if config is None or config.uplink is not Uplink.NAT or config.forwards:
+            raise
+        if "passt" not in str(error):
             raise
         raise HvHostError(
             f"{error} A switch whose machines reach only each other needs nothing: "
             f"`hvhost net create {switch} --uplink none`."
         ) from error
+    if json:
+        output.print_json(info(switch))
 
 
 @app.command()
@@ -93,18 +97,41 @@ def list_switches(json: Json = False) -> None:
     if json:
         output.print_json(found)
         return
+    rows = output.table("SWITCH", "PORT", "VLAN", "IN", "OUT", "DROPPED", "ADDRESSES")
     for each in found:
-        print(f"{each['name']}  uplink {each['uplink'] or 'none'}, process {each['pid']}")
-        for mac, address in each["leases"].items():
-            print(f"  {mac} is given {address}")
+        leases = each["leases"]
         for port in each["ports"]:
-            vlan = f" vlan {port['vlan']}" if port["vlan"] else ""
-            trunk = f" trunk {len(port['trunk'])} vlans" if port["trunk"] else ""
-            print(
-                f"  {port['name']}{vlan}{trunk}{' isolated' if port['isolated'] else ''}:"
-                f" {port['received']} frames in, {port['sent']} out, {port['dropped']} dropped;"
-                f" {', '.join(port['addresses']) or 'no address heard'}"
+            heard = [
+                f"{mac} = {leases[mac]}" if mac in leases else mac for mac in port["addresses"]
+            ]
+            rows.add_row(
+                each["name"],
+                output.plain(port["name"]) + (f" ({each['uplink']})" if _is_uplink(port) else ""),
+                _vlans(port),
+                *(str(port[what]) for what in ("received", "sent", "dropped")),
+                "\n".join(heard),
             )
+        if not each["ports"]:
+            rows.add_row(each["name"], "none")
+    output.print_renderable(rows)
+
+
+def _is_uplink(port: dict[str, Any]) -> bool:
+    return bool(port["name"] == "uplink")
+
+
+def _vlans(port: dict[str, Any]) -> str:
+    """A port's VLANs in a few words."""
+    trunk, words = port["trunk"], []
+    if port["vlan"]:
+        words.append(str(port["vlan"]))
+    if trunk:
+        words.append(f"trunk of {len(trunk)}")
+    elif _is_uplink(port) and not port["vlan"]:
+        words.append("all")
+    if port["isolated"]:
+        words.append("isolated")
+    return ", ".join(words)
 
 
 @app.command()
@@ -127,14 +154,21 @@ def capture(
       hvhost net capture lan -w lan.pcap
       hvhost net capture lan -w - | tcpdump -r -
     """
+    from hvhost.errors import HvHostError
     from hvhost.network import switch_client
 
-    switch_client.info(switch)  # before a file is made, or emptied, for a switch that is not there
-    with sys.stdout.buffer if str(write) == "-" else write.open("wb") as file:
-        try:
+    switch_client.check_port(switch, port)  # before a file is made, or emptied, for nothing
+    try:
+        with sys.stdout.buffer if str(write) == "-" else write.open("wb") as file:
             count = switch_client.capture(switch, port, file)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise HvHostError(
+            f"the capture cannot be written to {str(write)!r}: {error.strerror}; name another file."
+        ) from error
     print(f"hvhost: the switch ended; {count} frames were written.", file=sys.stderr)
 
 
@@ -149,13 +183,18 @@ def adapters(name: Name, json: Json = False) -> None:
     if json:
         output.print_json(found)
         return
+    columns = ("ADAPTER", "ADDRESS", "PLUG", "LINK", "GUEST", "CHANNELS", "MTU", "IN", "OUT")
+    rows = output.table(*columns)
     for each in found:
-        state = "in use" if each.open else "not in use"
-        print(
-            f"{each.name}  {each.current_mac}  {each.plug}, link {'up' if each.link else 'down'},"
-            f" {state}, {each.channels} channels, MTU {each.mtu}: {each.received} frames in,"
-            f" {each.transmitted} out"
+        rows.add_row(
+            each.name,
+            each.current_mac,
+            each.plug,
+            "up" if each.link else "down",
+            "uses it" if each.open else "does not use it",
+            *map(str, (each.channels, each.mtu, each.received, each.transmitted)),
         )
+    output.print_renderable(rows)
 
 
 @app.command()
@@ -165,6 +204,7 @@ def add(
         str, typer.Argument(metavar="PLUG", help="What it is plugged into, as `hvhost run --nic`.")
     ],
     adapter: Annotated[str, typer.Option("--name", metavar="ADAPTER", help="Its name.")] = "",
+    json: Json = False,
 ) -> None:
     """Give a running machine another network adapter, and print its name.
 
@@ -173,13 +213,18 @@ def add(
       hvhost net add demo nat
       hvhost net add demo switch:lan,trunk=10+20-29 --name trunk0
     """
+    from hvhost.cli import output
     from hvhost.manager.client import MachineClient
     from hvhost.manager.network import NetworkClient
 
     network = NetworkClient(MachineClient(name))
     taken = {each.name for each in network.adapters()}
     free = next(f"net{number}" for number in range(len(taken) + 1) if f"net{number}" not in taken)
-    print(network.add(plug, adapter or free).name)
+    added = network.add(plug, adapter or free)
+    if json:
+        output.print_json(added)
+    else:
+        print(added.name)
 
 
 @app.command()
@@ -196,6 +241,7 @@ def link(
     name: Name,
     adapter: Adapter,
     state: Annotated[str, typer.Argument(metavar="up|down", help="Plugged in, or pulled.")],
+    json: Json = False,
 ) -> None:
     """Pull an adapter's cable, or plug it in again; the guest notices at once.
 
@@ -204,12 +250,15 @@ def link(
       hvhost net link demo net0 down
       hvhost net link demo net0 up
     """
+    from hvhost.cli import output
     from hvhost.manager.client import MachineClient
     from hvhost.manager.network import NetworkClient
 
     if state not in ("up", "down"):
         raise typer.BadParameter("say up or down.")
-    NetworkClient(MachineClient(name)).set_link(adapter, state == "up")
+    changed = NetworkClient(MachineClient(name)).set_link(adapter, state == "up")
+    if json:
+        output.print_json(changed)
 
 
 @app.command("set-ip")

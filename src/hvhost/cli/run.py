@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hvhost.cli.progress import say
 from hvhost.machine.kinds import Transport
+
+if TYPE_CHECKING:
+    from hvhost.network.config import AdapterConfig
 
 
 def run(
@@ -150,6 +153,11 @@ def run(
         raise typer.BadParameter("give exactly one of --kernel and --guest.")
     if guest is not None and initrd is not None:
         raise typer.BadParameter("--guest brings its own initrd; give --kernel with --initrd.")
+    adapters: tuple[AdapterConfig, ...] = ()
+    if nic or publish:
+        from hvhost.network.config import parse_adapters
+
+        adapters = parse_adapters(nic or [], publish or [])  # before a guest is fetched
     limits = dynamic_memory(
         memory,
         minimum=memory_minimum,
@@ -189,12 +197,10 @@ def run(
             mmio_high=high,
             progress=say,
         )
-    if nic or publish:
+    if adapters:
         from dataclasses import replace
 
-        from hvhost.network.config import parse_adapters
-
-        config = replace(config, adapters=parse_adapters(nic or [], publish or []))
+        config = replace(config, adapters=adapters)
     if disk or dvd or fibre_channel:
         from hvhost.manager.storage import with_storage
 

@@ -114,6 +114,10 @@ def check(config: MachineConfig) -> None:
         check_dynamic(config.memory, config.dynamic_memory)
     if "\0" in config.command_line:
         raise HvHostError("a kernel's command line cannot hold a zero byte; remove it.")
+    if config.adapters:
+        from hvhost.network.uplinks import check_plugs
+
+        check_plugs(config.adapters)
 
 
 def _check_readable(what: str, path: Path) -> None:

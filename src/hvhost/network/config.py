@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -14,6 +14,10 @@ from hvhost.errors import HvHostError
 #: The organisation whose addresses Hyper-V gives its adapters.
 HYPERV_OUI: Final = "00:15:5d"
 MAXIMUM_QUEUES: Final = 64
+#: As many adapters as Hyper-V lets a machine have.
+MAXIMUM_ADAPTERS: Final = 8
+#: Bytes of a network device's name (``IFNAMSIZ`` of ``linux/if.h``, without its zero).
+DEVICE_NAME_LIMIT: Final = 15
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -121,34 +125,97 @@ def _number(key: str, text: str, limit: int) -> int:
     return int(text)
 
 
+#: What an option goes with, of those that do not go with everything: an adapter's …
+_ADAPTER_PLUGS: Final[dict[str, tuple[Uplink, ...]]] = {
+    "address": (Uplink.HOST_ONLY,),
+    "dhcp": (Uplink.HOST_ONLY,),
+    "forward": (Uplink.NAT,),
+    **dict.fromkeys(("vlan", "trunk", "isolated", "rate"), (Uplink.SWITCH,)),
+}
+#: … and those of a switch's uplink, which is a port like others. NAT knows no tags.
+_UPLINK_PLUGS: Final[dict[str, tuple[Uplink, ...]]] = {
+    "address": (Uplink.NAT, Uplink.HOST_ONLY),
+    "dhcp": (Uplink.HOST_ONLY,),
+    "forward": (Uplink.NAT,),
+    "trunk": (Uplink.HOST_ONLY, Uplink.TAP),
+    **dict.fromkeys(("vlan", "isolated", "rate"), (Uplink.NAT, Uplink.HOST_ONLY, Uplink.TAP)),
+    **dict.fromkeys(("mac", "name", "queues", "spoofing"), ()),
+}
+
+
 def parse_adapter(text: str, *, name: str, forwards: tuple[PortForward, ...] = ()) -> AdapterConfig:
     """The adapter that ``UPLINK[:TARGET][,KEY=VALUE…]`` describes; it gets a MAC if it names none.
 
-    :class:`HvHostError` for what it does not understand.
+    :class:`HvHostError` for what it does not understand, and for what would have no effect.
     """
-    first, *options = text.split(",")
-    word, _, target = first.partition(":")
-    try:
-        uplink = Uplink(word)
-    except ValueError:
-        raise HvHostError(
-            f"{word!r} is nothing to plug an adapter into; use one of {', '.join(Uplink)}."
-        ) from None
-    if (uplink in (Uplink.TAP, Uplink.SWITCH)) != bool(target):
-        raise HvHostError(
-            f"--nic {word} takes {'a name, like ' + word + ':NAME' if not target else 'no name'}."
-        )
-    if target and not _NAME.fullmatch(target):
-        raise HvHostError(f"{target!r} cannot be the name of a {word}.")
-    values: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        values.update(_option(key, value))
+    uplink, target, values = _plug("--nic", text, tuple(Uplink), _ADAPTER_PLUGS)
     forwards += values.pop("forwards", ())
     named = {"name": name, "mac": new_mac(), "forwards": forwards, **values}
-    if forwards and uplink is not Uplink.NAT:
-        raise HvHostError(f"ports are forwarded through nat, not through {uplink}.")
     return AdapterConfig(**named, uplink=uplink, target=target)
+
+
+def parse_uplink(text: str) -> AdapterConfig | None:
+    """What a switch is plugged into, described as an adapter is; ``None`` for nothing.
+
+    ``vlan``, ``trunk``, ``isolated`` and ``rate`` are those of the switch's port there.
+    """
+    plugs = tuple(each for each in Uplink if each is not Uplink.SWITCH)
+    uplink, target, values = _plug("--uplink", text, plugs, _UPLINK_PLUGS)
+    if uplink is Uplink.NONE:
+        return None
+    return AdapterConfig(name="uplink", mac=new_mac(), uplink=uplink, target=target, **values)
+
+
+def _plug(
+    option: str, text: str, plugs: tuple[Uplink, ...], fitting: dict[str, tuple[Uplink, ...]]
+) -> tuple[Uplink, str, dict[str, Any]]:
+    """What is plugged into what, and the settings that the options are."""
+    first, *options = text.split(",")
+    word, _, target = first.partition(":")
+    if word not in plugs:
+        raise HvHostError(
+            f"{word!r} is nothing for {option} to plug into; use one of {', '.join(plugs)}."
+        )
+    uplink = Uplink(word)
+    if (uplink in (Uplink.TAP, Uplink.SWITCH)) != bool(target):
+        wanted = "no name" if target else f"a name, like {word}:NAME"
+        raise HvHostError(f"{option} {word} takes {wanted}.")
+    if target and not _NAME.fullmatch(target):
+        raise HvHostError(f"{target!r} cannot be the name of a {word}.")
+    if uplink is Uplink.TAP and len(target) > DEVICE_NAME_LIMIT:
+        raise HvHostError(
+            f"{target!r} is too long for a tap device's name; it has at most {DEVICE_NAME_LIMIT} "
+            "characters."
+        )
+    values: dict[str, Any] = {}
+    for each in options:
+        key, _, value = each.partition("=")
+        found = _option(option, key, value)
+        fits = fitting.get(key, plugs)
+        if uplink not in fits:
+            instead = f", or use {' or '.join(fits)}" if fits else ""
+            raise HvHostError(f"{key} means nothing with {option} {word}; leave it out{instead}.")
+        values.update(found)
+    return uplink, target, values
+
+
+def check_adapters(adapters: Iterable[AdapterConfig]) -> None:
+    """Refuse adapters that one machine cannot have, each for itself or together."""
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for each in adapters:
+        if each.name in names:
+            raise HvHostError(f"there is a network adapter {each.name!r} already.")
+        if each.mac in owners:
+            raise HvHostError(f"{each.mac} is the address of {owners[each.mac]!r} already.")
+        if len(names) == MAXIMUM_ADAPTERS:
+            raise HvHostError(f"a machine has at most {MAXIMUM_ADAPTERS} network adapters.")
+        if each.uplink is not Uplink.SWITCH and (
+            each.vlan or each.trunk or each.isolated or each.rate
+        ):
+            raise HvHostError("vlan, trunk, isolated and rate are for ports of a switch.")
+        names.add(each.name)
+        owners[each.mac] = each.name
 
 
 def parse_adapters(nics: Sequence[str], forwards: Sequence[str]) -> tuple[AdapterConfig, ...]:
@@ -161,10 +228,11 @@ def parse_adapters(nics: Sequence[str], forwards: Sequence[str]) -> tuple[Adapte
         mine = ports if text.startswith(Uplink.NAT) else ()
         adapters.append(parse_adapter(text, name=f"net{number}", forwards=mine))
         ports = () if mine else ports
+    check_adapters(adapters)
     return tuple(adapters)
 
 
-def _option(key: str, value: str) -> dict[str, Any]:
+def _option(option: str, key: str, value: str) -> dict[str, Any]:
     if key == "mac":
         mac = value.lower().replace("-", ":")
         if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00":
@@ -173,6 +241,10 @@ def _option(key: str, value: str) -> dict[str, Any]:
     if key == "name":
         return {"name": check_name(value)}
     if key == "address":
+        from hvhost.network.addresses import interface
+
+        for each in value.split("+"):
+            interface(each)
         return {"address": value}
     if key == "queues":
         return {"queues": _number(key, value, MAXIMUM_QUEUES)}
@@ -187,6 +259,6 @@ def _option(key: str, value: str) -> dict[str, Any]:
     if key in ("spoofing", "isolated", "dhcp") and value in ("", "on", "off"):
         return {key: value != "off"}
     raise HvHostError(
-        f"--nic has no option {key!r}; there are mac, name, address, queues, forward, vlan, trunk, "
-        "rate, dhcp, spoofing and isolated."
+        f"{option} has no option {key!r}; there are mac, name, address, queues, forward, vlan, "
+        "trunk, rate, dhcp, spoofing and isolated."
     )

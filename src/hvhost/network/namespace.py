@@ -128,7 +128,7 @@ def _serve(control: socket.socket, taps: list[str], *, services: bool) -> None:
     descriptors, served = [], []
     for each in taps:
         name, _, addresses = each.partition("=")
-        descriptors.append(open_tap(name))
+        descriptors.append(open_tap(name, make=True))
         for address in filter(None, addresses.split("+")):
             _run("ip", "address", "add", address, "dev", name, *_NODAD[":" in address])
         _run("ip", "link", "set", name, "up")

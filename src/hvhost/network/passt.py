@@ -54,6 +54,12 @@ class Lease:
         ]
 
 
+def check_passt() -> None:
+    """:class:`HvHostError` where passt is missing."""
+    if shutil.which("passt") is None:
+        raise HvHostError("the network nat needs the program passt; install the package passt.")
+
+
 def start_passt(
     forwards: tuple[PortForward, ...], lease: Lease | None = None, *, wait: float = START_SECONDS
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -61,8 +67,7 @@ def start_passt(
 
     Whoever does not *wait* is not told that it gives up, but for the end of the socket.
     """
-    if shutil.which("passt") is None:
-        raise HvHostError("the network nat needs the program passt; install the package passt.")
+    check_passt()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = ["passt", "--foreground", "--quiet", "--fd", str(theirs.fileno())]
     command += [] if lease is None else lease.options

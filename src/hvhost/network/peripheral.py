@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hvhost.errors import HvHostError, RemoteProtocolError
-from hvhost.network.config import AdapterConfig, Uplink
+from hvhost.network.config import AdapterConfig, check_adapters
 from hvhost.network.report import AdapterInfo
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from hvhost.network.uplinks import Cable
     from hvhost.vmbus.channel import Channel
 
-MAXIMUM_ADAPTERS = 8  # as many as Hyper-V lets a machine have
 #: An adapter is removed once its guest has sent nothing for so long, or will not be quiet.
 QUIET_SECONDS = 0.25
 QUIET_LIMIT_SECONDS = 3.0  # Linux heeds a link that goes down within two
@@ -230,15 +229,5 @@ class NetworkPeripheral:
         return port
 
     def _make(self, config: AdapterConfig) -> Port:
-        if config.name in self._ports:
-            raise HvHostError(f"there is a network adapter {config.name!r} already.")
-        for port in self._ports.values():
-            if port.config.mac == config.mac:
-                raise HvHostError(f"{config.mac} is the address of {port.config.name!r} already.")
-        if len(self._ports) >= MAXIMUM_ADAPTERS:
-            raise HvHostError(f"a machine has at most {MAXIMUM_ADAPTERS} network adapters.")
-        if config.uplink is not Uplink.SWITCH and (
-            config.vlan or config.trunk or config.isolated or config.rate
-        ):
-            raise HvHostError("vlan, trunk, isolated and rate are for ports of a switch.")
+        check_adapters([*(port.config for port in self._ports.values()), config])
         return Port(config, self._loop, self._directory)

@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -80,15 +80,10 @@ class SwitchConfig:
         values = json.loads((directory / _CONFIG_NAME).read_text())
         uplink = values["uplink"]
         if uplink is not None:
-            uplink = AdapterConfig(
-                name=uplink["name"],
-                mac=uplink["mac"],
-                uplink=Uplink(uplink["uplink"]),
-                target=uplink["target"],
-                address=uplink["address"],
-                dhcp=uplink.get("dhcp", True),
-                forwards=tuple(PortForward(**each) for each in uplink.get("forwards", ())),
-            )
+            uplink["uplink"] = Uplink(uplink["uplink"])
+            uplink["trunk"] = tuple(uplink["trunk"])
+            uplink["forwards"] = tuple(PortForward(**each) for each in uplink["forwards"])
+            uplink = AdapterConfig(**uplink)
         return SwitchConfig(values["name"], uplink)
 
     def save(self, directory: Path) -> None:
@@ -105,24 +100,41 @@ def switch_names() -> list[str]:
     return sorted(path.parent.name for path in runtime_dir("switches").glob(f"*/{SOCKET_NAME}"))
 
 
-def connect(name: str, hello: Hello) -> tuple[socket.socket, dict[str, Any]]:
+def connect(
+    name: str, hello: Hello, descriptors: Sequence[int] = ()
+) -> tuple[socket.socket, dict[str, Any]]:
     """A connection to the switch *name* and its first answer; :class:`HvHostError` if refused."""
     stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     stream.settimeout(_ANSWER_SECONDS)
     try:
         stream.connect(str(switch_directory(name) / SOCKET_NAME))
-        stream.send(json.dumps(asdict(hello)).encode())
+        socket.send_fds(stream, [json.dumps(asdict(hello)).encode()], list(descriptors))
         answer = json.loads(stream.recv(_ANSWER_LIMIT) or b'{"error": "the switch hung up."}')
     except (OSError, ValueError) as error:
         stream.close()
-        raise HvHostError(
-            f"there is no switch {name!r} that answers ({error}); make one with "
-            f"`hvhost net create {name}`."
-        ) from error
+        raise HvHostError(_no_answer(name, error)) from error
     if "error" in answer:
         stream.close()
         raise HvHostError(str(answer["error"]))
     return stream, answer
+
+
+def _no_answer(name: str, error: Exception) -> str:
+    """Why a switch cannot be spoken to, and what to do."""
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        # A refused one was killed; making it anew clears it away.
+        there = ", ".join(each for each in switch_names() if each != name) or "none"
+        return (
+            f"there is no switch {name!r} (there are: {there}); make one with "
+            f"`hvhost net create {name}`."
+        )
+    if isinstance(error, TimeoutError):
+        return (
+            f"the switch {name!r} has not answered for {_ANSWER_SECONDS:g} seconds; "
+            f"{switch_directory(name) / 'pid'} names its process, which may be ended."
+        )
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"the switch {name!r} cannot be spoken to: {why}; see {switch_directory(name)}."
 
 
 def join(config: AdapterConfig, machine: str) -> int:
@@ -137,15 +149,11 @@ def join(config: AdapterConfig, machine: str) -> int:
 
 def attach(name: str, hello: Hello, descriptor: int) -> None:
     """Plug a tap device's descriptor, which is given away, into a new port."""
-    stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with stream:
-        stream.settimeout(_ANSWER_SECONDS)
-        stream.connect(str(switch_directory(name) / SOCKET_NAME))
-        socket.send_fds(stream, [json.dumps(asdict(hello)).encode()], [descriptor])
-        answer = json.loads(stream.recv(_ANSWER_LIMIT) or b'{"error": "the switch hung up."}')
-    os.close(descriptor)
-    if "error" in answer:
-        raise HvHostError(str(answer["error"]))
+    try:
+        stream, _ = connect(name, hello, [descriptor])
+    finally:
+        os.close(descriptor)
+    stream.close()
 
 
 def info(name: str) -> dict[str, Any]:
@@ -155,8 +163,19 @@ def info(name: str) -> dict[str, Any]:
     return answer
 
 
+def check_port(name: str, port: str) -> None:
+    """:class:`HvHostError` unless the switch *name* answers and has that port, or *port* is ''."""
+    ports = [str(each["name"]) for each in info(name)["ports"]]
+    if port and port not in ports:
+        there = ", ".join(ports) or "none"
+        raise HvHostError(f"the switch {name!r} has no port {port!r}; there are: {there}.")
+
+
 def capture(name: str, port: str, file: BinaryIO, going: Callable[[], bool] = lambda: True) -> int:
-    """Write the frames of a switch as pcap until *going* says no or the switch ends; how many."""
+    """Write the frames of a switch as pcap until *going* says no or the switch ends; how many.
+
+    *port* names the one whose frames they are, or is empty: see :func:`check_port`.
+    """
     file.write(_PCAP_HEADER.pack(_PCAP_NANOSECONDS, 2, 4, 0, 0, 1 << 18, _LINKTYPE_ETHERNET))
     file.flush()
     stream, _ = connect(name, Hello("capture", port))

@@ -28,7 +28,15 @@ from hvhost.machine.loop import Loop
 from hvhost.network import frame
 from hvhost.network.config import AdapterConfig, Uplink
 from hvhost.network.nat import NatWire
-from hvhost.network.switch import ALL_VLANS, Decision, PortSettings, Switch, TokenBucket
+from hvhost.network.switch import (
+    ADDRESS_LIMIT,
+    ALL_VLANS,
+    UPLINK_ADDRESS_LIMIT,
+    Decision,
+    PortSettings,
+    Switch,
+    TokenBucket,
+)
 from hvhost.network.switch_client import (
     CAPTURE_HEADER,
     SOCKET_NAME,
@@ -87,7 +95,9 @@ class SwitchProcess:
         self._listener.setblocking(False)
         loop.add_reader(self._listener.fileno(), self._accept)
         if config.uplink is not None:
-            self._plug(PortSettings("uplink", trunk=ALL_VLANS), 0, self._uplink(config.uplink))
+            uplink = config.uplink
+            cable = self._uplink(uplink)
+            self._plug(uplink_port(uplink), uplink.rate, cable, UPLINK_ADDRESS_LIMIT)
 
     def close(self) -> None:
         for port in self._ports.values():
@@ -178,7 +188,13 @@ class SwitchProcess:
 
         return cable
 
-    def _plug(self, settings: PortSettings, rate: int, cable: Callable[..., Cable]) -> None:
+    def _plug(
+        self,
+        settings: PortSettings,
+        rate: int,
+        cable: Callable[..., Cable],
+        addresses: int = ADDRESS_LIMIT,
+    ) -> None:
         number = self._next
         self._next += 1
         made = cable(
@@ -190,7 +206,7 @@ class SwitchProcess:
             burst = max(bytes_a_second * _RATE_BURST_SECONDS, frame.FRAME_LIMIT)
             bucket = TokenBucket(bytes_a_second, burst)
         self._ports[number] = Port(settings, made, bucket)
-        self._switch.add_port(number, settings)
+        self._switch.add_port(number, settings, addresses)
         made.wire.watch(read=True, write=False)
         logger.info("port %d: %s", number, settings.name)
 
@@ -287,6 +303,7 @@ class SwitchProcess:
             if self._ports.get(number) is port:
                 port.held = False
                 self._watch(port)
+                self._read_more(number)  # some wires hold frames that no poll tells of
 
         self._loop.call_later(seconds, release)
 
@@ -323,7 +340,7 @@ class SwitchProcess:
                 {
                     "name": port.settings.name,
                     "vlan": port.settings.vlan,
-                    "trunk": sorted(port.settings.trunk) if port.settings.name != "uplink" else [],
+                    "trunk": [] if _is_open(port.settings) else sorted(port.settings.trunk),
                     "isolated": port.settings.isolated,
                     "received": port.received,
                     "sent": port.sent,
@@ -333,6 +350,17 @@ class SwitchProcess:
                 for number, port in self._ports.items()
             ],
         }
+
+
+def uplink_port(config: AdapterConfig) -> PortSettings:
+    """The port of an uplink: of all VLANs, unless it is told those that it is in."""
+    trunk = frozenset(config.trunk) if config.vlan or config.trunk else ALL_VLANS
+    return PortSettings("uplink", config.vlan, trunk, config.isolated)
+
+
+def _is_open(port: PortSettings) -> bool:
+    """An uplink that was told no VLANs; listing them all would say little."""
+    return port.name == "uplink" and port.trunk == ALL_VLANS
 
 
 def main() -> int:

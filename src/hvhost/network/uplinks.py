@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvhost.machine.loop import Loop
-from hvhost.network.config import AdapterConfig, Uplink
+from hvhost.network.config import AdapterConfig, Uplink, check_adapters
 from hvhost.network.device import Wire
 from hvhost.network.namespace import open_namespace
-from hvhost.network.passt import PasstWire, end_passt, start_passt
-from hvhost.network.switch_client import join
-from hvhost.network.wires import DescriptorWire, NoWire, open_tap
+from hvhost.network.passt import PasstWire, check_passt, end_passt, start_passt
+from hvhost.network.switch_client import info, join
+from hvhost.network.wires import DescriptorWire, NoWire, check_tap, open_tap
 
 #: The kernel's address in a host-only network that names none.
 HOST_ONLY_ADDRESS = "192.168.77.1/24"
@@ -25,6 +25,18 @@ class Cable:
     wire: Wire
     close: Callable[[], None]
     namespace_pid: int = 0
+
+
+def check_plugs(adapters: Sequence[AdapterConfig]) -> None:
+    """Refuse what :func:`plug_in` would, as far as it is seen before anything is started."""
+    check_adapters(adapters)
+    for each in adapters:
+        if each.uplink is Uplink.TAP:
+            check_tap(each.target)
+        elif each.uplink is Uplink.SWITCH:
+            info(each.target)
+        elif each.uplink is Uplink.NAT:
+            check_passt()
 
 
 def plug_in(

@@ -32,11 +32,27 @@ _IFREQ = struct.Struct("16sH22x")
 _REFUSED: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM)
 
 
-def open_tap(name: str) -> int:
-    """A descriptor of tap device *name*, made if it does not exist, which leaves work to us.
+def check_tap(name: str) -> None:
+    """:class:`HvHostError`, with how to make one, if there is no network device *name*.
 
-    :class:`HvHostError` when the kernel refuses, with what to do.
+    The kernel would make one that is in no bridge and goes with us.
     """
+    try:
+        socket.if_nametoindex(name)
+    except OSError:
+        raise HvHostError(
+            f"there is no tap device {name!r}; as root, `ip tuntap add {name} mode tap vnet_hdr "
+            f"user {os.getuid()}` makes it, and `ip link set {name} master BRIDGE up` plugs it in."
+        ) from None
+
+
+def open_tap(name: str, *, make: bool = False) -> int:
+    """A descriptor of tap device *name*, which leaves work to us; one that goes with it if *make*.
+
+    :class:`HvHostError` if it does not exist or the kernel refuses, with what to do.
+    """
+    if not make:
+        check_tap(name)
     try:
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:

@@ -18,6 +18,7 @@ from hvhost.manager import launcher
 from hvhost.manager.client import MachineClient
 from hvhost.manager.directory import MachineDirectory, NameState
 from hvhost.manager.launcher import check, launch
+from hvhost.network.config import parse_adapters
 
 
 def wait_for(condition: object, seconds: float = 5.0) -> None:
@@ -193,6 +194,33 @@ def test_bad_input_starts_nothing(
 ) -> None:
     with pytest.raises(HvHostError, match=sentence):
         launch(replace(config, **wrong), detach=True, program=("/bin/false",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("nics", "sentence"),
+    [
+        (["switch:nope"], "there is no switch 'nope'"),
+        (["none", "tap:hvhost-no-tap"], "there is no tap device 'hvhost-no-tap'"),
+        (["nat"], "needs the program passt"),
+    ],
+)
+def test_what_an_adapter_is_plugged_into_is_looked_for_before_anything_is_started(
+    runtime: Path,
+    config: MachineConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    nics: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(HvHostError, match=sentence):
+        check(replace(config, adapters=parse_adapters(nics, [])))
+    check(replace(config, adapters=parse_adapters(["none", "host-only"], [])))
+
+
+def test_adapters_that_cannot_be_together_start_nothing(config: MachineConfig) -> None:
+    adapters = parse_adapters(["none"], []) * 2
+    with pytest.raises(HvHostError, match="'net0' already"):
+        check(replace(config, adapters=adapters))
 
 
 def test_a_kernel_that_may_not_be_read(

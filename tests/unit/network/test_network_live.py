@@ -212,16 +212,16 @@ def test_kernels_that_may_not_reach_each_other_do_not(lan: Lan, options: tuple[s
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "network.md"
 
 
-def of_page(language: str) -> list[str]:
+def of_page(language: str, number: int = 1) -> list[str]:
     """The lines of a block about bridges in the page."""
     part = PAGE.read_text().partition("## Bridge to the LAN\n")[2].partition("\n## ")[0]
-    return part.partition(f"```{language}\n")[2].partition("\n```")[0].splitlines()
+    block = part.split(f"```{language}\n")[number]
+    return block.partition("\n```")[0].splitlines()
 
 
-def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As docs/network.md has it, with root's part done in a namespace that has root's rights."""
+@pytest.fixture
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Witness]:
+    """10.78.0.1 at a bridge, with root's part of docs/network.md, in a namespace of its own."""
     monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not on this computer; apt-get install util-linux")
@@ -242,14 +242,39 @@ def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
     assert office.stdout is not None
     if office.stdout.readline() != "ready\n":
         pytest.skip(f"no bridge can be made here: {office.communicate()[1].strip()}")
-    gateway = Witness(office.pid)
+    yield Witness(office.pid)
+    office.communicate("\n")
+
+
+def reaches_in_time(guest: Member, address: str) -> bool:
+    """A bridge listens before it forwards."""
+    deadline = time.monotonic() + 30
+    while not (reached := guest.reaches(address)) and time.monotonic() < deadline:
+        pass
+    return reached
+
+
+def test_an_uplink_is_in_the_vlans_it_is_told(gateway: Witness) -> None:
+    """As docs/network.md has it: behind the switch ten only machines of VLAN 10 are in the LAN."""
+    lan = Lan("ten")
+    try:
+        gateway.command(*hvhost(*of_page("sh", 2)[0].split()[1:]))
+        inside = lan.member("10.78.0.2", Hello("tap", "ten", vlan=10))
+        outside = lan.member("10.78.0.3")
+        assert reaches_in_time(inside, "10.78.0.1")
+        assert not outside.reaches("10.78.0.1")
+    finally:
+        lan.close()
+        with contextlib.suppress(HvHostError):
+            switch_client.stop("ten")
+
+
+def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(gateway: Witness) -> None:
     lan = Lan("office")
     try:
         gateway.command(*hvhost(*of_page("sh")[0].split()[1:]))
         guest = lan.member("10.78.0.2")
-        deadline = time.monotonic() + 30  # a bridge listens before it forwards
-        while not guest.reaches("10.78.0.1") and time.monotonic() < deadline:
-            pass
+        assert reaches_in_time(guest, "10.78.0.1")
         size = 3 << 20
         watch = gateway.begin("watch", interface="tap0", seconds=60)
         sink = gateway.begin("sink", address="10.78.0.1", port=5001)
@@ -270,4 +295,3 @@ def test_a_bridge_of_the_lan_gets_segments_whole_and_sums_unmade(
         lan.close()
         with contextlib.suppress(HvHostError):
             switch_client.stop("office")
-        office.communicate("\n")

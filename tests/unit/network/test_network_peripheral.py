@@ -16,9 +16,9 @@ import pytest
 from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
 from hvhost.network import peripheral
-from hvhost.network.config import parse_adapter
+from hvhost.network.config import MAXIMUM_ADAPTERS, AdapterConfig, Uplink, parse_adapter
 from hvhost.network.device import NetworkAdapter
-from hvhost.network.peripheral import MAXIMUM_ADAPTERS, QUIET_SECONDS, NetworkPeripheral
+from hvhost.network.peripheral import QUIET_SECONDS, NetworkPeripheral
 from hvhost.vmbus.channel import ChannelState
 from hvhost.vmbus.protocol import RescindChannelOffer
 from simulated.driver import SimulatedGuest
@@ -118,7 +118,6 @@ def test_every_boot_has_the_same_adapters(network: NetworkPeripheral) -> None:
     ("nic", "name", "sentence"),
     [
         ("none", "net0", "'net0' already"),
-        ("nat,vlan=3", "net1", "for ports of a switch"),
         ("switch:nowhere", "net1", "there is no switch 'nowhere'"),
     ],
 )
@@ -128,6 +127,14 @@ def test_what_cannot_be_added(
     with pytest.raises(HvHostError, match=sentence):
         network.add(parse_adapter(nic, name=name))
     assert [each.name for each in network.adapters()] == ["net0"]
+
+
+def test_only_ports_of_a_switch_have_vlans(network: NetworkPeripheral) -> None:
+    mac = "00:15:5d:00:00:01"
+    for more in ({"vlan": 3}, {"trunk": (3,)}, {"isolated": True}, {"rate": 3}):
+        config = AdapterConfig("net1", mac, Uplink.NONE, **more)
+        with pytest.raises(HvHostError, match="for ports of a switch"):
+            network.add(config)
 
 
 def test_no_two_of_one_address_and_not_too_many(network: NetworkPeripheral) -> None:

@@ -8,18 +8,20 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.machine.loop import Loop
-from hvhost.network import switch_client
-from hvhost.network.config import parse_adapter
+from hvhost.network import switch_client, switch_process
+from hvhost.network.config import parse_adapter, parse_uplink
 from hvhost.network.frame import NO_OFFLOAD, NOTHING, Offload
+from hvhost.network.switch import ALL_VLANS, PortSettings, TokenBucket
 from hvhost.network.switch_client import SOCKET_NAME, SwitchConfig
-from hvhost.network.switch_process import QUEUE_LIMIT, SwitchProcess
+from hvhost.network.switch_process import QUEUE_LIMIT, SwitchProcess, uplink_port
+from hvhost.network.uplinks import Cable
 from hvhost.network.wires import DescriptorWire
 
 A, B, C = (bytes((0, 0x15, 0x5D, 0, 0, number)) for number in (1, 2, 3))
@@ -166,6 +168,131 @@ def test_a_rate_is_kept(switch: str) -> None:
     other.close()
 
 
+class Silent:
+    """A wire that holds frames of which no poll tells."""
+
+    def __init__(self, frames: list[bytes]) -> None:
+        self.frames = frames
+
+    def send(self, buffers: object) -> bool:
+        return True
+
+    def receive_into(self, buffers: list[memoryview]) -> int:
+        if not self.frames:
+            return 0
+        data = self.frames.pop()
+        buffers[0][:], buffers[1][: len(data) - 10] = data[:10], data[10:]
+        return len(data)
+
+    def watch(self, *, read: bool, write: bool) -> None:
+        pass
+
+
+def test_frames_that_no_poll_tells_of_wait_for_their_rate_only(tmp_path: Path) -> None:
+    loop = Loop()
+    process = SwitchProcess(tmp_path, SwitchConfig("lan", None), loop)
+    wire = Silent([NO_OFFLOAD + ethernet(ALL, A, bytes(60_000))] * 4)
+    read: list[Callable[[], None]] = []
+
+    def cable(*callbacks: Callable[[], None]) -> Cable:
+        read.append(callbacks[0])
+        return Cable(wire, lambda: None)
+
+    process._plug(PortSettings("uplink"), 40, cable)  # 5 MB a second, 250 kB at once
+    process._ports[0].bucket = TokenBucket(5e6, 100_000)
+    read[0]()
+    assert wire.frames, "it is held"
+
+    def stop_when_read() -> None:
+        if wire.frames and time.monotonic() < deadline:
+            loop.call_later(0.01, stop_when_read)
+        else:
+            loop.stop()
+
+    deadline = time.monotonic() + 5
+    stop_when_read()
+    loop.run()
+    assert not wire.frames
+    process.close()
+    loop.close()
+
+
+def test_an_uplink_is_in_the_vlans_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
+    directory = switch_client.switch_directory("lan")
+    directory.mkdir(parents=True)
+    uplink, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.settimeout(5.0)
+    uplink.setblocking(False)
+
+    def plug_in(config: object, loop: Loop, directory: Path, **calls: Callable[[], None]) -> Cable:
+        wire = DescriptorWire(uplink.detach(), loop, **calls)
+        return Cable(wire, wire.close)
+
+    monkeypatch.setattr(switch_process, "plug_in", plug_in)
+    SwitchConfig("lan", parse_uplink("tap:tap0,vlan=10,trunk=20,rate=8")).save(directory)
+    loop = Loop()
+    process = SwitchProcess(directory, SwitchConfig.load(directory), loop)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    try:
+        assert process._ports[0].bucket is not None
+        ten, twenty, untagged = plug(",vlan=10"), plug(",vlan=20"), plug()
+        wait_for_ports(4)
+        far.send(NO_OFFLOAD + ethernet(ALL, A))
+        assert ten.recv(200) == NO_OFFLOAD + ethernet(ALL, A)
+        twenty.send(NO_OFFLOAD + ethernet(ALL, B))
+        assert far.recv(200) == NO_OFFLOAD + ethernet(ALL, B, tag=20)
+        untagged.send(NO_OFFLOAD + ethernet(ALL, C))
+        ten.send(NO_OFFLOAD + ethernet(ALL, B, b"after"))
+        assert far.recv(200) == NO_OFFLOAD + ethernet(ALL, B, b"after")
+        for each in (twenty, untagged):
+            each.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                each.recv(200)
+        (told,) = (each for each in switch_client.info("lan")["ports"] if each["name"] == "uplink")
+        assert (told["vlan"], told["trunk"]) == (10, [20])
+        for each in (ten, twenty, untagged):
+            each.close()
+    finally:
+        loop.stop()
+        thread.join()
+        process.close()
+        loop.close()
+        far.close()
+
+
+def test_an_uplink_that_is_told_no_vlans_is_in_all() -> None:
+    ports = [parse_uplink(text) for text in ("nat", "nat,vlan=3", "tap:a,trunk=4", "nat,isolated")]
+    assert [uplink_port(each) for each in ports if each is not None] == [
+        PortSettings("uplink", 0, ALL_VLANS),
+        PortSettings("uplink", 3),
+        PortSettings("uplink", 0, frozenset({4})),
+        PortSettings("uplink", 0, ALL_VLANS, isolated=True),
+    ]
+
+
+def test_the_configuration_of_a_switch_survives_its_file(tmp_path: Path) -> None:
+    text = "host-only,address=10.0.0.1/24,dhcp=off,vlan=5,trunk=10+20,isolated,rate=100"
+    for config in (None, parse_uplink(text), parse_uplink("nat,forward=2222:22+udp:53")):
+        SwitchConfig("lan", config).save(tmp_path)
+        assert SwitchConfig.load(tmp_path) == SwitchConfig("lan", config)
+
+
+def test_a_capture_is_of_a_port_that_there_is(switch: str) -> None:
+    with pytest.raises(HvHostError, match=r"'lan' has no port 'vm/net0'; there are: none\."):
+        switch_client.check_port("lan", "vm/net0")
+    one = plug()
+    wait_for_ports(1)
+    switch_client.check_port("lan", "vm/net0")
+    switch_client.check_port("lan", "")
+    with pytest.raises(HvHostError, match=r"no port 'net0'; there are: vm/net0\."):
+        switch_client.check_port("lan", "net0")
+    one.close()
+
+
 def test_a_capture_is_a_pcap_file(switch: str) -> None:
     one, two = plug(), plug()
     wait_for_ports(2)
@@ -203,8 +330,31 @@ def test_who_does_not_say_what_it_wants_is_told_so(switch: str, first: bytes) ->
 
 
 def test_there_is_no_such_switch(switch: str) -> None:
-    with pytest.raises(HvHostError, match="make one with `hvhost net create nowhere`"):
+    told = r"^there is no switch 'nowhere' \(there are: lan\); make one with `hvhost net create now"
+    with pytest.raises(HvHostError, match=told):
         switch_client.info("nowhere")
+
+
+def test_a_switch_that_was_killed_is_none(switch: str) -> None:
+    path = switch_client.switch_directory("gone") / SOCKET_NAME
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+    with pytest.raises(HvHostError, match=r"no switch 'gone' \(there are: lan\)"):
+        switch_client.info("gone")
+
+
+def test_a_switch_that_does_not_answer(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = switch_client.switch_directory("deaf") / SOCKET_NAME
+    path.parent.mkdir()
+    monkeypatch.setattr(switch_client, "_ANSWER_SECONDS", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(HvHostError, match=r"'deaf' has not answered for 0\.05 seconds; .*/pid"):
+            switch_client.info("deaf")
+    with pytest.raises(HvHostError, match="cannot be spoken to: AF_UNIX path too long"):
+        switch_client.info("x" * 200)
 
 
 def test_a_switch_of_its_own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

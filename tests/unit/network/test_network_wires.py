@@ -18,7 +18,7 @@ from hvhost.machine.loop import Loop
 from hvhost.network import frame
 from hvhost.network.namespace import _leaving, inside, open_namespace
 from hvhost.network.passt import PasstWire
-from hvhost.network.wires import DescriptorWire
+from hvhost.network.wires import DescriptorWire, check_tap, open_tap
 from simulated.frames import ethernet, sums_are_right, tcp
 
 
@@ -135,6 +135,13 @@ def test_a_wire_that_is_closed_does_nothing_more() -> None:
     assert len(told) == 2 and loop.watches == 1 and wire.dropped == 0
     os.close(other)
     far.close()
+
+
+def test_a_tap_device_that_is_not_there_is_not_made() -> None:
+    with pytest.raises(HvHostError, match=r"no tap device 'hvhost-no-tap'; .*`ip tuntap add"):
+        open_tap("hvhost-no-tap")
+    assert not Path("/sys/class/net/hvhost-no-tap").exists()
+    check_tap("lo")  # whether it is a tap device is for the kernel to say
 
 
 @pytest.fixture(params=["as here", "root without user namespaces"])
