@@ -103,11 +103,15 @@ def test_nothing_is_left_when_the_output_closes(runtime: Path, config: MachineCo
     assert not MachineDirectory.of("m1").path.exists()
 
 
-def test_a_name_in_use_keeps_what_it_names(runtime: Path, config: MachineConfig) -> None:
+def test_what_another_machine_has_is_not_removed(
+    runtime: Path, config: MachineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = launch(config, detach=True)
+    removed: list[MachineDirectory] = []
+    monkeypatch.setattr(MachineDirectory, "remove", removed.append)
     with pytest.raises(HvHostError, match="is running already"):
         run(config, b"")
-    assert worker.directory.api_socket.exists()
+    assert not removed
     worker.stop()
 
 

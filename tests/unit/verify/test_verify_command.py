@@ -7,6 +7,8 @@ import functools
 import io
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -170,18 +172,33 @@ def test_what_is_there_but_is_no_place_to_write(options: VerifyOptions, why: str
 
 def test_looking_whether_files_can_be_written_changes_none(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
-    (tmp_path / "link.svg").symlink_to(tmp_path / "target.svg")
+    (tmp_path / "link.svg").symlink_to(tmp_path / "away" / "target.svg")
     os.mkfifo(tmp_path / "pipe")
     for json_path, svg_path in (("old.json", "link.svg"), ("new/r.json", "pipe")):
         check_outputs(VerifyOptions(json_path=tmp_path / json_path, svg_path=tmp_path / svg_path))
-    assert {each.name for each in tmp_path.iterdir()} == {"old.json", "link.svg", "new", "pipe"}
+    # Directories are made, no files.
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == {"old.json", "link.svg", "away", "new", "pipe"}
     assert (tmp_path / "old.json").read_text() == "old"
-    assert not [*(tmp_path / "new").iterdir()]
+    for directory in ("away", "new"):
+        assert not [*(tmp_path / directory).iterdir()]
+
+
+def test_a_file_that_is_there_may_not_be_ours_to_write(tmp_path: Path) -> None:
+    """Not even by root, who runs these tests in CI."""
+    program = Path(shutil.copy(shutil.which("sleep") or "", tmp_path / "busy"))
+    with subprocess.Popen([program, "60"]) as process:
+        try:
+            with pytest.raises(HvHostError, match=f"{program} cannot be written: Text file busy"):
+                check_outputs(VerifyOptions(json_path=program))
+        finally:
+            process.kill()
 
 
 def test_a_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
     """Nor the table from being printed first; the status is that of an error all the same."""
-    (tmp_path / "logs" / "console.log").mkdir(parents=True)
+    for name in ("console.log", "worker.log"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
     out = io.StringIO()
     options = VerifyOptions(
         rows=["lsvmbus"],
@@ -198,8 +215,9 @@ def test_a_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) ->
             progress=Console(file=io.StringIO()),
         )
     assert str(caught.value) == (
-        f"{tmp_path}/logs/console.log cannot be written: Is a directory; /dev/full cannot be "
-        "written: No space left on device; all else is kept."
+        f"{tmp_path}/logs/console.log cannot be written: Is a directory; "
+        f"{tmp_path}/logs/worker.log cannot be written: Is a directory; "
+        "/dev/full cannot be written: No space left on device; all else is kept."
     )
     assert "1 works" in out.getvalue()
     assert (tmp_path / "table.svg").read_text().startswith("<svg")
