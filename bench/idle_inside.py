@@ -13,7 +13,7 @@ import time
 
 from bench.inside_guests import Started, hvhost
 from bench.measurement import wake_ups_a_second
-from bench.network_inside import run
+from bench.network_inside import AWAIT_INTERFACE, run
 from hvhost.manager.client import MachineClient
 
 SECONDS = 20.0
@@ -23,12 +23,7 @@ BY_THE_CLOCK = ("heartbeat", "timesync")
 TAP = "tap0"
 # Else both ends of the cable look for routers and neighbours for minutes: that is not idle.
 QUIET = "echo 1 > /proc/sys/net/ipv6/conf/{0}/disable_ipv6; ip link set {0} up"
-PREPARE = f"""
-set -e
-n=0
-until [ -e /sys/class/net/eth0 ]; do n=$((n+1)); [ $n -lt 200 ]; sleep 0.1; done
-{QUIET.format("eth0")}
-"""
+PREPARE = AWAIT_INTERFACE + QUIET.format("eth0")
 
 
 def settled(machine: Started) -> float:

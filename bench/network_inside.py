@@ -32,10 +32,13 @@ MACHINES: dict[str, tuple[Start, list[str]]] = {
         ],
     ),
 }
-PREPARE = f"""
+#: In a guest: until its driver has made the interface, or a failure.
+AWAIT_INTERFACE = """
 set -e
 n=0
 until [ -e /sys/class/net/eth0 ]; do n=$((n+1)); [ $n -lt 200 ]; sleep 0.1; done
+"""
+PREPARE = f"""{AWAIT_INTERFACE}
 ip link set eth0 up
 ip address add {GUEST}/24 dev eth0
 setsid /bench/echo </dev/null >/dev/null 2>&1 &

@@ -104,19 +104,18 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
                     and begin + size <= length
                     and rndis.PACKET_SIZE + head[32] <= length
                 ):
+                    made: Buffers | None
                     if header is None:
                         message = DataMessage(length, begin, size, None, shape.large_send)
                         made = _frame_buffers(state, span, position, head, message, may_spoof)
-                        if made is not None:
-                            found.append(made)
-                            total += size
                     else:
-                        buffers = _usual(span, position + begin, head, header, begin, size)
-                        if may_spoof or buffers[1][6:12] == state.mac:
-                            found.append(buffers)
-                            total += size
-                        else:
+                        made = _usual(span, position + begin, head, header, begin, size)
+                        if not may_spoof and made[1][6:12] != state.mac:
                             state.counters.spoofed += 1
+                            made = None
+                    if made is not None:
+                        found.append(made)
+                        total += size
                     position += length
                     continue
             if rndis.info_size(head) > _USUAL_INFO:
