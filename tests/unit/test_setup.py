@@ -57,6 +57,7 @@ class Computer:
         mapped = ["--map-root-user"] if self.rights == "root" else []  # else its number is 65534
         environment = {
             "PATH": f"{self.directory / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHON": "python3",  # ours, not the distribution's
             "NOTES": str(self.notes),
             "RIGHTS": self.rights,
             **({"OFFLINE": "yes"} if offline else {}),
@@ -131,6 +132,29 @@ def test_without_a_network_it_says_so(computer: Computer) -> None:
     assert failed.stderr.splitlines()[-1].endswith("Is there a network?")
     assert computer.run("scripts/setup").returncode == 0, "what failed is not taken for done"
     assert [line for line in computer.asked("python") if " pip " in line]
+
+
+def test_the_distributions_python_goes_before_another(computer: Computer) -> None:
+    system = Path("/usr/bin/python3")
+    needs = "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))"
+    if not system.exists() or subprocess.run([system, "-c", needs], check=False).returncode:
+        pytest.skip(f"{system} is none that hvhost could use")
+    computer.run("env", "-u", "PYTHON", "PIP_NO_INDEX=1", "scripts/setup")
+    assert (computer.directory / ".venv/bin/python").resolve() == system.resolve()
+    assert not computer.asked("python3")
+
+
+def test_a_python_of_another_name_is_found(computer: Computer) -> None:
+    programs = computer.directory / "bin"
+    (programs / "python3").rename(programs / "python3.13")
+    for older in ("python3", "python3.11", "python3.12"):
+        (programs / older).write_text("#!/bin/bash\nexit 1\n")
+        (programs / older).chmod(0o755)
+    script = computer.directory / "scripts/setup"
+    script.write_text(script.read_text().replace("/usr/bin/python3", "python3"))
+    ran = computer.run("env", "-u", "PYTHON", "scripts/setup")
+    assert ran.returncode == 0, ran.stderr
+    assert computer.asked("python3.13")
 
 
 def test_ci_makes_test_and_nothing_else(computer: Computer) -> None:
