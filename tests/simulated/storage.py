@@ -257,14 +257,16 @@ class StorageDriver:
         assert completed == 1
         return status, answer[12:]
 
-    def initialize(self, version: int = WIN10) -> None:
-        """As storvsc_channel_init()."""
+    def initialize(self, version: int = WIN10, *, scan: bool = True) -> None:
+        """As storvsc_channel_init(), and the first look at what there is."""
         if version < WIN8:
             self.packet_size = 48
         assert self.operate(7)[0] == 0
         assert self.operate(9, struct.pack("<HH", version, 0))[0] == 0
         assert self.operate(10)[0] == 0
         assert self.operate(8)[0] == 0
+        if scan:
+            self.luns()
 
     # Commands.
 

@@ -10,7 +10,9 @@ What the guest may rely on:
 * Units live at path 0, target 0. Anything else has none: INQUIRY says so with qualifier 3, every
   other command fails with sense, never with INVALID_LUN, upon which Linux removes the unit of the
   same number at path 0. A unit that was removed answers INVALID_LUN: so the guest learns of it.
-* When units come, go or change, the guest is sent ENUMERATE_BUS and looks for itself.
+* When units come, go or change, the guest is sent ENUMERATE_BUS and looks for itself. Not before it
+  sent a command: Linux would put the work into a queue that its ``storvsc_probe`` makes only once
+  initialization is over, and panic. Its first command begins a look of its own.
 * A channel that closes, by whatever cause, takes the requests with it that have not begun; those
   that have are waited for, since they use the guest's memory.
 
@@ -87,12 +89,12 @@ class StorageController:
     def remove(self, lun: int) -> None:
         """No new requests for it; call :meth:`announce` when all is done."""
         del self.units[lun], self.state.units[lun]
-        if self.state.phase is Phase.READY:
+        if self.state.phase is Phase.IN_USE:
             self.state.leaving.add(lun)
 
     def announce(self) -> None:
         """Have the guest look for units that came, went or have something to tell."""
-        if self._channel is not None and self.state.phase is Phase.READY:
+        if self._channel is not None and self.state.phase is Phase.IN_USE:
             self._channel.send(protocol.notice(Operation.ENUMERATE_BUS, self._packet_size))
 
     # For the channel.
@@ -196,8 +198,9 @@ class StorageController:
 
     def execute(self, session: ChannelSession, packet: Packet, request: Command) -> bytes | None:
         """Begin a command; its answer if there is one at once."""
-        if self.state.phase is not Phase.READY:
+        if self.state.phase is not Phase.IN_USE:
             self._need(Phase.READY, "EXECUTE_SRB")
+            self.state.phase = Phase.IN_USE
         data = self._buffers(packet, request.data_transfer_length)
         if request.path_id or request.target_id:
             return self._nobody(packet.payload, request, data)

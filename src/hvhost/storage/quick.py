@@ -80,7 +80,7 @@ class QuickPath:
 
     def serve(self, data: bytes) -> int:
         """Take packets from the start of *data*; the bytes that were taken."""
-        if self._state.phase is not Phase.READY:
+        if self._state.phase is not Phase.IN_USE:
             return 0
         turns: dict[int, Turn] = {}
         try:

@@ -25,6 +25,8 @@ class Phase(IntEnum):
     BEGUN = 1
     NEGOTIATED = 2
     READY = 3
+    #: It sent a command: not before that is it able to take a notice.
+    IN_USE = 4
 
 
 @dataclass(slots=True)

@@ -93,7 +93,7 @@ def host(disk: Faulty) -> Iterator[StorageHost]:
 @pytest.mark.parametrize("version", [WIN10, WIN8, WIN7, 0x0200, 0x0600])
 def test_every_version_reads_and_writes(host: StorageHost, version: int) -> None:
     driver = host.connect(version)
-    assert host.controller.state.phase is Phase.READY and host.controller.state.version == version
+    assert host.controller.state.phase is Phase.IN_USE and host.controller.state.version == version
     data = os.urandom(8192)
     assert driver.write(7, data).ok
     answer = driver.read(7, 16)
@@ -242,6 +242,25 @@ def test_units_that_come_and_go_before_the_guest_looks(host: StorageHost, tmp_pa
     assert driver.notices == [] and driver.luns() == [0]
 
 
+def test_no_notice_comes_before_the_first_command(host: StorageHost, tmp_path: Path) -> None:
+    """Linux makes the queue for what a notice asks once its initialization is answered."""
+    (relid,) = host.guest.connect()
+    driver = host.open(relid)
+    driver.initialize(scan=False)
+    host.add(DiskUnit(RawDisk.create(tmp_path / "second", MIB)), 3)
+    with host.lock:
+        host.controller.announce()
+        host.controller.remove(3)
+        host.controller.announce()
+    driver.look()
+    assert driver.notices == [] and host.controller.state.leaving == set()
+    assert driver.luns() == [0]
+    with host.lock:
+        host.controller.announce()
+    driver.look()
+    assert driver.notices == [11]
+
+
 def test_units_come_and_go(host: StorageHost, tmp_path: Path) -> None:
     driver = host.connect()
     second = host.add(DiskUnit(RawDisk.create(tmp_path / "second", MIB)), 3)
@@ -375,7 +394,7 @@ def test_sub_channels_take_commands_only(disk: Faulty) -> None:
     host.open(relid).channel.write(_packet(7), transaction_id=77)
     (fault,) = host.guest.faults
     assert "takes commands only" in fault
-    assert host.controller.state.phase is Phase.READY and driver.read(0, 1).ok
+    assert host.controller.state.phase is Phase.IN_USE and driver.read(0, 1).ok
     host.close()
 
 
