@@ -76,7 +76,11 @@ def _measure(size: int, batch: int) -> tuple[float, float, float, float]:
     pages = driver.guest.allocate(-(-len(message) // 4096))
     driver.put(pages, 0, message)
     driver.put(driver.send_pages, 0, message[:6144])
-    ranges = struct.pack("<IIII", 0, 1, len(message), 0) + struct.pack(f"<{len(pages)}Q", *pages)
+    # As netvsc names them: each page in a range of its own.
+    ranges = struct.pack("<II", 0, len(pages)) + b"".join(
+        struct.pack("<IIQ", min(4096, len(message) - 4096 * number), 0, page)
+        for number, page in enumerate(pages)
+    )
     spent: list[list[float]] = [[], [], [], []]
     for number in range(BATCHES):
         for transaction in range(batch):

@@ -27,19 +27,20 @@ def network_peer(rounds: int) -> list[Measurement]:
         figures: dict[str, dict[str, list[float]]] = software_host.figures(
             "bench.network_inside", str(images.kernel), str(initrd), str(rounds)
         )
-    ours, peers = figures["hvhost"], figures.get("qemu", {})
     return [
         Measurement(
             "network-peer",
             title,
-            statistics.median(ours[key]),
+            statistics.median(figures["hvhost"][key]),
             unit,
-            "QEMU virtio-net",
-            statistics.median(peers[key]) if peers.get(key) else None,
+            beside,
+            statistics.median(found) if (found := figures.get(peer, {}).get(key)) else None,
         )
-        for key, title, unit in (
-            ("in", "TCP to the guest", "Mbit/s"),
-            ("out", "TCP from the guest", "Mbit/s"),
-            ("trip", "one byte there and back", "µs"),
+        for key, title, unit, peer, beside in (
+            ("in", "TCP to the guest", "Mbit/s", "qemu", "QEMU virtio-net"),
+            ("out", "TCP from the guest", "Mbit/s", "qemu", "QEMU virtio-net"),
+            ("trip", "one byte there and back", "µs", "qemu", "QEMU virtio-net"),
+            ("in", "TCP to the guest", "Mbit/s", "loop", "plain loop, no guest"),
+            ("out", "TCP from the guest", "Mbit/s", "loop", "plain loop, no guest"),
         )
     ]

@@ -277,11 +277,11 @@ class NetworkAdapter:
             raise RemoteProtocolError("the guest names a section, but has no send buffer.")
         else:
             section = self._send_buffer.section(index, size)
-            if not packet.ranges:
+            if packet.type is not _GPA_DIRECT:
                 return section, size
             pieces = section.slice(0, size)
-        for item in packet.ranges:
-            pieces += item.views(self._memory)
+        if packet.type is _GPA_DIRECT:
+            pieces += packet.views(self._memory)
         span = Span(pieces)
         return span, span.length
 

@@ -104,18 +104,21 @@ def frames(state: AdapterState, span: Span, end: int, *, may_spoof: bool) -> lis
                     and begin + size <= length
                     and rndis.PACKET_SIZE + head[32] <= length
                 ):
+                    at = position + begin
                     made: Buffers | None
-                    if header is None:
-                        message = DataMessage(length, begin, size, None, shape.large_send)
-                        made = _frame_buffers(state, span, position, head, message, may_spoof)
+                    if header is not None:
+                        made = _usual(span, at, head, header, begin, size)
                     else:
-                        made = _usual(span, position + begin, head, header, begin, size)
-                        if not may_spoof and made[1][6:12] != state.mac:
-                            state.counters.spoofed += 1
-                            made = None
-                    if made is not None:
+                        made = _to_be_segmented(
+                            state, span, at, head[begin:], size, shape.large_send or 0
+                        )
+                    if made is None:
+                        state.counters.transmit_errors += 1
+                    elif may_spoof or made[1][6:12] == state.mac:
                         found.append(made)
                         total += size
+                    else:
+                        state.counters.spoofed += 1
                     position += length
                     continue
             if rndis.info_size(head) > _USUAL_INFO:
@@ -141,6 +144,19 @@ def _usual(span: Span, at: int, head: bytes, header: bytes, begin: int, size: in
     return [header, copied, *span.slice(at + _ADDRESSES, size - _ADDRESSES)]
 
 
+def _to_be_segmented(
+    state: AdapterState, span: Span, at: int, start: bytes, size: int, large_send: int
+) -> Buffers | None:
+    """A frame, of which *start* is a copy, with its headers made whole; ``None`` if it has none."""
+    copied = min(frame.HEAD_SIZE, size)
+    head = bytearray(start[:copied] if len(start) >= copied else span.read(at, copied))
+    header = _large_send(head, large_send, size)
+    if header is None:
+        return None
+    state.counters.large_sends += header[1] != frame.GSO_NONE
+    return [header, head, *(span.slice(at + copied, size - copied) if copied < size else ())]
+
+
 def _frame_buffers(
     state: AdapterState,
     span: Span,
@@ -153,44 +169,45 @@ def _frame_buffers(
 
     *copy* is how its message, at *start* of *span*, starts.
     """
-    counters = state.counters
     _, offset, size, wants, large_send, vlan, _ = message
+    at, frame_start = start + offset, copy[offset:]
+    made: Buffers | None = None
     if not frame.ETHERNET_HEADER <= size <= frame.FRAME_LIMIT:
-        counters.transmit_errors += 1
+        pass
+    elif large_send is not None:
+        made = _to_be_segmented(state, span, at, frame_start, size, large_send)
+    else:
+        made = _to_be_sent(span, at, frame_start, size, wants)
+    if made is None:
+        state.counters.transmit_errors += 1
         return None
-    # The usual one first: a sum to be made, or nothing, and no tag.
-    header: bytes | None = frame.NO_OFFLOAD
+    if not may_spoof and made[1][6:12] != state.mac:
+        state.counters.spoofed += 1
+        return None
+    return made if vlan is None else _tagged(made, vlan)
+
+
+def _to_be_sent(span: Span, at: int, start: bytes, size: int, wants: int | None) -> Buffers | None:
+    """A frame, of which *start* is a copy, with the sums made or asked for that it *wants*."""
     head: bytes | bytearray
-    if large_send is None and not (wants or 0) & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
-        inside = offset + size <= len(copy)
-        copied = size if inside else _ADDRESSES
-        head = copy[offset : offset + copied]
-        if len(head) < copied:
-            head = span.read(start + offset, copied)
-        if wants is not None:
-            header = _checksum(wants, size)
+    if not (wants or 0) & rndis.TRANSMIT_IP_HEADER_CHECKSUM:
+        copied = size if size <= len(start) else _ADDRESSES
+        head = start[:copied] if len(start) >= copied else span.read(at, copied)
+        header = frame.NO_OFFLOAD if wants is None else _checksum(wants, size)
     else:
         copied = min(frame.HEAD_SIZE, size)
-        head = bytearray(copy[offset : offset + copied])
-        if len(head) < copied:
-            head = bytearray(span.read(start + offset, copied))
-        if large_send is not None:
-            header = _large_send(head, large_send, size)
-            if header is not None:
-                counters.large_sends += header[1] != frame.GSO_NONE
-        else:
-            if where := frame.parse(head):
-                frame.set_ip_checksum(head, where)
-            header = _checksum(wants or 0, size)
-    if not may_spoof and head[6:12] != state.mac:
-        counters.spoofed += 1
-        return None
+        head = bytearray(start[:copied] if len(start) >= copied else span.read(at, copied))
+        if where := frame.parse(head):
+            frame.set_ip_checksum(head, where)
+        header = _checksum(wants or 0, size)
     if header is None:
-        counters.transmit_errors += 1
         return None
-    body = span.slice(start + offset + copied, size - copied) if copied < size else []
-    if vlan is None:
-        return [header, head, *body]
+    return [header, head, *(span.slice(at + copied, size - copied) if copied < size else ())]
+
+
+def _tagged(made: Buffers, vlan: int) -> Buffers:
+    """The frame with a VLAN tag, and what is asked of the wire counted from behind that."""
+    header, head, *body = made
     if header is not frame.NO_OFFLOAD:
         offload = frame.unpack_offload(header)
         header = offload._replace(

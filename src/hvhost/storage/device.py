@@ -217,11 +217,9 @@ class StorageController:
 
     def _buffers(self, packet: Packet, length: int) -> Sequence[memoryview]:
         """The guest's buffers: pages of one range or many, in order, of *length* bytes."""
-        memory, ranges = self._surface.memory, packet.ranges
-        if len(ranges) == 1:
-            views = ranges[0].views(memory)
-        else:
-            views = [view for item in ranges for view in item.views(memory)]
+        views: Sequence[memoryview] = ()
+        if packet.type is PacketType.DATA_USING_GPA_DIRECT:
+            views = packet.views(self._surface.memory)
         there = total(views)
         if there == length:
             return views

@@ -7,12 +7,13 @@ neither how much memory the host spends nor how many numbers it keeps.
 
 from __future__ import annotations
 
+import functools
 import struct
 from array import array
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from hvhost.errors import RemoteProtocolError
+from hvhost.errors import GuestMemoryError, RemoteProtocolError
 from hvhost.partition.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from hvhost.vmbus.saved import SavedGpadl
 
@@ -22,6 +23,10 @@ MAX_GPADLS: Final = 4096
 MAX_PAGES: Final = 1 << 20
 
 _RANGE = struct.Struct("<II")
+#: A range of one page.
+_PAGE_BUFFER_SIZE: Final = 16
+#: So many of them are looked at together; drivers name up to 32 (``MAX_PAGE_BUFFER_COUNT``).
+_MANY: Final = 64
 
 
 class GpaRange(NamedTuple):
@@ -45,17 +50,61 @@ class GpaRange(NamedTuple):
             first = pfns[0]
             if pfns == array("Q", range(first, first + count)):  # all in a row, seen at C's speed
                 length = min(left, count * PAGE_SIZE - offset)
-                return [memory.view((first << PAGE_SHIFT) + offset, length)] if left else []
+                return _run(memory, (first << PAGE_SHIFT) + offset, length) if left else []
         while index < count and left:
             start = index
             index += 1
             while index < count and pfns[index] == pfns[index - 1] + 1:
                 index += 1
             length = min(left, (index - start) * PAGE_SIZE - offset)
-            views.append(memory.view((pfns[start] << PAGE_SHIFT) + offset, length))
+            views += _run(memory, (pfns[start] << PAGE_SHIFT) + offset, length)
             left -= length
             offset = 0
         return views
+
+
+def _run(memory: GuestMemory, address: int, length: int) -> list[memoryview]:
+    """Neighbouring pages, as one view unless one region of RAM ends where another begins."""
+    try:
+        return [memory.view(address, length)]
+    except GuestMemoryError:
+        views = []
+        while length:
+            piece = min(length, PAGE_SIZE - address % PAGE_SIZE)
+            views.append(memory.view(address, piece))
+            address, length = address + piece, length - piece
+        return views
+
+
+@functools.lru_cache(maxsize=64)
+def _page_buffers(count: int) -> struct.Struct:
+    return struct.Struct("<" + count * "IIQ")
+
+
+def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:
+    """The views of :func:`parse_ranges`, all in a row, neighbours joined; its errors, and theirs.
+
+    Network drivers name each page in a range of its own (``struct hv_page_buffer``), and there are
+    many: those are looked at together.
+    """
+    if not 1 < count <= _MANY or len(data) - start != count * _PAGE_BUFFER_SIZE:
+        ranges = parse_ranges(data, count, start)
+        return [view for item in ranges for view in item.views(memory)]
+    views: list[memoryview] = []
+    address = end = 0
+    items = iter(_page_buffers(count).unpack_from(data, start))
+    for length, offset, pfn in zip(items, items, items, strict=True):
+        if not 0 < length <= PAGE_SIZE - offset:  # not within one page
+            ranges = parse_ranges(data, count, start)
+            return [view for item in ranges for view in item.views(memory)]
+        here = (pfn << PAGE_SHIFT) + offset
+        if here == end:
+            end += length
+            continue
+        if end:
+            views += _run(memory, address, end - address)
+        address, end = here, here + length
+    return views + _run(memory, address, end - address)
 
 
 def parse_ranges(data: bytes, count: int, start: int = 0) -> tuple[GpaRange, ...]:

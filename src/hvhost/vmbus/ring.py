@@ -28,7 +28,7 @@ from typing import Final, NamedTuple
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError
 from hvhost.partition.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
-from hvhost.vmbus.gpadl import GpaRange, pack_ranges, parse_ranges
+from hvhost.vmbus.gpadl import GpaRange, pack_ranges, parse_ranges, range_views
 from hvhost.wire import Buffer
 
 # struct hv_ring_buffer, in 32-bit words.
@@ -104,21 +104,43 @@ class Packet(NamedTuple):
     """One packet, wholly in host memory. A named tuple: one is made for every packet.
 
     ``payload`` includes the padding to 8 bytes (the wire does not say where it starts).
-    ``ranges`` is the guest memory a GPA-direct packet points at, ``transfer`` the header of a
-    transfer-page packet, ``header`` that of any other kind.
+    ``transfer`` is the header of a transfer-page packet, ``header`` that of any other kind.
     """
 
     type: PacketType
     flags: int
     transaction_id: int
     payload: bytes
-    ranges: tuple[GpaRange, ...] = ()
-    transfer: TransferPages | None = None
     header: bytes = b""
+    transfer: TransferPages | None = None
 
     @property
     def completion_requested(self) -> bool:
         return bool(self.flags & COMPLETION_REQUESTED)
+
+    @property
+    def ranges(self) -> tuple[GpaRange, ...]:
+        """What a GPA-direct packet points at, as it names it; none for any other.
+
+        :class:`RemoteProtocolError` if its list of pages is not one.
+        """
+        if self.type is not _GPA_DIRECT_TYPE:
+            return ()
+        return parse_ranges(self.header, self._range_count(), _GPA_DIRECT.size)
+
+    def views(self, memory: GuestMemory) -> list[memoryview]:
+        """The guest memory a GPA-direct packet points at, in order, neighbours joined; no copy.
+
+        :class:`RemoteProtocolError` if its list of pages is not one,
+        :class:`hvhost.errors.GuestMemoryError` if a page is not RAM.
+        """
+        return range_views(self.header, self._range_count(), _GPA_DIRECT.size, memory)
+
+    def _range_count(self) -> int:
+        if len(self.header) < _GPA_DIRECT.size:
+            raise RemoteProtocolError("a GPA-direct packet is shorter than its header.")
+        count: int = _GPA_DIRECT.unpack_from(self.header)[1]
+        return count
 
 
 def encode_packet(
@@ -156,22 +178,6 @@ def _parse_transfer_pages(header: bytes) -> TransferPages:
         )
     ranges = tuple(_TRANSFER_RANGE.iter_unpack(header[_TRANSFER_PAGES.size : end]))
     return TransferPages(pageset, owns, ranges)
-
-
-def _parse_packet(
-    kind: PacketType, flags: int, transaction_id: int, header: bytes, payload: bytes
-) -> Packet:
-    """A packet that carries more than a descriptor and a payload."""
-    if kind is _GPA_DIRECT_TYPE:
-        if len(header) < _GPA_DIRECT.size:
-            raise RemoteProtocolError("a GPA-direct packet is shorter than its header.")
-        count = _GPA_DIRECT.unpack_from(header)[1]
-        return Packet(
-            kind, flags, transaction_id, payload, parse_ranges(header, count, _GPA_DIRECT.size)
-        )
-    if kind is _TRANSFER_PAGES_TYPE:
-        return Packet(kind, flags, transaction_id, payload, transfer=_parse_transfer_pages(header))
-    return Packet(kind, flags, transaction_id, payload, header=header)
 
 
 class RingBuffer:
@@ -349,12 +355,13 @@ class IncomingRing:
             kind = _TYPES.get(number)
             if kind is None:
                 raise RemoteProtocolError(f"packet type {number:#x} is unknown.")
-            if offset8 == 2 and kind is not _GPA_DIRECT_TYPE and kind is not _TRANSFER_PAGES_TYPE:
-                packets.append(Packet(kind, flags, transaction_id, data[body:behind]))
+            header = data[position + _DESCRIPTOR.size : body]
+            payload = data[body:behind]
+            if kind is _TRANSFER_PAGES_TYPE:
+                transfer = _parse_transfer_pages(header)
+                packets.append(Packet(kind, flags, transaction_id, payload, b"", transfer))
             else:
-                header = data[position + _DESCRIPTOR.size : body]
-                payload = data[body:behind]
-                packets.append(_parse_packet(kind, flags, transaction_id, header, payload))
+                packets.append(Packet(kind, flags, transaction_id, payload, header))
             position = following
         return packets, position, 0
 

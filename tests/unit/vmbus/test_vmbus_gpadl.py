@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from array import array
 
 import pytest
@@ -11,7 +13,13 @@ from hypothesis import strategies as st
 from hvhost.errors import GuestMemoryError, RemoteProtocolError
 from hvhost.partition.memory import PAGE_SIZE, GuestMemory, MemoryRegion
 from hvhost.vmbus import gpadl
-from hvhost.vmbus.gpadl import GpadlTable, GpaRange, pack_ranges, parse_ranges
+from hvhost.vmbus.gpadl import (
+    GpadlTable,
+    GpaRange,
+    pack_ranges,
+    parse_ranges,
+    range_views,
+)
 
 PAGES = 64
 HIGH = 1 << 20  # page frame number of the second region
@@ -86,6 +94,74 @@ def test_views_cover_a_range_and_join_neighbours(
         assert sum(map(len, views)) == item.byte_count
         runs = sum(1 for a, b in zip(item.pfns, item.pfns[1:], strict=False) if b != a + 1)
         assert len(views) <= runs + 1
+
+
+#: Two regions that touch, as after memory was added, and one that does not.
+APART = ((0, 8), (8, 8), (HIGH, 8))
+CONTENT = {start: os.urandom(count * PAGE_SIZE) for start, count in APART}
+
+
+def touching() -> GuestMemory:
+    return GuestMemory(
+        [
+            MemoryRegion(start * PAGE_SIZE, memoryview(bytearray(CONTENT[start])))
+            for start, _ in APART
+        ]
+    )
+
+
+def content(pfn: int, offset: int, length: int) -> bytes:
+    (start,) = (start for start, count in APART if start <= pfn < start + count)
+    at = (pfn - start) * PAGE_SIZE + offset
+    return CONTENT[start][at : at + length]
+
+
+@st.composite
+def page_buffers(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """As drivers name them: (length, offset, pfn), mostly whole pages and often neighbours."""
+    items: list[tuple[int, int, int]] = []
+    for _ in range(draw(st.integers(1, 20))):
+        pfn = draw(st.integers(0, 15) | st.integers(HIGH, HIGH + 7))
+        near: bool = draw(st.booleans())
+        behind = items[-1][2] + 1 if items else -1
+        if near and any(start <= behind < start + count for start, count in APART):
+            pfn = behind
+        offset = draw(st.just(0) | st.integers(0, PAGE_SIZE - 1))
+        left = PAGE_SIZE - offset
+        items.append((draw(st.just(left) | st.integers(0, left)), offset, pfn))
+    return items
+
+
+@given(page_buffers())
+def test_pages_in_ranges_of_their_own_are_joined(items: list[tuple[int, int, int]]) -> None:
+    data = b"before.." + b"".join(struct.pack("<IIQ", *item) for item in items)
+    if any(length == offset == 0 for length, offset, _ in items):
+        return  # such a range has no page
+    views = range_views(data, len(items), 8, touching())
+    assert b"".join(views) == b"".join(content(pfn, at, size) for size, at, pfn in items)
+    starts = [(pfn << 12) + at for _, at, pfn in items]
+    ends = [(pfn << 12) + at + size for size, at, pfn in items]
+    runs = 1 + sum(a != b for a, b in zip(ends, starts[1:], strict=False))
+    if all(size for size, _, _ in items) and not {7, 8} <= {pfn for _, _, pfn in items}:
+        assert len(views) == runs
+
+
+@pytest.mark.parametrize("bad", [(1, 0, 16), (16, PAGE_SIZE - 8, 15), (1, 0, 2**64 - 1)])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_page_that_is_not_ram_spoils_the_list(bad: tuple[int, int, int], place: int) -> None:
+    items = [(PAGE_SIZE, 0, 14), (PAGE_SIZE, 0, 15)]
+    items.insert(place, bad)
+    data = b"".join(struct.pack("<IIQ", *item) for item in items)
+    with pytest.raises(RemoteProtocolError):
+        range_views(data, 3, 0, touching())
+
+
+def test_pages_behind_each_other_in_two_regions_are_two_views() -> None:
+    whole = CONTENT[0][-PAGE_SIZE:] + CONTENT[8][:PAGE_SIZE]
+    (item,) = parse_ranges(struct.pack("<IIQQ", 2 * PAGE_SIZE - 16, 8, 7, 8), 1)
+    assert b"".join(item.views(touching())) == whole[8:-8]
+    mixed = a_range(3 * PAGE_SIZE, 0, [7, 8, 3])
+    assert b"".join(mixed.views(touching())) == whole + content(3, 0, PAGE_SIZE)
 
 
 @pytest.mark.parametrize(

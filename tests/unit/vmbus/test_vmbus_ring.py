@@ -87,7 +87,7 @@ def packets(draw: st.DrawFn) -> Packet:
             pfn = st.integers(0, 2**64 - 1)  # only checked when used
             pfns = draw(st.lists(pfn, min_size=pages, max_size=pages))
             ranges.append(GpaRange(count, offset, array("Q", pfns)))
-        return Packet(kind, flags, number, payload, ranges=tuple(ranges))
+        return Packet(kind, flags, number, payload, gpa_direct_header(tuple(ranges)))
     if kind is PacketType.DATA_USING_XFER_PAGES:
         pairs = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
         transfer = TransferPages(
@@ -101,11 +101,7 @@ def packets(draw: st.DrawFn) -> Packet:
 
 
 def encoded(packet: Packet) -> bytes:
-    header = packet.header
-    if packet.type is PacketType.DATA_USING_GPA_DIRECT:
-        header = gpa_direct_header(packet.ranges)
-    elif packet.transfer is not None:
-        header = packet.transfer.pack()
+    header = packet.header if packet.transfer is None else packet.transfer.pack()
     return encode_packet(packet.type, packet.flags, packet.transaction_id, packet.payload, header)
 
 
@@ -200,13 +196,6 @@ DESCRIPTOR = struct.Struct("<HHHHQ")
         (DESCRIPTOR.pack(6, 2, 0xFFFF, 0, 0), "packet of 524280 bytes"),
         (DESCRIPTOR.pack(0, 2, 2, 0, 0), "packet type 0x0 is unknown"),
         (DESCRIPTOR.pack(14, 2, 2, 0, 0), "packet type 0xe is unknown"),
-        (DESCRIPTOR.pack(9, 2, 2, 0, 0), "GPA-direct packet is shorter"),
-        (DESCRIPTOR.pack(9, 3, 3, 0, 0) + struct.pack("<II", 0, 1), "range 0 of 1 is missing"),
-        (DESCRIPTOR.pack(9, 4, 4, 0, 0) + struct.pack("<IIII", 0, 1, 1, 0), "needs 1 page"),
-        (
-            DESCRIPTOR.pack(9, 4, 4, 0, 0) + struct.pack("<IIII", 0, 1, 0, PAGE_SIZE),
-            "behind its first page",
-        ),
         (DESCRIPTOR.pack(7, 2, 2, 0, 0), "transfer-page packet is shorter"),
         (DESCRIPTOR.pack(7, 3, 3, 0, 0) + struct.pack("<HBBI", 1, 0, 0, 1), "announces 1 ranges"),
     ],
@@ -218,6 +207,30 @@ def test_an_impossible_packet_is_named(layout: list[int], packet: bytes, why: st
     rings.put(packet)
     with pytest.raises(RemoteProtocolError, match=why):
         incoming.read_batch()
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (b"", "GPA-direct packet is shorter"),
+        (struct.pack("<II", 0, 1), "range 0 of 1 is missing"),
+        (struct.pack("<II", 0, 2) + bytes(8), "range 1 of 2 is missing"),
+        (struct.pack("<IIII", 0, 1, 1, 0), "needs 1 page"),
+        (struct.pack("<IIII", 0, 1, 0, PAGE_SIZE), "behind its first page"),
+    ],
+)
+def test_an_impossible_list_of_pages_is_named(header: bytes, why: str) -> None:
+    rings = Rings(IN_A_ROW)
+    rings.put(encode_packet(9, 0, 0, b"", header))
+    (packet,) = IncomingRing(rings.ring).read_batch()
+    with pytest.raises(RemoteProtocolError, match=why):
+        packet.views(rings.memory)
+    with pytest.raises(RemoteProtocolError, match=why):
+        packet.ranges  # noqa: B018
+
+
+def test_only_gpa_direct_packets_point_at_memory() -> None:
+    assert Packet(PacketType.DATA_INBAND, 0, 0, b"", struct.pack("<IIII", 0, 1, 0, 0)).ranges == ()
 
 
 @pytest.mark.parametrize("value", [4, SIZE, SIZE + 8, 2**32 - 8])
