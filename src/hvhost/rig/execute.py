@@ -7,6 +7,7 @@ VMMs, run on computers without hardware virtualization.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import shlex
@@ -26,6 +27,10 @@ from hvhost.rig import image, qemu
 
 DEFAULT_MEMORY_MIB = 4096
 SCRIPT = Path(__file__).with_name("execute.sh")
+START_SECONDS = 300.0
+"""How long the host may take until the command starts; a busy computer needs minutes."""
+START_ATTEMPTS = 2
+_CONNECT_SECONDS = 30.0
 _STARTED = b"started\n"
 STREAMS = ("stdin", "stdout", "stderr", "status")
 _MODULES = dict.fromkeys(
@@ -77,15 +82,24 @@ def _arguments(kernel: Path, initrd: Path, directory: Path, memory_mib: int) -> 
     return arguments
 
 
+class _NotStartedError(HvHostError):
+    """The host hangs and the command was not begun: another try does nothing twice."""
+
+
 class _Streams:
     """The command's streams, relayed between QEMU's sockets and ours until its status comes."""
 
     def __init__(self, connections: dict[str, socket.socket]) -> None:
         self._connections = connections
+        self._started = False
         self._status = b""
 
     def relay(self, process: subprocess.Popen[bytes], console: Path) -> int:
-        """Until the command ends; its exit status."""
+        """Until the command ends; its exit status. :class:`_NotStartedError` if it does not begin.
+
+        A command may take as long as it likes, so only the way to its start has a limit.
+        """
+        start_by = time.monotonic() + START_SECONDS
         selector = selectors.DefaultSelector()
         for name in ("stdout", "stderr", "status"):
             selector.register(self._connections[name], selectors.EVENT_READ, name)
@@ -99,9 +113,11 @@ class _Streams:
             if deadline is not None and time.monotonic() >= deadline:
                 return int(self._status)
             if process.poll() is not None:
-                last = console.read_text(errors="replace").strip().splitlines()[-1:]
-                raise HvHostError(
-                    "the rig ended before the command did: " + (last[0] if last else "no output")
+                raise HvHostError(f"the rig ended before the command did: {_last_line(console)}")
+            if not self._started and not self._status and time.monotonic() > start_by:
+                raise _NotStartedError(
+                    f"the rig hangs: after {START_SECONDS:.0f} s it had not started the command; "
+                    f"its last line is: {_last_line(console)}"
                 )
 
     def _take_stdin(self, selector: selectors.DefaultSelector) -> None:
@@ -133,12 +149,52 @@ class _Streams:
         elif name == "status":
             if data.startswith(_STARTED):
                 data = data.removeprefix(_STARTED)
+                self._started = True
                 self._take_stdin(selector)
             self._status += data
         else:
             target = sys.stdout if name == "stdout" else sys.stderr
             target.buffer.write(data)
             target.buffer.flush()
+
+
+def _last_line(console: Path) -> str:
+    last = console.read_text(errors="replace").strip().splitlines()[-1:]
+    return last[0] if last else "no output"
+
+
+def _attempt(kernel: Path, base: Path, script: str, memory_mib: int) -> int:
+    """One software KVM host, from its start to the *script*'s exit status."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hvhost-exec-") as name,
+        contextlib.ExitStack() as open_,
+    ):
+        directory = Path(name)
+        initrd = directory / "initrd"
+        initrd.write_bytes(
+            base.read_bytes() + cpio.archive([cpio.file("command", script.encode())])
+        )
+        listeners = {}
+        for stream in STREAMS:
+            listeners[stream] = open_.enter_context(socket.socket(socket.AF_UNIX))
+            listeners[stream].bind(str(directory / stream))
+            listeners[stream].listen(1)
+            listeners[stream].settimeout(_CONNECT_SECONDS)
+        console = directory / "console"
+        with console.open("wb") as output:
+            process = qemu.start(_arguments(kernel, initrd, directory, memory_mib), stdout=output)
+        try:
+            try:
+                connections = {
+                    stream: open_.enter_context(listeners[stream].accept()[0]) for stream in STREAMS
+                }
+            except TimeoutError:
+                reason = console.read_text(errors="replace").strip()
+                raise HvHostError(f"QEMU did not start: {reason or 'it said nothing'}") from None
+            return _Streams(connections).relay(process, console)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def execute(
@@ -150,35 +206,15 @@ def execute(
     """Run *command* in a software KVM host; its exit status.
 
     It sees this computer's files and may change its own view of them; the changes are gone with
-    it. :class:`HvHostError` when the host does not come up or dies.
+    it. :class:`HvHostError` when the host does not come up or dies; one that hangs before it has
+    begun the command is given up for another.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # clean up first
     kernel, base = _base_image(progress)
-    with tempfile.TemporaryDirectory(prefix="hvhost-exec-") as name:
-        directory = Path(name)
-        script = command_script(command, str(Path.cwd()), dict(os.environ))
-        initrd = directory / "initrd"
-        initrd.write_bytes(
-            base.read_bytes() + cpio.archive([cpio.file("command", script.encode())])
-        )
-        listeners = {}
-        for stream in STREAMS:
-            listeners[stream] = socket.socket(socket.AF_UNIX)
-            listeners[stream].bind(str(directory / stream))
-            listeners[stream].listen(1)
-            listeners[stream].settimeout(30)
-        console = directory / "console"
-        with console.open("wb") as output:
-            process = qemu.start(_arguments(kernel, initrd, directory, memory_mib), stdout=output)
+    script = command_script(command, str(Path.cwd()), dict(os.environ))
+    for _ in range(1, START_ATTEMPTS):
         try:
-            try:
-                connections = {stream: listeners[stream].accept()[0] for stream in STREAMS}
-            except TimeoutError:
-                reason = console.read_text(errors="replace").strip()
-                raise HvHostError(f"QEMU did not start: {reason or 'it said nothing'}") from None
-            return _Streams(connections).relay(process, console)
-        finally:
-            process.kill()
-            process.wait()
-            for listener in listeners.values():
-                listener.close()
+            return _attempt(kernel, base, script, memory_mib)
+        except _NotStartedError as error:
+            progress(f"{error}; trying again")
+    return _attempt(kernel, base, script, memory_mib)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from hvhost.errors import HvHostError
-from hvhost.rig import execute
+from hvhost.rig import execute, qemu
 
 
 class Emulator:
@@ -91,6 +95,97 @@ def test_a_rig_that_ends_first_is_told_by_its_last_line(emulator: Emulator) -> N
     emulator.far["status"].sendall(b"started\n")
     with pytest.raises(HvHostError, match="ended before the command did: Kernel panic"):
         emulator.relay()
+
+
+def test_a_rig_that_hangs_before_the_command_is_told(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "START_SECONDS", 0.1)
+    with pytest.raises(HvHostError) as caught:
+        emulator.relay()
+    assert str(caught.value) == (
+        "the rig hangs: after 0 s it had not started the command; its last line is: Kernel panic"
+    )
+
+
+def test_a_command_that_has_begun_has_no_limit(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "START_SECONDS", 0.5)
+    emulator.far["status"].sendall(b"started\n")
+    late = threading.Timer(1.5, emulator.far["status"].sendall, [b"0\n"])  # a look takes 1 s
+    late.start()
+    assert emulator.relay() == 0
+    late.join()
+
+
+class Emulators:
+    """In the place of QEMU: *hanging* ones connect and say nothing, the next runs the command."""
+
+    def __init__(self, hanging: int) -> None:
+        self.hanging = hanging
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.sockets: list[socket.socket] = []
+
+    def start(self, arguments: list[str], stdout: IO[bytes]) -> subprocess.Popen[bytes]:
+        stdout.write(b"booting\n")
+        stdout.flush()
+        for stream in execute.STREAMS:
+            (path,) = re.findall(f"id={stream},path=(\\S+)", " ".join(arguments))
+            self.sockets.append(socket.socket(socket.AF_UNIX))
+            self.sockets[-1].connect(path)
+        if len(self.started) >= self.hanging:
+            self.sockets[-1].sendall(b"started\n4\n")  # the status is the last
+        self.started.append(subprocess.Popen(["/bin/sleep", "600"]))
+        return self.started[-1]
+
+    def close(self) -> None:
+        for each in self.sockets:
+            each.close()
+
+
+Play = Callable[[int], tuple[Emulators, list[str], Callable[[], int]]]
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
+    """Runs a command where so many emulators hang: they, what is told, and the run."""
+    made: list[Emulators] = []
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def begin(hanging: int) -> tuple[Emulators, list[str], Callable[[], int]]:
+        (tmp_path / "base").write_bytes(b"")
+        made.append(Emulators(hanging))
+        told: list[str] = []
+        monkeypatch.setattr(execute, "_base_image", lambda _: (tmp_path, tmp_path / "base"))
+        monkeypatch.setattr(qemu, "start", made[-1].start)
+        monkeypatch.setattr(execute, "START_SECONDS", 0.1)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        return made[-1], told, lambda: execute.execute(["true"], progress=told.append)
+
+    yield begin
+    signal.signal(signal.SIGTERM, handler)
+    for each in made:
+        each.close()
+
+
+@pytest.mark.usefixtures("capsysbinary")
+def test_a_rig_that_hung_is_ended_and_another_runs_the_command(play: Play, tmp_path: Path) -> None:
+    emulators, told, run = play(1)
+    assert run() == 4
+    (line,) = told
+    assert line.startswith("the rig hangs") and line.endswith("booting; trying again")
+    assert [each.poll() for each in emulators.started] == [-signal.SIGKILL] * 2
+    assert not [*tmp_path.glob("hvhost-exec-*")]
+
+
+def test_rigs_that_all_hang_are_a_sentence_and_leave_nothing(play: Play, tmp_path: Path) -> None:
+    emulators, told, run = play(9)
+    with pytest.raises(HvHostError, match="the rig hangs"):
+        run()
+    assert len(told) + 1 == len(emulators.started) == execute.START_ATTEMPTS
+    assert all(each.poll() == -signal.SIGKILL for each in emulators.started)
+    assert not [*tmp_path.glob("hvhost-exec-*")]
 
 
 def test_standard_input_goes_to_the_command_from_its_start_on(
