@@ -91,12 +91,22 @@ def delete(switch: Switch) -> None:
 def list_switches(json: Json = False) -> None:
     """List the switches, their ports, and the addresses heard behind each port."""
     from hvhost.cli import output
-    from hvhost.network.switch_client import info, switch_names
+    from hvhost.network.switch_client import survey
 
-    found = [info(name) for name in switch_names()]
+    found, silent = survey()
     if json:
         output.print_json(found)
-        return
+    else:
+        _print_switches(found)
+    for sentence in silent:
+        print(f"hvhost: {sentence}", file=sys.stderr)
+    if silent:
+        raise typer.Exit(1)
+
+
+def _print_switches(found: list[dict[str, Any]]) -> None:
+    from hvhost.cli import output
+
     rows = output.table("SWITCH", "PORT", "VLAN", "IN", "OUT", "DROPPED", "ADDRESSES")
     for each in found:
         leases = each["leases"]

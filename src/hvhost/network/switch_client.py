@@ -163,6 +163,21 @@ def info(name: str) -> dict[str, Any]:
     return answer
 
 
+def survey() -> tuple[list[dict[str, Any]], list[str]]:
+    """What each switch that runs says of itself; and of those that say nothing, why.
+
+    One that was killed is none, though its socket is still there.
+    """
+    found, silent = [], []
+    for name in switch_names():
+        try:
+            found.append(info(name))
+        except HvHostError as error:
+            if not isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+                silent.append(str(error))
+    return found, silent
+
+
 def check_port(name: str, port: str) -> None:
     """:class:`HvHostError` unless the switch *name* answers and has that port, or *port* is ''."""
     ports = [str(each["name"]) for each in info(name)["ports"]]

@@ -145,6 +145,26 @@ def test_the_list_has_a_line_for_each_port_and_address(hvhost: Hvhost, lan: None
     assert json.loads(hvhost("net", "ls", "--json").out) == [LAN]
 
 
+def test_a_switch_that_says_nothing_hides_no_other(
+    hvhost: Hvhost, lan: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(name: str) -> dict[str, Any]:
+        if name == "killed":
+            raise HvHostError("there is no switch 'killed'.") from ConnectionRefusedError()
+        if name == "deaf":
+            raise HvHostError("the switch 'deaf' has not answered.") from TimeoutError()
+        return LAN
+
+    monkeypatch.setattr(switch_client, "info", info)
+    monkeypatch.setattr(switch_client, "switch_names", lambda: ["deaf", "killed", "lan"])
+    for words in (("net", "ls"), ("net", "ls", "--json")):
+        said = hvhost(*words)
+        assert said.status == 1 and said.err == "hvhost: the switch 'deaf' has not answered.\n"
+        assert "uplink" in said.out
+    monkeypatch.setattr(switch_client, "switch_names", lambda: ["killed", "lan"])
+    assert (hvhost("net", "ls").status, hvhost("net", "ls").err) == (0, "")
+
+
 def test_a_capture_of_no_port_leaves_its_file_alone(
     hvhost: Hvhost, lan: None, tmp_path: Path
 ) -> None:

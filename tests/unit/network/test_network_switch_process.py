@@ -342,6 +342,8 @@ def test_a_switch_that_was_killed_is_none(switch: str) -> None:
         listener.bind(str(path))
     with pytest.raises(HvHostError, match=r"no switch 'gone' \(there are: lan\)"):
         switch_client.info("gone")
+    found, silent = switch_client.survey()
+    assert [each["name"] for each in found] == ["lan"] and silent == []
 
 
 def test_a_switch_that_does_not_answer(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +355,11 @@ def test_a_switch_that_does_not_answer(switch: str, monkeypatch: pytest.MonkeyPa
         listener.listen()
         with pytest.raises(HvHostError, match=r"'deaf' has not answered for 0\.05 seconds; .*/pid"):
             switch_client.info("deaf")
+        monkeypatch.setattr(
+            switch_client, "_ANSWER_SECONDS", 1.0
+        )  # of the other, on a busy computer
+        found, (sentence,) = switch_client.survey()
+        assert [each["name"] for each in found] == ["lan"] and "'deaf' has not answered" in sentence
     with pytest.raises(HvHostError, match="cannot be spoken to: AF_UNIX path too long"):
         switch_client.info("x" * 200)
 
