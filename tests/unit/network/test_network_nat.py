@@ -24,7 +24,7 @@ from hvhost.machine.loop import Loop
 from hvhost.network import nat, switch_client
 from hvhost.network.config import AdapterConfig, PortForward, parse_uplink
 from hvhost.network.frame import NO_OFFLOAD
-from hvhost.network.namespace import open_namespace
+from hvhost.network.namespace import inside, open_namespace
 from hvhost.network.nat import GATEWAY_MAC, HEAD_SIZE, NatWire, for_gateway
 from hvhost.network.passt import Lease
 from hvhost.network.switch_client import Hello, SwitchConfig
@@ -358,6 +358,67 @@ def test_two_kernels_on_one_switch_reach_this_computer_and_each_other(
     assert kernels[0].do("ping", to=addresses[1], timeout=5.0)["answers"] == 1
     neighbours = kernels[0].command("ip", "neighbor", "show", addresses[1])
     assert GATEWAY_MAC.hex(":") not in neighbours, "it was the neighbour who answered"
+
+
+# Says once what it is and what it was told, to a client of each protocol.
+SERVER = """
+import socket
+stream, datagrams = (
+    socket.socket(socket.AF_INET, kind) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+)
+for server, port in ((stream, 22), (datagrams, 53)):
+    server.settimeout(60)
+    server.bind(("0.0.0.0", port))
+stream.listen()
+print("ready", flush=True)
+client, _ = stream.accept()
+client.sendall(b"tcp " + client.recv(100))
+client.close()
+said, client = datagrams.recvfrom(100)
+datagrams.sendto(b"udp " + said, client)
+"""
+
+
+def free_port(kind: socket.SocketKind) -> int:
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not on this computer")
+def test_ports_of_this_computer_lead_to_the_machine_that_came_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of TCP and those of UDP, each into a kernel behind the switch."""
+    monkeypatch.setenv("HVHOST_RUNTIME_DIR", str(tmp_path))
+    tcp_port, udp_port = free_port(socket.SOCK_STREAM), free_port(socket.SOCK_DGRAM)
+    try:
+        namespace = open_namespace([("tap0", "")])
+    except HvHostError as error:
+        pytest.skip(str(error))
+    uplink = parse_uplink(f"nat,forward={tcp_port}:22+udp:{udp_port}:53")
+    switch_client.start(SwitchConfig("lan", uplink))
+    try:
+        switch_client.attach("lan", Hello("tap", "port1"), namespace.descriptors[0])
+        kernel = Witness(namespace.pid)
+        got = lease(kernel)
+        kernel.command("ip", "address", "add", f"{got['address']}/24", "dev", "tap0")
+        kernel.command("ip", "route", "add", "default", "via", got["gateway"])
+        words = inside(namespace.pid, [sys.executable, "-c", SERVER])
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None and server.stdout.readline() == "ready\n"
+            with socket.create_connection(("127.0.0.1", tcp_port), 20) as stream:
+                stream.sendall(b"hello")
+                assert stream.recv(100) == b"tcp hello"
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+                datagrams.settimeout(20)
+                datagrams.sendto(b"hello", ("127.0.0.1", udp_port))
+                assert datagrams.recv(100) == b"udp hello"
+            assert server.wait(20) == 0
+    finally:
+        switch_client.stop("lan")
+        namespace.close()
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not on this computer")
