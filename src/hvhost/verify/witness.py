@@ -165,7 +165,7 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     """What arrives on *interface*, from *sender* if given, as an AF_PACKET socket sees it.
 
     Sizes without the Ethernet header; ``csum_not_ready`` counts frames whose checksum the sender
-    left to whoever needs it; tags as the VLANs heard, with how often.
+    left to whoever needs it; tags as the VLANs heard, with how often, and the priorities of each.
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     sock.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
@@ -175,6 +175,7 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     frames = large = unready = fragments = 0
     largest = 0
     tags: Counter[int] = Counter()
+    priorities: dict[int, set[int]] = {}
     deadline = time.monotonic() + seconds
     with sock:
         while (left := deadline - time.monotonic()) > 0:
@@ -193,6 +194,7 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
                     unready += bool(status & TP_STATUS_CSUMNOTREADY)
                     if status & TP_STATUS_VLAN_VALID:
                         tags[tag & 0xFFF] += 1
+                        priorities.setdefault(tag & 0xFFF, set()).add(tag >> 13)
             size -= 14
             largest = max(largest, size)
             large += size > 60_000
@@ -205,6 +207,7 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
         "csum_not_ready": unready,
         "fragments": fragments,
         "tags": {str(vlan): count for vlan, count in tags.items()},
+        "priorities": {str(vlan): sorted(heard) for vlan, heard in priorities.items()},
     }
 
 

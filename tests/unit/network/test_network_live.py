@@ -209,6 +209,24 @@ def test_kernels_that_may_not_reach_each_other_do_not(lan: Lan, options: tuple[s
     assert one.reaches(like_one.address)
 
 
+def test_a_tag_keeps_its_priority_from_trunk_to_trunk(lan: Lan) -> None:
+    """What row vlan hears of a guest's 802.1p priorities."""
+    ports = [Hello("tap", f"trunk{number}", trunk=(20, 30)) for number in range(2)]
+    ports.append(Hello("tap", "access", vlan=20))
+    one, two, access = (
+        lan.member(f"10.77.0.{number}", port) for number, port in enumerate(ports, 1)
+    )
+    watch = two.witness.begin("watch", interface="tap0", seconds=60, sender="02:00:00:00:f1:00")
+    head = "ff" * 6 + "02000000f100"
+    for tag in (5 << 13 | 20, 0 << 13 | 20, 7 << 13 | 30):
+        one.witness.do("inject", interface="tap0", frame=f"{head}8100{tag:04x}1234" + "00" * 46)
+    access.witness.do("inject", interface="tap0", frame=f"{head}1234" + "00" * 46)
+    assert two.reaches(one.address), "all of it has arrived"
+    seen = watch.result()
+    assert seen["tags"] == {"20": 3, "30": 1}
+    assert seen["priorities"] == {"20": [0, 5], "30": [7]}
+
+
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "network.md"
 
 

@@ -22,6 +22,8 @@ from hvhost.verify.session import Session
 from hvhost.verify.wire import Witness, find_interface
 
 TEN, TWENTY, THIRTY = "10.10.0", "10.20.0", "10.30.0"
+#: What the guest is told to give its frames of VLAN 20: IEEE 802.1p's class for video.
+_PRIORITY = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +122,26 @@ def _trunk(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
         watcher = room.trunk.begin("watch", interface="tap0", seconds=60, sender=mac)
         run(
             probe,
+            f"vconfig set_egress_map {interface}.20 0 {_PRIORITY} > /dev/null; "
             f"arping -q -c 2 -I {interface}.20 {TWENTY}.7 || true",
         )
         _expect(probe, f"{THIRTY}.1", False, "VLAN interface 30, which the port does not allow,")
         seen = watcher.result()
         if "20" not in seen["tags"] or "30" in seen["tags"]:
             raise RowFailed(f"on the other trunk port, tags {seen['tags']} were heard")
+        if _PRIORITY not in seen["priorities"]["20"]:
+            raise RowFailed(
+                f"the guest gave its frames of VLAN 20 priority {_PRIORITY}, on the other trunk "
+                f"port they had {seen['priorities']['20']}"
+            )
         offload = run(probe, f"ethtool -k {interface} | grep vlan-offload")
         for vlan in (10, 20, 30):
             run(probe, f"vconfig rem {interface}.{vlan} > /dev/null")
     yield (
         "trunk port 10, 20: VLAN interfaces of the guest reach the peer of their own VLAN only; "
-        f"the other trunk port heard tags {', '.join(seen['tags'])}, never 30, which is not in "
-        f"the list ({' '.join(offload.split())})"
+        f"the other trunk port heard tags {', '.join(seen['tags'])}, 20 with the priority "
+        f"{_PRIORITY} that the guest gave it, never 30, which is not in the list "
+        f"({' '.join(offload.split())})"
     )
     with _plugged(session, probe, nic) as (interface, _):
         run(probe, f"ip addr add {TEN}.2/24 dev {interface}")
