@@ -63,7 +63,7 @@ def _measure(size: int, batch: int) -> tuple[float, float, float, float]:
     from simulated.frames import tcp
     from simulated.netvsc import MAC, PEER, NetvscDriver, nvsp, rndis_packet
 
-    driver, sockets = NetvscDriver(receive_buffer=512), _Sockets()
+    driver, sockets = NetvscDriver(sections=128), _Sockets()
     driver.adapter.wire = sockets.wire
     driver.start()
     (channel,) = driver.guest.server.channels
@@ -131,7 +131,7 @@ def _merged(batch: int) -> tuple[float, float]:
     from simulated.frames import tcp
     from simulated.netvsc import MAC, PEER, NetvscDriver
 
-    driver, sockets = NetvscDriver(receive_buffer=1024), _Sockets()
+    driver, sockets = NetvscDriver(sections=256), _Sockets()
     driver.adapter.wire = sockets.wire
     driver.start()
     payload = os.urandom(1448)

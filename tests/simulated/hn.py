@@ -57,7 +57,7 @@ class HnDriver:
         versions: Sequence[int] = HN_NVS_VERSIONS,
         message_size: int = 40,
         offload_size: int = NDIS_OFFLOAD_SIZE,
-        rxbuf_size: int = 1 << 20,
+        rxbuf_size: int = 4 << 20,
         chim_size: int = 96 * PAGE_SIZE,
         ring_pages: int = 8,
         rsc: bool = False,

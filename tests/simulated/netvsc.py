@@ -9,6 +9,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass, field
 
+from hvhost.network.buffers import SECTION_SIZE
 from hvhost.network.device import NetworkAdapter
 from hvhost.partition.memory import PAGE_SIZE
 from simulated.driver import GuestChannel, GuestPacket, SimulatedGuest
@@ -16,7 +17,8 @@ from simulated.driver import GuestChannel, GuestPacket, SimulatedGuest
 MAC = bytes.fromhex("00155d010203")
 PEER = bytes.fromhex("00155d0a0b0c")
 NO_OFFLOAD = bytes(10)
-RECEIVE_PAGES = 128
+#: Sections of the receive buffer.
+RECEIVE_SECTIONS = 32
 SEND_PAGES = 32
 SEND_SECTION = 6144
 
@@ -83,12 +85,12 @@ class NetvscDriver:
         queues: int = 1,
         may_spoof: bool = False,
         processors: int = 4,
-        receive_buffer: int = RECEIVE_PAGES,
+        sections: int = RECEIVE_SECTIONS,
         ring_pages: tuple[int, int] = (17, 5),
     ) -> None:
         """*ring_pages* of each ring: of the first channel, and of the others."""
-        self.guest = SimulatedGuest(pages=384 + receive_buffer // 2, processors=processors)
-        self.receive_buffer = receive_buffer
+        self.receive_buffer = sections * SECTION_SIZE // PAGE_SIZE
+        self.guest = SimulatedGuest(pages=384 + self.receive_buffer // 2, processors=processors)
         self.ring_pages = ring_pages
         self.wire = RecordingWire()
         self.adapter = NetworkAdapter(

@@ -14,8 +14,13 @@ from hvhost.vmbus.gpadl import Gpadl
 
 #: Bytes at the start of a section for everything that comes before the frame.
 HEADROOM: Final = 112
-#: A section holds a quarter of the largest frame, and a frame of the usual size whole.
-SECTION_SIZE: Final = 16384
+#: A section holds the largest frame, in whole pages: one that another kernel left in one piece
+#: lies in one place, with one header.
+SECTION_SIZE: Final = -(-(HEADROOM + frame.FRAME_LIMIT) // 4096) * 4096
+#: Sections of the receive buffer that frames leave to control messages.
+KEPT_FREE: Final = 1
+#: Sections for a frame of 64 KiB in segments of 1,448 bytes.
+_SEGMENTS: Final = 47
 #: Section size of the send buffer; Linux makes it of so many times this size.
 SEND_SECTION_SIZE: Final = 6144
 _PAGE = 4096
@@ -102,24 +107,19 @@ class ReceiveBuffer:
     a frame may fill of it, from ``HEADROOM`` on; ``starts`` its first bytes, with all headers.
     """
 
-    def __init__(self, gpadl: Gpadl, memory: GuestMemory, mtu: int) -> None:
+    def __init__(self, gpadl: Gpadl, memory: GuestMemory) -> None:
         span = span_of(gpadl, memory)
-        largest = mtu + HEADROOM + 32
-        self.section_size = max(SECTION_SIZE, -(-largest // _PAGE) * _PAGE)
-        self.count = min(span.length // self.section_size, MAXIMUM_SECTIONS)
-        # A frame of 64 KiB must fit, and something besides.
-        self.sections_per_frame = -(-(65536 + 32) // (self.section_size - HEADROOM))
-        if self.count <= self.sections_per_frame:
+        self.count = min(span.length // SECTION_SIZE, MAXIMUM_SECTIONS)
+        if self.count <= KEPT_FREE:
             raise RemoteProtocolError(
                 f"a receive buffer of {span.length} bytes holds {self.count} sections of "
-                f"{self.section_size}, which is too few."
+                f"{SECTION_SIZE}, which is too few."
             )
-        self.capacity = self.section_size - HEADROOM
         self.heads: list[memoryview] = []
         self.bodies: list[list[memoryview]] = []
         self.starts: list[memoryview] = []
         for number in range(self.count):
-            views = span.slice(number * self.section_size, self.section_size)
+            views = span.slice(number * SECTION_SIZE, SECTION_SIZE)
             if len(views[0]) < _PAGE:
                 raise RemoteProtocolError("a receive buffer does not start at a page.")
             self.heads.append(views[0][:_PAGE])
@@ -128,6 +128,13 @@ class ReceiveBuffer:
         self.free: list[int] = list(range(self.count))
         self._lent: dict[int, tuple[int, ...]] = {}
         self._transaction = 0
+
+    def kept_free(self, merging: bool) -> int:
+        """How many sections must be left before a frame is read.
+
+        For a guest that does not take segments merged, one frame becomes many.
+        """
+        return KEPT_FREE if merging else min(_SEGMENTS, self.count // 2)
 
     def lend(self, sections: Iterable[int]) -> int:
         """A transaction id under which the guest will give *sections*, taken off ``free``, back."""

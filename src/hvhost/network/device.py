@@ -22,7 +22,13 @@ from typing import Final, Protocol
 
 from hvhost.errors import RemoteProtocolError
 from hvhost.network import protocol, rndis, transmit
-from hvhost.network.buffers import SEND_SECTION_SIZE, ReceiveBuffer, SendBuffer, Span
+from hvhost.network.buffers import (
+    SECTION_SIZE,
+    SEND_SECTION_SIZE,
+    ReceiveBuffer,
+    SendBuffer,
+    Span,
+)
 from hvhost.network.control import ControlSide
 from hvhost.network.protocol import (
     NETVSC_INVALID_INDEX,
@@ -371,13 +377,12 @@ class NetworkAdapter:
         if body.id != NETVSC_RECEIVE_BUFFER_ID:
             raise RemoteProtocolError(f"a receive buffer came as number {body.id:#x}.")
         gpadl = self._channel.gpadl(body.gpadl_handle)
-        buffer = ReceiveBuffer(gpadl, self._memory, self.state.mtu)
+        buffer = ReceiveBuffer(gpadl, self._memory)
         self._receive_buffer = buffer
         self._receiver = Receiver(self.state, buffer, self._deliver, self._flush)
         self.state.receive_buffer = body.gpadl_handle
-        size = buffer.section_size
         return protocol.SendReceiveBufferComplete(
-            Status.SUCCESS, 1, 0, size, buffer.count, size * buffer.count
+            Status.SUCCESS, 1, 0, SECTION_SIZE, buffer.count, SECTION_SIZE * buffer.count
         )
 
     def _finish_waiting(self) -> None:
@@ -483,7 +488,7 @@ class NetworkAdapter:
         state, buffer = self.state, self._receive_buffer
         read = buffer is not None and (
             not (state.link and state.filter)  # what nobody listens to is lost
-            or (len(buffer.free) > buffer.sections_per_frame and not self._blocked)
+            or (len(buffer.free) > buffer.kept_free(state.merging) and not self._blocked)
         )
         wanted = read, bool(self._waiting)
         if wanted != self._watching:

@@ -1,6 +1,6 @@
 """Frames from the wire into a guest's receive buffer.
 
-A frame is read from the wire straight into sections of the buffer; only its first bytes are
+A frame is read from the wire straight into a section of the buffer; only its first bytes are
 looked at, in a copy. What stands before it (the RNDIS header and per-packet information) is
 written into the room left for it in front. TCP segments that follow each other stay in the
 sections they were read into and are handed over as one frame, if the guest wants that. Frames that
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from hvhost.network import frame, rndis
-from hvhost.network.buffers import HEADROOM, ReceiveBuffer
+from hvhost.network.buffers import HEADROOM, KEPT_FREE, SECTION_SIZE, ReceiveBuffer
 from hvhost.network.merge import Train, mergeable
 from hvhost.network.protocol import RANGES_PER_PACKET
 from hvhost.network.rndis import InfoType, PacketFilter
@@ -78,8 +78,10 @@ class Receiver:
         self._alone = False
         self._header = memoryview(bytearray(frame.VIRTIO_NET_HDR_SIZE))
         self._overflow = memoryview(bytearray(frame.FRAME_LIMIT))
-        # Where a frame goes that is expected to fit in a section, by section.
-        self._places: dict[int, list[memoryview]] = {}
+        # A frame of the usual size is read into a section's first pages, which is quicker, and what
+        # there is more of it beside them; after one that was larger, into the whole section.
+        self._usual_size = state.mtu + frame.ETHERNET_HEADER + frame.TAG_SIZE
+        self._first_pages: dict[int, list[memoryview]] = {}
         self._expect_large = False
         self.flows = FlowTable(state.scaling)
         self._batches: dict[int, Batch] = {}
@@ -91,24 +93,27 @@ class Receiver:
     def pull(self, source: Source) -> bool:
         """Hand on what *source* has; true if there may be more."""
         buffer = self._buffer
-        free, count, capacity = buffer.free, buffer.sections_per_frame, buffer.capacity
-        receive_into = source.receive_into
+        free, bodies, usual_size = buffer.free, buffer.bodies, self._usual_size
+        receive_into, kept_free = source.receive_into, buffer.kept_free(self._state.merging)
         more = False
         number = 0
         for number in range(FRAMES_PER_ROUND):
             if number == 1 and self._alone:
                 self.flush()
                 self._interrupt()
-            if len(free) <= count:
+            if len(free) <= kept_free:
                 break
-            expect_large = self._expect_large
-            size = receive_into(self._several() if expect_large else self._one(free[-1]))
+            section, expect_large = free[-1], self._expect_large
+            if expect_large:
+                size = receive_into([self._header, *bodies[section]])
+            else:
+                size = receive_into(self._start_of(section))
             if not size:
                 break
             size -= _OFFLOAD_SIZE
-            self._expect_large = size > capacity
-            if size > capacity and not expect_large:
-                self._spread(size)
+            self._expect_large = size > usual_size
+            if size > usual_size and not expect_large:
+                self._spread(section, size)
             self._received(size)
         else:
             more = True
@@ -124,30 +129,31 @@ class Receiver:
             self._state.counters.filtered += 1
         return True
 
-    def _one(self, section: int) -> list[memoryview]:
-        buffers = self._places.get(section)
+    def _start_of(self, section: int) -> list[memoryview]:
+        """Where a frame goes that is expected to be of the usual size."""
+        buffers = self._first_pages.get(section)
         if buffers is None:
-            buffers = [self._header, *self._buffer.bodies[section], self._overflow]
-            self._places[section] = buffers
+            buffers, room = [self._header], 0
+            for body in self._buffer.bodies[section]:
+                if room >= self._usual_size:
+                    break
+                buffers.append(body)
+                room += len(body)
+            buffers.append(self._overflow)
+            self._first_pages[section] = buffers
         return buffers
 
-    def _several(self) -> list[memoryview]:
-        """Where a frame of any size goes, straight into guest memory."""
-        buffer = self._buffer
-        buffers = [self._header]
-        for number in range(-1, -1 - buffer.sections_per_frame, -1):
-            buffers += buffer.bodies[buffer.free[number]]
-        return buffers
-
-    def _spread(self, size: int) -> None:
-        """Copy what did not fit in the one section that was ready: the first of large frames."""
-        buffer, position = self._buffer, 0
-        left = size - buffer.capacity
-        for number in range(-2, -1 - buffer.sections_per_frame, -1):
-            for body in buffer.bodies[buffer.free[number]]:
-                length = min(len(body), left - position)
-                body[:length] = self._overflow[position : position + length]
-                position += length
+    def _spread(self, section: int, size: int) -> None:
+        """Copy what the first pages had no room for to where it belongs."""
+        pages = self._start_of(section)[1:-1]
+        left = size - sum(map(len, pages))
+        position = 0
+        for body in self._buffer.bodies[section][len(pages) :]:
+            if position >= left:
+                break
+            length = min(len(body), left - position)
+            body[:length] = self._overflow[position : position + length]
+            position += length
 
     def flush(self) -> None:
         """Hand over what is ready."""
@@ -164,10 +170,10 @@ class Receiver:
         buffer = self._buffer
         section = buffer.free.pop()
         buffer.heads[section][: len(message)] = message
-        self._deliver(-1, [len(message), section * buffer.section_size], [section])
+        self._deliver(-1, [len(message), section * SECTION_SIZE], [section])
 
     def _received(self, size: int) -> None:
-        """A frame of *size* bytes lies in the last free sections."""
+        """A frame of *size* bytes lies in the last free section."""
         state, buffer = self._state, self._buffer
         if size < frame.ETHERNET_HEADER:
             state.counters.receive_errors += 1
@@ -285,7 +291,7 @@ class Receiver:
             header = rndis.packet_header(items, length)
             begin = first - len(header)
             buffer.heads[section][begin:first] = header
-            ranges += len(header) + length, section * buffer.section_size + begin
+            ranges += len(header) + length, section * SECTION_SIZE + begin
             # The others are bare payload, behind their headers.
             flag, infos, first = rndis.FRAGMENT, b"", start + where.payload
             payload -= train.segment
@@ -317,35 +323,17 @@ class Receiver:
         return batch
 
     def _commit(self, channel: int, size: int, skip: int, infos: bytes) -> None:
-        """Put headers before the frame in the last free sections, and take these."""
+        """Put headers before the frame in the last free section, and take that."""
         buffer, counters = self._buffer, self._state.counters
-        free, capacity = buffer.free, buffer.capacity
         counters.received += 1
         counters.received_bytes += size - skip
-        ranges, sections = self._batch(channel, buffer.sections_per_frame)
-        if size <= capacity:
-            section = free.pop()
-            header = rndis.packet_header(infos, size - skip)
-            start = HEADROOM + skip - len(header)
-            buffer.heads[section][start : HEADROOM + skip] = header
-            ranges += len(header) + size - skip, section * buffer.section_size + start
-            sections.append(section)
-            return
-        flag = rndis.FRAGMENT | rndis.FRAGMENT_FIRST
-        while size:
-            section = free.pop()
-            length = min(size, capacity)
-            size -= length
-            if not size:
-                flag |= rndis.FRAGMENT_LAST
-            mark = rndis.PACKET_ID_VERSION | flag << 8
-            items = infos + rndis.information_item(InfoType.INTERNAL_PACKET_ID, mark)
-            header = rndis.packet_header(items, length - skip)
-            start = HEADROOM + skip - len(header)
-            buffer.heads[section][start : HEADROOM + skip] = header
-            ranges += len(header) + length - skip, section * buffer.section_size + start
-            sections.append(section)
-            flag, infos, skip = rndis.FRAGMENT, b"", 0
+        ranges, sections = self._batch(channel, 1)
+        section = buffer.free.pop()
+        header = rndis.packet_header(infos, size - skip)
+        start = HEADROOM + skip - len(header)
+        buffer.heads[section][start : HEADROOM + skip] = header
+        ranges += len(header) + size - skip, section * SECTION_SIZE + start
+        sections.append(section)
 
     def _slow(
         self, size: int, skip: int, infos: bytes, head: bytes, offload: frame.Offload
@@ -353,16 +341,16 @@ class Receiver:
         """A frame that needs work: copied out, worked on, copied back in pieces."""
         buffer = self._buffer
         whole = bytearray()
-        for number in range(-1, -1 - buffer.sections_per_frame, -1):
-            for view in buffer.bodies[buffer.free[number]]:
-                if len(whole) < size:
-                    whole += view[: size - len(whole)]
+        for view in buffer.bodies[buffer.free[-1]]:
+            if len(whole) >= size:
+                break
+            whole += view[: size - len(whole)]
         plain = whole[skip:]
         plain[: len(head)] = head  # as it was checked, whatever the guest has made of it since
         shifted = offload._replace(csum_start=max(offload.csum_start - skip, 0))
         count = 0
         for segment in frame.segments(plain, shifted):
-            if len(buffer.free) <= buffer.sections_per_frame or len(segment) > buffer.capacity:
+            if len(buffer.free) <= KEPT_FREE:
                 self._state.counters.no_buffer += 1
                 continue
             count += 1

@@ -8,13 +8,14 @@ import struct
 import pytest
 
 from hvhost.network import buffers
+from hvhost.network.buffers import SECTION_SIZE
 from hvhost.partition.memory import PAGE_SIZE
 from simulated.frames import ethernet
 from simulated.netvsc import MAC, NO_OFFLOAD, SEND_SECTION, NetvscDriver, nvsp, rndis_packet
 
 
 def negotiated() -> NetvscDriver:
-    driver = NetvscDriver(receive_buffer=256)
+    driver = NetvscDriver(sections=64)
     driver.open()
     driver.negotiate()
     driver.configure()
@@ -53,25 +54,26 @@ def test_a_section_is_filled_to_its_end() -> None:
     assert "100 bytes of section 21 of 21" in fault
 
 
-@pytest.mark.parametrize("sections", [1, 5])
+@pytest.mark.parametrize("sections", [0, 1])
 def test_a_receive_buffer_with_too_few_sections(sections: int) -> None:
-    """The largest frame takes five, and an answer must find room beside it."""
+    """A frame takes one, and an answer must find room beside it."""
     driver = negotiated()
-    driver.tell(nvsp(101, lent(driver, 16384 * (sections + 1) - 4096), 0xCAFE))
+    driver.tell(nvsp(101, lent(driver, SECTION_SIZE * (sections + 1) - 4096), 0xCAFE))
     (fault,) = driver.guest.faults
-    assert f"holds {sections} sections of 16384, which is too few" in fault
+    assert f"holds {sections} sections of {SECTION_SIZE}, which is too few" in fault
     assert driver.adapter.state.receive_buffer is None
 
 
 def test_a_receive_buffer_that_is_just_enough() -> None:
     driver = negotiated()
-    answer = driver.call(nvsp(101, lent(driver, 16384 * 6), 0xCAFE))
-    assert struct.unpack_from("<7I", answer) == (102, 1, 1, 0, 16384, 6, 6 * 16384)
+    answer = driver.call(nvsp(101, lent(driver, SECTION_SIZE * 2), 0xCAFE))
+    sections = (SECTION_SIZE, 2, 2 * SECTION_SIZE)
+    assert struct.unpack_from("<7I", answer) == (102, 1, 1, 0, *sections)
 
 
 def test_a_receive_buffer_begins_at_a_page() -> None:
     driver = negotiated()
-    driver.tell(nvsp(101, lent(driver, 16384 * 8, offset=8), 0xCAFE))
+    driver.tell(nvsp(101, lent(driver, SECTION_SIZE * 2, offset=8), 0xCAFE))
     (fault,) = driver.guest.faults
     assert "does not start at a page" in fault
 

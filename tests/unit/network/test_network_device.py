@@ -239,8 +239,8 @@ def test_merged_segments_come_whole(ipv6: bool) -> None:
     offload = frame.Offload(1, 4 if ipv6 else 1, start + 20, 1460, start, 16)
     driver.wire.incoming.append(incoming(data, offload))
     (received,) = driver.pull()
-    assert received.data == data and received.fragments == 4
-    assert received.infos == {0: 1 << 3, 0x80000001: received.infos[0x80000001]}
+    assert received.data == data and received.fragments == 1
+    assert received.infos == {0: 1 << 3}
     assert driver.adapter.state.counters.merged == 1
 
 
@@ -430,7 +430,7 @@ def test_a_guest_that_gives_nothing_back_gets_nothing_more() -> None:
         driver.read(complete=False)
     driver.read(complete=False)
     assert driver.wire.watching == (False, False) and len(driver.wire.incoming) > 100
-    assert len(driver.frames) == driver.sections - 5
+    assert len(driver.frames) == driver.sections - 1
 
 
 def test_a_frame_that_comes_alone_does_not_wait_for_others() -> None:

@@ -20,7 +20,7 @@ GOOD = {0: 1 << 3}
 
 
 def started(*, merging: bool = True, mtu: int = 1500) -> NetvscDriver:
-    driver = NetvscDriver(receive_buffer=1024)
+    driver = NetvscDriver(sections=256)
     driver.start(merging=merging, mtu=mtu)
     return driver
 

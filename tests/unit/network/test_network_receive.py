@@ -8,17 +8,15 @@ import struct
 import pytest
 
 from hvhost.network import frame
-from hvhost.network.buffers import HEADROOM, SECTION_SIZE
 from hvhost.network.state import Counters
 from simulated.frames import ethernet, ones_sum, sums_are_right, tcp
 from simulated.netvsc import MAC, NO_OFFLOAD, PEER, NetvscDriver, Received
 
-CAPACITY = SECTION_SIZE - HEADROOM
 GOOD = {0: 1 << 3}
 
 
 def started(*, merging: bool = True, mtu: int = 1500, sections: int = 32) -> NetvscDriver:
-    driver = NetvscDriver(receive_buffer=4 * sections)
+    driver = NetvscDriver(sections=sections)
     driver.start(merging=merging, mtu=mtu)
     return driver
 
@@ -46,15 +44,18 @@ def counters(driver: NetvscDriver) -> Counters:
     return driver.adapter.state.counters
 
 
-def test_frames_about_as_large_as_a_section() -> None:
+@pytest.mark.parametrize("mtu", [68, 1500, 4000, 9000, 65521])
+def test_frames_about_as_large_as_expected(mtu: int) -> None:
     """One of a kind after another, for what is expected of the next depends on the last."""
-    driver = started()
-    sizes = [CAPACITY - 1, CAPACITY, CAPACITY + 1, CAPACITY + 1, CAPACITY, 2 * CAPACITY]
-    sizes += [2 * CAPACITY + 1, 1000, 65_000, 65_000, 100, CAPACITY]
+    driver = started(mtu=mtu)
+    usual, first = mtu + 18, 4096 - 112
+    sizes = [usual - 1, usual, usual + 1, usual + 1, usual, 100, first - 1, first, 100, first + 1]
+    sizes += [65_000, 100, 65_000, 65_000, first + 4096, 100, first + 4097, 65_549, 100, 65_549]
+    sizes = [max(size, 60) for size in sizes if size <= 65_549]
     for size in sizes:
         data = segmented(whole(size))
         (each,) = received(driver, data)
-        assert each.data == data[10:] and each.fragments == -(-size // CAPACITY), size
+        assert each.data == data[10:] and each.fragments == 1, size
     assert counters(driver).received == len(sizes)
     assert counters(driver).received_bytes == sum(sizes)
 
@@ -132,7 +133,7 @@ def test_datagrams_in_one_frame_are_cut_also_for_a_guest_that_merges() -> None:
     assert b"".join(each.data[42:] for each in got) == data[42:]
 
 
-@pytest.mark.parametrize("size", [2000, 2 * CAPACITY])
+@pytest.mark.parametrize("size", [2000, 32_000])
 def test_what_came_as_one_frame_is_not_made_larger(size: int) -> None:
     driver = started()
     large = segmented(whole(size))
@@ -148,16 +149,19 @@ def test_segments_for_which_there_is_no_room_are_counted() -> None:
     driver.adapter.readable()
     driver.read(complete=False)
     got = driver.frames
-    assert len(got) == 16 - 5 and all(sums_are_right(each.data) for each in got)
-    assert b"".join(each.data[54:] for each in got) == data[54 : 54 + 11 * 1448]
-    assert counters(driver).no_buffer == 9 and counters(driver).receive_errors == 0
+    assert len(got) == 15 and all(sums_are_right(each.data) for each in got)
+    assert b"".join(each.data[54:] for each in got) == data[54 : 54 + 15 * 1448]
+    assert counters(driver).no_buffer == 5 and counters(driver).receive_errors == 0
 
 
-def test_a_segment_larger_than_a_section_is_counted() -> None:
-    driver = started(merging=False)
-    data = whole(20_000)
-    (rest,) = received(driver, segmented(data, 18_000))
-    assert rest.data[54:] == data[18_054:] and counters(driver).no_buffer == 1
+def test_frames_to_be_cut_wait_for_room_for_their_segments() -> None:
+    driver = started(merging=False, sections=200)
+    data = whole(54 + 44 * 1448)
+    driver.wire.incoming.extend([segmented(data)] * 6)
+    assert not driver.adapter.readable()
+    assert len(driver.wire.incoming) == 2 and driver.wire.watching == (False, False)
+    assert len(driver.pull()) == 6 * 44
+    assert counters(driver).no_buffer == 0 and driver.wire.watching == (True, False)
 
 
 def test_frames_that_cannot_be_cut_are_errors() -> None:
