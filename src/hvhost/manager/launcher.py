@@ -43,8 +43,9 @@ MAXIMUM_CPUS = 1024
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.005
 _SLOW_POLL_SECONDS = 0.05
-_STOPPED = re.compile(r"^\S+ \S+ hvhost\.machine\.machine: stopped (.+)$", re.MULTILINE)
-_PROGRESS = re.compile(r"^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$", re.MULTILINE)
+# Not compiled here: a machine is on its way before they are needed.
+_STOPPED = r"(?m)^\S+ \S+ hvhost\.machine\.machine: stopped (.+)$"
+_PROGRESS = r"(?m)^\S+ \S+ (?:__main__|hvhost\.machine\.worker): (.+)$"
 
 
 class SeeLogError(HvHostError):
@@ -253,7 +254,7 @@ def _await_door(
             if news := log.read():
                 heard = now
                 whole, _, partial = (partial + news).rpartition("\n")
-                for message in _PROGRESS.findall(whole):
+                for message in re.findall(_PROGRESS, whole):
                     progress(message)
             if now - heard > timeout:
                 raise SeeLogError(
@@ -271,7 +272,7 @@ def early_end(directory: MachineDirectory, before: str) -> str:
         log = directory.log_file.read_text(errors="replace")
     except FileNotFoundError:
         log = ""
-    reasons = _STOPPED.findall(log)
+    reasons = re.findall(_STOPPED, log)
     why = f": {reasons[-1]}" if reasons else ""
     return f"machine {directory.name!r} stopped before {before}{why}"
 
