@@ -67,11 +67,15 @@ def hvhost(kernel: str, initrd: str, devices: list[str]) -> Iterator[Started]:
 
 @contextmanager
 def qemu(
-    kernel: str, initrd: str, devices: list[str], program: Sequence[str] = QEMU
+    kernel: str,
+    initrd: str,
+    devices: list[str],
+    program: Sequence[str] = QEMU,
+    boot_seconds: float = BOOT_SECONDS,
 ) -> Iterator[Started]:
     """QEMU's machine; *devices* are further words of its command line.
 
-    *program* is the emulator to use, with options of its own.
+    *program* is the emulator to use, with options of its own; its guest has *boot_seconds*.
     """
     serial = Path("/run/bench-serial")
     serial.unlink(missing_ok=True)
@@ -85,7 +89,7 @@ def qemu(
         stdout=sys.stderr,
     )
     try:
-        probe = _probe(serial)
+        probe = _probe(serial, boot_seconds)
         started = Started(probe, process.pid)
         started.run(f"set -e; {LOAD_MODULES}")
         yield started
@@ -95,8 +99,8 @@ def qemu(
         process.wait()
 
 
-def _probe(path: Path) -> ProbeClient:
-    deadline = time.monotonic() + BOOT_SECONDS
+def _probe(path: Path, seconds: float = BOOT_SECONDS) -> ProbeClient:
+    deadline = time.monotonic() + seconds
     while True:
         stream = socket.socket(socket.AF_UNIX)
         try:
@@ -108,5 +112,5 @@ def _probe(path: Path) -> ProbeClient:
                 raise
             time.sleep(0.2)
     client = ProbeClient(stream)
-    client.wait_ready(BOOT_SECONDS)
+    client.wait_ready(seconds)
     return client
