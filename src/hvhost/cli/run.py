@@ -158,6 +158,10 @@ def run(
         from hvhost.network.config import parse_adapters
 
         adapters = parse_adapters(nic or [], publish or [])  # before a guest is fetched
+    if disk or dvd or fibre_channel:
+        from hvhost.manager.storage import check_storage
+
+        check_storage(disk or (), dvd or (), fibre_channel or ())
     limits = dynamic_memory(
         memory,
         minimum=memory_minimum,
@@ -182,9 +186,22 @@ def run(
         )
     else:
         from hvhost.guests.catalog import check_guest
+        from hvhost.manager.launcher import check_shape
 
         assert guest is not None
         check_guest(guest, "give a kernel with --kernel")
+        check_shape(
+            define(
+                kernel="",
+                command_line=append,
+                cpus=cpus,
+                memory=memory,
+                name=name,
+                dynamic_memory=limits,
+                mmio_low=low,
+                mmio_high=high,
+            )
+        )
         config = define_guest(
             guest,
             command_line=append,

@@ -25,6 +25,7 @@ from hvhost.units import MIB, format_size
 if TYPE_CHECKING:
     import subprocess
 
+    from hvhost.machine.storage_model import DriveConfig
     from hvhost.manager.forked import ForkedWorker
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,12 @@ def check(config: MachineConfig) -> None:
     for what, text in (("kernel", config.kernel), ("initrd", config.initrd)):
         if text is not None:
             _check_readable(what, Path(text))
+    check_images(config.drives)
+    check_shape(config)
+
+
+def check_shape(config: MachineConfig) -> None:
+    """The same of all but the files, which may not be there yet."""
     if config.cpus < 1:
         raise HvHostError(f"a machine needs at least one CPU, not {config.cpus}; use --cpus 1.")
     if config.cpus > MAXIMUM_CPUS:
@@ -119,6 +126,29 @@ def check(config: MachineConfig) -> None:
         from hvhost.network.uplinks import check_plugs
 
         check_plugs(config.adapters)
+
+
+def check_images(drives: Sequence[DriveConfig]) -> None:
+    """Refuse images that are not there, or that cannot be opened as the machine will."""
+    for drive in drives:
+        if drive.path is None:
+            continue
+        path = Path(drive.path)
+        if not path.exists():
+            raise HvHostError(f"there is no {drive.kind} {drive.path!r}; check the path.")
+        if not (path.is_file() or path.is_block_device()):
+            raise HvHostError(
+                f"{drive.kind} {drive.path!r} is neither a file nor a block device; name the image "
+                "itself."
+            )
+        if not os.access(path, os.R_OK):
+            raise HvHostError(f"{drive.kind} {drive.path!r} is not readable by you.")
+        only_read = drive.read_only or drive.temporary or drive.kind == "dvd"
+        if not only_read and not os.access(path, os.W_OK):
+            raise HvHostError(
+                f"{drive.kind} {drive.path!r} may not be written by you; add ,readonly to use it "
+                "as it is."
+            )
 
 
 def _check_readable(what: str, path: Path) -> None:

@@ -10,6 +10,7 @@ from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig
 from hvhost.machine.storage_model import DriveConfig, DriveInfo, DriveKind, FibreChannelConfig
 from hvhost.manager.client import MachineClient
+from hvhost.manager.launcher import check_images
 from hvhost.units import parse_size
 
 RESIZE_SECONDS = 600.0
@@ -82,6 +83,14 @@ def _ours(drive: DriveConfig, progress: Callable[[str], None]) -> DriveConfig:
     if kind is None:
         return drive
     return replace(drive, path=str(prepare_foreign(Path(drive.path), kind, progress)))
+
+
+def check_storage(disks: Sequence[str], dvds: Sequence[str], adapters: Sequence[str]) -> None:
+    """Refuse what :func:`with_storage` and the machine would, before what takes time is done."""
+    check_images([parse_drive(each, DriveKind.DISK) for each in disks])
+    check_images([parse_drive(each, DriveKind.DVD) for each in dvds])
+    for number, each in enumerate(adapters):
+        parse_adapter(each, "", number)
 
 
 def with_storage(

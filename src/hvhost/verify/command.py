@@ -15,6 +15,8 @@ from rich.console import Console
 
 from hvhost.errors import HvHostError
 from hvhost.guests.catalog import DEFAULT_GUEST, FULL_GUESTS
+from hvhost.manager.definition import define
+from hvhost.manager.launcher import check_shape
 from hvhost.verify.baseline import exit_status, failures, read_baseline, shipped_baseline
 from hvhost.verify.contract import Row, find_rows, requested_rows
 from hvhost.verify.guest import PreparedGuest
@@ -92,6 +94,7 @@ def verify_guest(
         rows = provable(rows, options.guest, named=bool(options.rows))
         timing = timing or TIMING
     allowed = _allowed_lacks(options)
+    check_shape(define(kernel="", cpus=options.cpus, memory=options.memory))
     check_outputs(options)
     outputs = Outputs(options)
     used = set[str]()

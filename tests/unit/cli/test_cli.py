@@ -326,6 +326,31 @@ def test_run_of_a_known_guest(hvhost: Hvhost, monkeypatch: pytest.MonkeyPatch) -
     assert started == [MachineConfig(name="g", kernel="k")]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cpus", "0"], "a machine needs at least one CPU"),
+        (["--memory", "1M"], "1 MiB of memory is too little"),
+        (["--memory", "9999T"], "more than the"),
+        (["--name", "a b"], "cannot be a machine's name"),
+        (["--mmio-low", "1K"], "the low MMIO gap cannot be 1 KiB"),
+        (["--memory-minimum", "1G"], "memory"),
+        (["--disk", "/no/disk.vhdx"], "there is no disk '/no/disk.vhdx'"),
+        (["--disk", "x.img,loud"], "'loud' is no option of a drive"),
+        (["--dvd", "/no/x.iso"], "there is no dvd '/no/x.iso'"),
+        (["--fibre-channel", "xx"], "is no world-wide name"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_guest_is_fetched(
+    hvhost: Hvhost, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    def define_guest(*_: Any, **__: Any) -> MachineConfig:
+        raise AssertionError("fetched although the machine cannot be")
+
+    monkeypatch.setattr(definition, "define_guest", define_guest)
+    assert said in hvhost.sentence("run", "--guest", "debian-12", *words)
+
+
 def test_verify_passes_everything_on(hvhost: Hvhost, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[VerifyOptions] = []
 

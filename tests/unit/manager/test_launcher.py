@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 
 from hvhost.errors import HvHostError
 from hvhost.machine.model import MachineConfig
+from hvhost.machine.storage_model import DriveConfig, DriveKind
 from hvhost.manager import launcher
 from hvhost.manager.client import MachineClient
 from hvhost.manager.directory import MachineDirectory, NameState
-from hvhost.manager.launcher import check, launch
+from hvhost.manager.launcher import check, check_images, launch
 from hvhost.network.config import parse_adapters
 
 
@@ -159,6 +161,7 @@ def test_an_attached_worker_dies_with_who_started_it(
     code = f"""
 import sys, time
 from hvhost.machine.model import MachineConfig
+from hvhost.machine.storage_model import DriveConfig, DriveKind
 from hvhost.manager import launcher
 launcher.WORKER = {launcher.WORKER!r}
 print(launcher.launch(MachineConfig(name="m1", kernel={config.kernel!r}), detach=False).process.pid)
@@ -229,3 +232,35 @@ def test_a_kernel_that_may_not_be_read(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read everything
     with pytest.raises(HvHostError, match="is not readable"):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("drive", "sentence"),
+    [
+        (DriveConfig("/no/x.vhdx"), "there is no disk '/no/x.vhdx'; check the path."),
+        (DriveConfig("/no/x.iso", DriveKind.DVD), "there is no dvd '/no/x.iso'; check the path."),
+        (DriveConfig("/etc"), "disk '/etc' is neither a file nor a block device; name the image"),
+        (DriveConfig("/dev/null"), "disk '/dev/null' is neither a file nor a block device"),
+    ],
+)
+def test_an_image_is_looked_for_before_anything_is_started(
+    config: MachineConfig, drive: DriveConfig, sentence: str
+) -> None:
+    with pytest.raises(HvHostError, match=f"^{re.escape(sentence)}"):
+        check(replace(config, drives=(drive,)))
+
+
+def test_an_image_is_opened_as_the_machine_will(
+    config: MachineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denied = os.W_OK
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != denied)  # root may do everything
+    disk = DriveConfig(config.kernel)
+    with pytest.raises(HvHostError, match="may not be written by you; add ,readonly"):
+        check(replace(config, drives=(disk,)))
+    for only_read in ({"read_only": True}, {"temporary": True}, {"kind": DriveKind.DVD}):
+        check(replace(config, drives=(replace(disk, **only_read),)))
+    check(replace(config, drives=(DriveConfig(None, DriveKind.DVD),)))
+    denied = os.R_OK
+    with pytest.raises(HvHostError, match=r"disk .* is not readable by you"):
+        check_images([replace(disk, read_only=True)])

@@ -122,6 +122,25 @@ def test_bad_rows_are_refused_before_anything_is_prepared(field: str) -> None:
         verify_guest(options, prepare)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (VerifyOptions(cpus=0), "at least one CPU, not 0"),
+        (VerifyOptions(cpus=5000), "5000 CPUs are more than the 1024"),
+        (VerifyOptions(memory=1 << 20), "1 MiB of memory is too little"),
+        (VerifyOptions(memory=1 << 60), "is more than the .* this computer has"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused_before_anything_is_prepared(
+    options: VerifyOptions, said: str
+) -> None:
+    def prepare(_options: object, _observer: object) -> ScriptedGuest:
+        raise AssertionError("prepared although there can be no machine for it")
+
+    with pytest.raises(HvHostError, match=said):
+        verify_guest(options, prepare)
+
+
 def test_what_rows_drew_is_kept_with_the_logs(tmp_path: Path) -> None:
     drawn = {"accurate-time.svg": "<svg/>"}
     session = SimpleNamespace(consoles=["one", "two"], events=[], attachments=drawn, machines=[])
