@@ -14,10 +14,11 @@ from hvhost.network.device import NetworkAdapter
 from hvhost.partition.memory import PAGE_SIZE
 from hvhost.vmbus.protocol import GpadlTeardown, GpadlTorndown
 from simulated.driver import GuestChannel, GuestPacket, SimulatedGuest
+from simulated.hn_frames import HN_NVS_RXBUF_SIG, Rxbuf
 from simulated.netvsc import MAC, Received, RecordingWire
 
 HN_NVS_VERSIONS = (0x60001, 0x60000, 0x50000, 0x40000, 0x30002, 0x00002)
-HN_NVS_RXBUF_SIG, HN_NVS_CHIM_SIG = 0xCAFE, 0xFACE
+HN_NVS_CHIM_SIG = 0xFACE
 HN_NVS_CHIM_IDX_INVALID = 0xFFFFFFFF
 HN_NVS_NDIS_CONF_SRIOV, HN_NVS_NDIS_CONF_VLAN, HN_NVS_NDIS_CONF_RSC = 0x4, 0x8, 0x80
 HN_CHIM_SIZE = 15 << 20
@@ -31,16 +32,6 @@ SENDCTX_NONE = 0xFFFF_FFFF_8123_4560
 _XACT = 0xFFFF_F800_0BAD_F000
 _TXD = 0xFFFF_FE00_1234_0000
 _RC = 1  # VMBUS_CHANPKT_FLAG_RC: completion is asked for
-
-
-def txcsum(thoff: int, flags: int) -> tuple[int, int]:
-    """NDIS_TXCSUM_INFO_MKL4CS() as per-packet information."""
-    return 0, thoff << 16 | flags
-
-
-def lso(thoff: int, mss: int, *, ipv6: bool) -> tuple[int, int]:
-    """NDIS_LSO2_INFO_MAKEIPV4() and …IPV6()."""
-    return 2, mss | thoff << 20 | 1 << 30 | ipv6 << 31
 
 
 class HnDriver:
@@ -402,37 +393,14 @@ class HnDriver:
 
     def _handle_rxbuf(self, packet: GuestPacket, number: int, channel: GuestChannel) -> None:
         assert struct.unpack_from("<I", packet.payload)[0] == 107
-        signature, _, _, count = struct.unpack_from("<HBBI", packet.header)
-        assert signature == HN_NVS_RXBUF_SIG and len(packet.header) >= 8 + 8 * count
-        parts: list[bytes] = []
-        infos: dict[int, int] = {}
-        for index in range(count):
-            size, offset = struct.unpack_from("<II", packet.header, 8 + 8 * index)
-            assert offset + size <= len(self.rxbuf) * PAGE_SIZE
-            message = self.guest.memory.read(self.rxbuf[0] * PAGE_SIZE + offset, size)
-            kind = struct.unpack_from("<I", message)[0]
-            if kind == 7:
+        memory = Rxbuf(self.guest.memory, self.rxbuf[0] * PAGE_SIZE, len(self.rxbuf) * PAGE_SIZE)
+        frames, others = memory.take(packet.header, number)
+        self.frames += frames
+        for message in others:
+            if struct.unpack_from("<I", message)[0] == 7:
                 self._rx_status(message)
-            elif kind != 1:
-                self._controls.append(message)
             else:
-                data, found = rx_data(message)
-                flags = found.pop(1 << 31 | 1, 0) >> 8
-                assert number < len(self.channels)
-                if not flags & 1:
-                    self.frames.append(Received(data, found, number))
-                    continue
-                if flags & 2:
-                    parts, infos = [], found
-                else:
-                    assert parts, "a fragment without its first is dropped"
-                assert flags & 4 or index < count - 1, "so is one whose last is in another packet"
-                parts.append(data)
-                assert len(parts) <= 562
-                if flags & 4:
-                    whole = b"".join(parts)
-                    self.frames.append(Received(whole, infos, number, fragments=len(parts)))
-                    parts = []
+                self._controls.append(message)
         acknowledgement = self._nvs(struct.pack("<II", 108, 1))
         assert channel.write(acknowledgement, packet_type=11, transaction_id=packet.transaction_id)
 
@@ -440,28 +408,3 @@ class HnDriver:
         assert len(message) >= 20
         if struct.unpack_from("<I", message, 8)[0] in (0x4001000B, 0x4001000C):
             self.link_changes += 1
-
-
-def rx_data(message: bytes) -> tuple[bytes, dict[int, int]]:
-    """hn_rndis_rx_data() and hn_rndis_rxinfo(): frame and information, each check of theirs."""
-    assert len(message) >= 44
-    _, length, offset, size, oob_offset, oob_size, _, info_offset, info_size, _, _ = (
-        struct.unpack_from("<11I", message)
-    )
-    assert len(message) >= length >= size + oob_size + info_size and size
-    assert offset >= 36 and oob_size == oob_offset == 0
-    assert info_offset == 0 or (info_offset >= 36 and info_offset % 4 == 0)
-    start, infos_start = 8 + offset, 8 + info_offset
-    assert start + size <= length
-    infos: dict[int, int] = {}
-    if info_size:
-        assert infos_start + info_size <= length
-        assert infos_start + info_size <= start or start + size <= infos_start, "they overlap"
-    position, left = infos_start, info_size
-    while left:
-        assert left >= 12
-        item, kind, value = struct.unpack_from("<III", message, position)
-        assert item <= left and item % 4 == 0 and item - value >= 4 and value == 12
-        infos[kind] = struct.unpack_from("<I", message, position + 12)[0]
-        position, left = position + item, left - item
-    return message[start : start + size], infos

@@ -13,7 +13,8 @@ from hvhost.network import frame
 from hvhost.network.frame import NO_OFFLOAD
 from hvhost.network.toeplitz import toeplitz
 from simulated.frames import ethernet, ones_sum, sums_are_right, tcp
-from simulated.hn import HN_CHIM_SIZE, HN_NVS_VERSIONS, HnDriver, lso, txcsum
+from simulated.hn import HN_CHIM_SIZE, HN_NVS_VERSIONS, HnDriver
+from simulated.hn_frames import lso, txcsum
 from simulated.netvsc import MAC, PEER, Received, rndis_packet
 
 #: hn_rss_key_default, which is Microsoft's example.

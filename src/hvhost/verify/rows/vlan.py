@@ -139,8 +139,8 @@ def _trunk(session: Session, probe: Probe, room: _Room) -> Iterator[str]:
             run(probe, f"vconfig rem {interface}.{vlan} > /dev/null")
     yield (
         "trunk port 10, 20: VLAN interfaces of the guest reach the peer of their own VLAN only; "
-        f"the other trunk port heard tags {', '.join(seen['tags'])}, 20 with the priority "
-        f"{_PRIORITY} that the guest gave it, never 30, which is not in the list "
+        f"the other trunk port heard tags {', '.join(seen['tags'])}, never 30, which is not in "
+        f"the list, and in VLAN 20 priority {_PRIORITY} as the guest was told to give "
         f"({' '.join(offload.split())})"
     )
     with _plugged(session, probe, nic) as (interface, _):
