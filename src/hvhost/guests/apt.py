@@ -39,6 +39,7 @@ LISTS_FRESH_SECONDS = 3600
 NATIVE, I386 = "amd64", "i386"
 UPDATE_TIMEOUT = 300
 DOWNLOAD_TIMEOUT = 900
+_INDEX = "resolved.json"
 # Meta packages name the real kernel by its version; newer suites split it into several packages.
 _VERSIONED_KERNEL = re.compile(r"linux-(?:image|binary|modules|base)-\d\S*")
 _UNTRUSTED = re.compile(
@@ -430,14 +431,26 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _cached(directory: Path, key: str) -> list[Path] | None:
-    index = directory / "resolved.json"
-    if not index.exists():
-        return None
+def _resolved(index: Path) -> dict[str, list[str]]:
+    """What *index* remembers of earlier downloads; nothing of what :func:`_remember` never wrote.
+
+    It lies in the user's cache, where a full disk or an editor may have been at it.
+    """
     try:
-        names = json.loads(index.read_text()).get(key)
-    except ValueError:
-        return None
+        known = json.loads(index.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: names for key, names in known.items() if _are_names(names)}
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _cached(directory: Path, key: str) -> list[Path] | None:
+    names = _resolved(directory / _INDEX).get(key)
     if not names:
         return None
     paths = [directory / "packages" / name for name in names]
@@ -445,11 +458,8 @@ def _cached(directory: Path, key: str) -> list[Path] | None:
 
 
 def _remember(directory: Path, key: str, names: list[str]) -> None:
-    index = directory / "resolved.json"
-    known: dict[str, list[str]] = {}
-    if index.exists():
-        with contextlib.suppress(ValueError):
-            known = json.loads(index.read_text())
+    index = directory / _INDEX
+    known = _resolved(index)
     known[key] = names
     temporary = index.with_suffix(".new")
     temporary.write_text(json.dumps(known, indent=1))

@@ -29,6 +29,9 @@ TP_STATUS_CSUMNOTREADY, TP_STATUS_VLAN_VALID = 1 << 3, 1 << 4
 _SIOCETHTOOL, _ETHTOOL_STXCSUM = 0x8946, 0x17
 _AUXDATA = struct.Struct("=IIIHHHH")
 _CHUNK = 1 << 18
+_DHCP_OPTIONS = 240  # where they begin, behind the magic cookie
+_DHCP_PAD, _DHCP_END = 0, 255
+_DHCP_DISCOVER, _DHCP_REQUEST = b"\1", b"\3"
 
 
 def test_data(size: int, seed: int) -> bytes:
@@ -179,10 +182,9 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     with sock:
         while (left := deadline - time.monotonic()) > 0:
-            if not select.select([sock, sys.stdin], [], [], left)[0]:
-                break
+            select.select([sock, sys.stdin], [], [], left)
             if not select.select([sock], [], [], 0)[0]:
-                break  # the input was closed: enough
+                break  # the time is over, or the input was closed: enough
             data, auxiliary, _, address = sock.recvmsg(128, 128, socket.MSG_TRUNC)
             if address[2] == PACKET_OUTGOING or sender not in ("", data[6:12].hex(":")):
                 continue
@@ -211,6 +213,23 @@ def watch(interface: str, seconds: float, sender: str = "") -> dict[str, Any]:
     }
 
 
+def dhcp_options(message: bytes) -> dict[int, bytes]:
+    """The options of a DHCP message by their codes, up to one that is cut off."""
+    options: dict[int, bytes] = {}
+    position = _DHCP_OPTIONS
+    while position < len(message) and message[position] != _DHCP_END:
+        code = message[position]
+        position += 1
+        if code == _DHCP_PAD:
+            continue
+        begin = position + 1
+        position = begin + int.from_bytes(message[position:begin])
+        if position > len(message):
+            break
+        options[code] = message[begin:position]
+    return options
+
+
 def dhcp(
     interface: str, server: str, offer: str, timeout: float = 30.0, linger: float = 0.0
 ) -> dict[str, Any]:
@@ -235,24 +254,18 @@ def dhcp(
                 if leased:
                     return leased
                 raise
-            options, position = {}, 240
-            while position < len(message) and message[position] != 255:
-                if message[position]:
-                    size = message[position + 1]
-                    options[message[position]] = message[position + 2 : position + 2 + size]
-                    position += 1 + size
-                position += 1
-            kind = options.get(53, b"\0")[0]
-            if kind not in (1, 3):
+            kind = dhcp_options(message).get(53)
+            if kind not in (_DHCP_DISCOVER, _DHCP_REQUEST):
                 continue
-            head = bytearray(message[:240])
+            head = bytearray(message[:_DHCP_OPTIONS])
             head[0] = 2
             head[16:20] = socket.inet_aton(offer)
             head[20:24] = socket.inet_aton(server)
-            answer = bytes((53, 1, 2 if kind == 1 else 5, 54, 4)) + socket.inet_aton(server)
+            said = 2 if kind == _DHCP_DISCOVER else 5
+            answer = bytes((53, 1, said, 54, 4)) + socket.inet_aton(server)
             answer += bytes((51, 4, 0, 0, 14, 16, 1, 4, 255, 255, 255, 0, 255))
             sock.sendto(bytes(head) + answer, ("255.255.255.255", 68))
-            if kind == 3:
+            if kind == _DHCP_REQUEST:
                 leased = {"client": head[28:34].hex(":"), "address": offer}
                 if not linger:
                     return leased

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -296,6 +297,21 @@ def test_a_meta_package_is_resolved_and_downloaded_once(
     assert download("bookworm", wanted, progress=said.append) == first
     assert said == []
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "7", '{"busybox-static": 7}', '{"busybox-static": [7]}', '{"busybox-static": "a"}'],
+)
+def test_an_index_that_nobody_here_wrote_is_made_anew(tmp_path: Path, text: str) -> None:
+    index, package = tmp_path / "resolved.json", tmp_path / "packages" / "a"
+    package.parent.mkdir()
+    package.touch()
+    index.write_text(text)
+    assert apt._cached(tmp_path, "busybox-static") is None
+    apt._remember(tmp_path, "busybox-static", ["a"])
+    assert apt._cached(tmp_path, "busybox-static") == [package]
+    assert json.loads(index.read_text()) == {"busybox-static": ["a"]}
 
 
 def test_a_file_that_was_lost_is_downloaded_again(repository: Repository, old_key: Signer) -> None:
