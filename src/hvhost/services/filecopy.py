@@ -4,6 +4,9 @@ One message at a time (see ``filecopy_protocol.py``), each sent when the one bef
 copy in which a guest lets :data:`ANSWER_SECONDS` pass is given up. What was started and not
 completed is taken back: with CANCEL where the guest's daemon knows it (``hv_fcopy_daemon`` then
 removes the file), by emptying the file where it does not (``hv_fcopy_uio_daemon``).
+
+A guest that has just booted is given :data:`DAEMON_SECONDS`: its driver opens the channel, and
+Linux's in the kernel answers HV_E_FAIL until its daemon has registered.
 """
 
 from __future__ import annotations
@@ -34,11 +37,21 @@ from hvhost.vmbus.channel import Channel, Offer, Packet
 
 #: Seconds for one answer; Linux's driver itself gives up on its daemon after 30.
 ANSWER_SECONDS: Final = 40.0
+#: Seconds a copy waits for a driver and a daemon that take it.
+DAEMON_SECONDS: Final = 10.0
+
+
+_NO_DRIVER: Final = (
+    f"The guest has taken no files for {DAEMON_SECONDS:g} s: it has not booted, or has neither "
+    "hv_utils with hv_fcopy_daemon nor uio_hv_generic with hv_fcopy_uio_daemon; install "
+    "hyperv-daemons in it."
+)
 
 
 class Step(StrEnum):
     """What the guest is being asked; the transitions are in :meth:`FileCopy._answered`."""
 
+    AWAIT = "await"  # nothing: there is no daemon yet
     START = "start"
     WRITE = "write"
     ASK_WHY = "ask-why"
@@ -81,6 +94,7 @@ class Copy:
     pending: int = 0  # bytes in the WRITE that is not answered yet
     problem: str | None = None
     asked_at: float | None = None
+    awaited_at: float | None = None
 
 
 class FileCopy:
@@ -95,7 +109,7 @@ class FileCopy:
         )
         self._channel: Channel | None = None
         self._copy: Copy | None = None
-        self._now = 0.0
+        self._has_daemon = False  # one has answered since the channel was opened
 
     @property
     def ready(self) -> bool:
@@ -108,17 +122,24 @@ class FileCopy:
         return self._copy
 
     def start(self, copy: Copy) -> None:
-        """Begin *copy*; :class:`HvHostError` if that is not possible now."""
-        if not self.ready:
-            raise HvHostError(
-                "The guest takes no files (yet): it has not booted, or has neither hv_utils with "
-                "hv_fcopy_daemon nor uio_hv_generic with hv_fcopy_uio_daemon; install "
-                "hyperv-daemons in it."
-            )
+        """Begin *copy*, as soon as the guest takes files.
+
+        :class:`HvHostError` if that is not possible now.
+        """
         if self._copy is not None:
             raise HvHostError(
                 f"{self._copy.target} is being copied into this guest; wait for that or cancel it."
             )
+        if self.ready:
+            self._check(copy)
+        self._copy = copy
+        if self.ready:
+            self._begin(copy)
+        else:
+            copy.step = Step.AWAIT
+
+    def _check(self, copy: Copy) -> None:
+        """:class:`HvHostError` if a guest that takes files cannot be asked to take this one."""
         if self.state.conversation.unanswered:
             raise HvHostError(
                 "The guest has not answered the last file copy message; restart its file copy "
@@ -126,13 +147,14 @@ class FileCopy:
             )
         if self.state.user_space:
             check_uio_target(copy.target)
-        self._copy = copy
+
+    def _begin(self, copy: Copy) -> None:
         self._ask(copy, Step.START, start_body(copy.target, copy.flags, copy.size))
 
     def cancel(self) -> None:
         """Give the copy under way up, as soon as the guest has answered what it was asked."""
         copy = self._copy
-        if copy is not None and copy.step in (Step.START, Step.WRITE):
+        if copy is not None and copy.step in (Step.AWAIT, Step.START, Step.WRITE):
             copy.problem = f"The copy was cancelled after {copy.copied} of {copy.size} bytes."
 
     def tick(self, now: float) -> None:
@@ -140,10 +162,12 @@ class FileCopy:
 
         Time in which nobody ticked (a paused machine) does not count.
         """
-        copy, self._now = self._copy, now
+        copy = self._copy
         if copy is None:
             return
-        if copy.asked_at is None or now < copy.asked_at:
+        if copy.step is Step.AWAIT:
+            self._await_daemon(copy, now)
+        elif copy.asked_at is None or now < copy.asked_at:
             copy.asked_at = now
         elif now - copy.asked_at >= ANSWER_SECONDS:
             self._end(
@@ -153,10 +177,26 @@ class FileCopy:
                 "guest is incomplete.".lstrip(),
             )
 
+    def _await_daemon(self, copy: Copy, now: float) -> None:
+        """Ask a guest that may have a daemon by now, unless it has been long enough."""
+        if copy.awaited_at is None:
+            copy.awaited_at = now
+        if copy.problem is not None:
+            self._end(copy, copy.problem)
+        elif now - copy.awaited_at >= DAEMON_SECONDS:
+            self._end(copy, refusal(HV_E_FAIL, copy.target) if self.ready else _NO_DRIVER)
+        elif self.ready:
+            try:
+                self._check(copy)
+            except HvHostError as error:
+                self._end(copy, str(error))
+            else:
+                self._begin(copy)
+
     # For the channel.
 
     def opened(self, channel: Channel) -> None:
-        self._channel = channel
+        self._channel, self._has_daemon = channel, False
         self._conversation.opened(channel)
 
     def closed(self) -> None:
@@ -176,12 +216,16 @@ class FileCopy:
             # The kernel's driver answers with the packet's own number, the daemon does not.
             transaction = self.state.conversation.last_transaction
             self.state.user_space = packet.transaction_id != transaction
+            self._has_daemon = self.state.user_space
         elif self._copy is not None:
             self._answered(self._copy, message.status)
 
     def _answered(self, copy: Copy, status: int) -> None:
         ok = status == HV_S_OK
+        self._has_daemon |= status != HV_E_FAIL
         match copy.step:
+            case Step.START if not ok and not self._has_daemon:
+                copy.step = Step.AWAIT
             case Step.START if not ok:
                 self._end(copy, refusal(status, copy.target))
             case Step.START | Step.WRITE:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvhost.errors import HvHostError
-from hvhost.services.filecopy import ANSWER_SECONDS, Copy, FileCopy
+from hvhost.services.filecopy import ANSWER_SECONDS, DAEMON_SECONDS, Copy, FileCopy
 from hvhost.services.filecopy_protocol import (
     DATA_FRAGMENT,
     CopyFlags,
@@ -29,7 +29,7 @@ START, WRITE, COMPLETE, CANCEL = range(4)
 class Daemon:
     """``hv_fcopy_daemon``, or ``hv_fcopy_uio_daemon``, and the files it keeps."""
 
-    def __init__(self, *, uio: bool = False) -> None:
+    def __init__(self, *, uio: bool = False, late: bool = False) -> None:
         self.guest = SimulatedGuest()
         self.device = FileCopy()
         self.host = self.guest.server.add_device(self.device)
@@ -43,7 +43,8 @@ class Daemon:
         self.operations: list[int] = []
         self.room = 1 << 60
         self.fail: dict[int, int] = {}  # operation: status
-        self.answer()
+        if not late:
+            self.answer()
 
     def answer(self) -> int:
         """Read what is there, do it, and answer; how many messages there were."""
@@ -167,10 +168,87 @@ def test_one_file_at_a_time(daemon: Daemon) -> None:
     assert daemon.copy(b"", "/other") == []
 
 
+# A guest that has just booted.
+
+
 def test_no_driver() -> None:
-    device = FileCopy()
-    with pytest.raises(HvHostError, match="install hyperv-daemons"):
-        device.start(Copy(Target("/", "x"), CopyFlags(0), 0, lambda *_: b"", print))
+    device, ends = FileCopy(), list[HvHostError | None]()
+    device.start(Copy(Target("/", "x"), CopyFlags(0), 0, lambda *_: b"", ends.append))
+    for now in (1000.0, 1000.0 + DAEMON_SECONDS - 0.1):
+        device.tick(now)
+        assert ends == []
+    device.tick(1000.0 + DAEMON_SECONDS)
+    assert "has taken no files for 10 s" in sentence(ends) and device.copy is None
+
+
+@pytest.mark.parametrize("uio", [False, True])
+def test_a_driver_that_comes_late(uio: bool) -> None:
+    daemon = Daemon(uio=uio, late=True)
+    ends = daemon.copy(b"content")
+    daemon.device.tick(1000.0)
+    assert not daemon.device.ready and daemon.device.copy is not None
+    daemon.run()
+    daemon.device.tick(1001.0)
+    daemon.run()
+    assert ends == [None] and daemon.files == {"/var/file": b"content"}
+
+
+def test_a_driver_that_comes_late_and_cannot_have_the_file() -> None:
+    daemon = Daemon(uio=True, late=True)
+    ends = daemon.copy(b"", "/ä")
+    daemon.run()
+    daemon.device.tick(1000.0)
+    assert "ASCII" in sentence(ends) and daemon.operations == []
+
+
+def test_a_daemon_that_comes_later_than_its_driver() -> None:
+    """Linux's driver answers for it that it failed."""
+    daemon = Daemon()
+    daemon.fail[START] = E_FAIL
+    ends = daemon.copy(b"content")
+    daemon.run()
+    daemon.device.tick(1000.0)
+    daemon.run()
+    assert ends == [] and daemon.operations == [START, START]
+    daemon.fail.clear()
+    daemon.device.tick(1002.0)
+    daemon.run()
+    assert ends == [None] and daemon.files == {"/var/file": b"content"}
+
+
+def test_a_daemon_that_does_not_come() -> None:
+    daemon = Daemon()
+    daemon.fail[START] = E_FAIL
+    ends = daemon.copy(b"content")
+    for now in (1000.0, 1000.0 + DAEMON_SECONDS - 0.1):
+        daemon.run()
+        daemon.device.tick(now)
+        assert ends == []
+    daemon.run()
+    daemon.device.tick(1000.0 + DAEMON_SECONDS)
+    assert "file copy daemon does not run" in sentence(ends)
+
+
+def test_a_copy_that_waits_for_a_daemon_is_cancelled() -> None:
+    daemon = Daemon(late=True)
+    ends = daemon.copy(b"content")
+    daemon.device.cancel()
+    daemon.run()
+    daemon.device.tick(1000.0)
+    assert "cancelled after 0 of 7 bytes" in sentence(ends) and daemon.operations == []
+
+
+def test_a_daemon_is_waited_for_again_after_the_channel_was_closed() -> None:
+    daemon = Daemon()
+    daemon.copy(b"")
+    daemon.run()
+    daemon.guest.close(1)
+    daemon.service = GuestService(daemon.guest.open(1), [(1, 1)])
+    daemon.fail[START] = E_FAIL
+    daemon.run()
+    ends = daemon.copy(b"")
+    daemon.run()
+    assert ends == []
 
 
 # Failing.
@@ -186,6 +264,9 @@ def test_no_driver() -> None:
     ],
 )
 def test_a_start_that_is_refused(daemon: Daemon, status: int, words: str) -> None:
+    daemon.copy(b"", "/first")
+    daemon.run()  # it is there, and says what it means
+    daemon.operations.clear()
     daemon.fail[START] = status
     ends = daemon.copy(bytes(100))
     daemon.run()
@@ -383,10 +464,11 @@ def test_whatever_goes_wrong_the_sentence_is_true(
     daemon = Moody(moods, uio=uio)
     daemon.room = room
     ends = daemon.copy(content)
-    for messages in range(20):
+    for messages in range(30):
         if messages == cancelled:
             daemon.device.cancel()
-        if not daemon.answer():
+        daemon.device.tick(2.0 * messages)
+        if not daemon.answer() and daemon.device.copy is None:
             break
     assert daemon.device.copy is None and not daemon.guest.faults
     kept = daemon.files.get("/var/file")
