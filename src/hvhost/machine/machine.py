@@ -275,11 +275,11 @@ class Machine:
 
     def _running(self) -> Computer:
         computer = self._computer
-        if computer is None and self._state is MachineState.STARTING:
-            raise HvHostError(
-                f"machine {self._config.name!r} is just being started; try again in a moment."
-            )
         if computer is None:
+            if self._state is MachineState.STARTING:
+                raise HvHostError(
+                    f"machine {self._config.name!r} is just being started; try again in a moment."
+                )
             raise HvHostError(f"machine {self._config.name!r} is not running; start it again.")
         return computer
 
@@ -473,6 +473,11 @@ class Machine:
     def copy_start(
         self, source: str, destination: str, *, create_path: bool, overwrite: bool
     ) -> CopyProgress:
+        if self._file_copy.offer.name in self._switched_off:
+            raise HvHostError(
+                f"the service file-copy of machine {self._config.name!r} is switched off; "
+                f"`hvhost services {self._config.name} --enable file-copy` switches it on."
+            )
         return self._copier.start(
             self._active().lock,
             source,

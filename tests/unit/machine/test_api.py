@@ -12,8 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -256,6 +257,57 @@ def test_close_before_any_client(tmp_path: Path) -> None:
     api.server.close()
     assert threading.active_count() == before
     assert not api.path.exists()
+
+
+class LateApplication(ModuleType):
+    """In the place of the module with the web server, which it notices to be taken."""
+
+    def __init__(self, taken: Callable[[], object]) -> None:
+        super().__init__("hvhost.machine.application")
+        self.served = 0
+        self._taken = taken
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "Server":
+            raise AttributeError(name)
+        self._taken()
+        return lambda machine: SimpleNamespace(run=self._serve, close=lambda: None)
+
+    def _serve(self, listener: socket.socket) -> None:
+        self.served += 1
+
+
+def test_a_close_before_any_client_imports_no_web_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    late = LateApplication(lambda: taken.append(1))
+    monkeypatch.setitem(sys.modules, late.__name__, late)
+    Api(tmp_path / "api.sock").server.close()
+    assert taken == []
+
+
+def test_a_close_while_the_web_server_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Api] = []
+    closers: list[threading.Thread] = []
+
+    def taken() -> None:
+        server = made[0].server
+        closers.append(threading.Thread(target=server.close))
+        closers[0].start()
+        while not server._closing:
+            time.sleep(0.001)
+
+    late = LateApplication(taken)
+    monkeypatch.setitem(sys.modules, late.__name__, late)
+    made.append(Api(tmp_path / "api.sock"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(made[0].path))
+        made[0].server._thread.join(10)
+    closers[0].join(10)
+    assert late.served == 0 and not made[0].path.exists()
 
 
 def test_what_is_in_another_process_is_asked_there(api: Api) -> None:
