@@ -139,7 +139,7 @@ def verify(options: VerifyOptions) -> int:
 
         make: Prepare = prepare_complete
     else:
-        from hvhost.verify.live import prepare
+        from hvhost.verify.live_guest import prepare
 
         make = prepare
     # As Ctrl-C does: out of all blocks in order, so that no machine is left.

@@ -11,7 +11,8 @@ from hvhost.manager.definition import define_guest
 from hvhost.units import GIB
 from hvhost.verify.contract import Row
 from hvhost.verify.guest import ANY_SHAPE, Machine, Shape
-from hvhost.verify.live import COMMAND_LINE, LiveMachine
+from hvhost.verify.live import LiveMachine
+from hvhost.verify.live_guest import COMMAND_LINE
 from hvhost.verify.options import VerifyOptions
 from hvhost.verify.rows import PROOFS
 from hvhost.verify.session import Timing

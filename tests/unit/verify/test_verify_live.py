@@ -23,9 +23,11 @@ from hvhost.guests.build import GuestImages
 from hvhost.guests.probe import ProbeClient, build_probe
 from hvhost.machine.model import MachineConfig, MachineEvent, ShutdownAction
 from hvhost.manager.launcher import launch
-from hvhost.verify import live, live_probe
+from hvhost.verify import live, live_guest, live_logs, live_probe, live_usage
 from hvhost.verify.guest import Carrier
-from hvhost.verify.live import EventLog, LiveGuest, LiveMachine
+from hvhost.verify.live import LiveMachine
+from hvhost.verify.live_guest import LiveGuest
+from hvhost.verify.live_logs import EventLog
 from hvhost.verify.live_probe import LiveProbe, best_probe
 from hvhost.verify.options import VerifyOptions
 
@@ -207,12 +209,12 @@ def test_the_emulators_time_is_that_of_the_keepers_children(tmp_path: Path) -> N
         deadline, before, after = time.monotonic() + 30, None, 0.0
         while (before is None or after - before <= 0.1) and time.monotonic() < deadline:
             time.sleep(0.05)
-            after = live.emulator_seconds(path) or 0.0
+            after = live_usage.emulator_seconds(path) or 0.0
             before = after if before is None else before
         assert before is not None and after - before > 0.1
     finally:
         keeper.communicate(timeout=10)
-    assert live.emulator_seconds(path) is None
+    assert live_usage.emulator_seconds(path) is None
 
 
 def test_kill_ends_a_machine_whose_guest_is_silent(config: MachineConfig) -> None:
@@ -264,7 +266,7 @@ def test_a_worker_that_neither_answers_nor_ends(
 def test_a_console_that_nobody_offers_is_not_waited_for_in_vain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "_CONSOLE_CONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(live_logs, "_CONSOLE_CONNECT_SECONDS", 0.0)
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -273,7 +275,7 @@ def test_a_console_that_nobody_offers_is_not_waited_for_in_vain(
 
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(HvHostError, match=r"serial port ttyS0\.sock cannot be reached: No such"):
-        live._connect(tmp_path / "ttyS0.sock")
+        live_logs.connect_serial(tmp_path / "ttyS0.sock")
 
 
 def test_the_32_bit_guest_beside_one_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +287,7 @@ def test_the_32_bit_guest_beside_one_of_64_bits(monkeypatch: pytest.MonkeyPatch)
         asked.append(name)
         return narrow
 
-    monkeypatch.setattr(live, "prepare_guest", prepare)
+    monkeypatch.setattr(live_guest, "prepare_guest", prepare)
     found = LiveGuest(images, VerifyOptions(cpus=3)).pae_sibling()
     assert found is not None and found.images is narrow
     assert (found.options.guest, found.options.cpus) == ("debian-12-pae", 3)
@@ -325,7 +327,7 @@ def test_the_guests_command_line(
     verbose: bool, append: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs: list[MachineConfig] = []
-    monkeypatch.setattr(live, "LiveMachine", lambda config, progress: configs.append(config))
+    monkeypatch.setattr(live_guest, "LiveMachine", lambda config, progress: configs.append(config))
     images = GuestImages(Path("/k"), Path("/i"), None, "T", "6.1", ("hv_kvp_daemon",))
     guest = LiveGuest(images, VerifyOptions(append=append, cpus=3, memory=256 << 20))
     guest.start(verbose=verbose)
