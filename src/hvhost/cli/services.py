@@ -68,8 +68,9 @@ def copy(
 ) -> None:
     """Copy a file into a guest, without a network.
 
-    Needs a Hyper-V file copy daemon in the guest (package hyperv-daemons). Ctrl-C gives the copy
-    up and leaves no half file. The file's mode in the guest is 0744, whatever it is here.
+    Needs a Hyper-V file copy daemon in the guest (package hyperv-daemons), for which a guest that
+    has just booted is given 10 s. Ctrl-C gives the copy up and leaves no half file. The file's mode
+    in the guest is 0744, whatever it is here.
 
     \b
     Examples:
