@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -44,6 +45,10 @@ def main() -> int:
     chosen = [name for name in options.only.split(",") if name] or list(CASES)
     if unknown := set(chosen) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    try:
+        options.json.open("a").close()  # not after an hour
+    except OSError as error:
+        parser.error(f"{options.json} cannot be written: {error.strerror}")
     console = Console(stderr=True)
     measurements: list[Measurement] = []
     failed = False
@@ -55,8 +60,8 @@ def main() -> int:
                 for each in CASES[name](options.rounds):  # what came before an error counts
                     console.print(f"  {each.figure}: {each.value:.4g} {each.unit}")
                     measurements.append(each)
-            except HvHostError as error:
-                console.print(f"{name}: {error}")
+            except (HvHostError, OSError, subprocess.SubprocessError) as error:
+                console.print(f"{name}: {error}", markup=False)
                 failed = True
     Console().print(table(measurements))
     computer = {"machine": platform.machine(), "kernel": platform.release(), "cpus": os.cpu_count()}

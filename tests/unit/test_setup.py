@@ -167,3 +167,38 @@ def test_ci_makes_test_and_nothing_else(computer: Computer) -> None:
     assert done.returncode == 0
     assert computer.notes.read_text() == "make test\n"
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def what_make_would_do(target: str, *words: str) -> list[str]:
+    """The commands of a target, with those of the targets that it needs, in their order."""
+    ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "GUEST"}  # of the make that runs these tests
+    done = subprocess.run(
+        ["make", "-n", target, *words],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if name not in ours},
+    )  # fmt: skip
+    return [" ".join(line.split()) for line in done.stdout.replace("\\\n", " ").splitlines()]
+
+
+def test_make_verify_sets_up_and_verifies_the_distributions_own_kernel() -> None:
+    verify = ".venv/bin/hvhost verify --guest"
+    assert what_make_would_do("verify") == ["scripts/setup", f"{verify} debian-12"]
+    assert what_make_would_do("verify", "GUEST=sid")[-1] == f"{verify} sid"
+
+
+def test_make_test_sets_up_and_runs_every_check_and_test() -> None:
+    commands = what_make_would_do("test")
+    assert commands[0] == "scripts/setup dev"
+    programs = [" ".join(words.split()[:2]).removeprefix(".venv/bin/") for words in commands[1:]]
+    assert programs == ["ruff check", "ruff format", "mypy", "pytest -m", "pytest -m"]
+    assert [words.partition(" -n ")[0] for words in commands[-2:]] == [
+        ".venv/bin/pytest -m 'not guest'",
+        ".venv/bin/pytest -m guest --durations=10",
+    ]
+
+
+def test_make_test_matrix_has_every_kernel_of_the_contract() -> None:
+    setup, matrix = what_make_would_do("test-matrix")
+    assert setup == "scripts/setup dev"
+    assert matrix.startswith("HVHOST_TEST_GUESTS=debian-12,debian-11,debian-13,sid ")
+    assert ".venv/bin/pytest -m guest " in matrix
