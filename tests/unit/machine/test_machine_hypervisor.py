@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from fake_transport import (
+    Fails,
     FakeTransport,
     Halt,
     Hypercall,
@@ -152,4 +154,15 @@ def test_a_guest_that_crashes_at_random_places() -> None:
         one.ended()
         assert answers == [None, False]
         assert ("crash", "") in one.kinds()
+        assert one.machine.info().last_stop == "the guest powered off"
+
+
+def test_interruptions_cost_nothing() -> None:
+    def guest(kvm: FakeTransport) -> Script:
+        for number in (errno.EINTR, errno.EAGAIN) * 10:
+            yield Fails(number)
+        yield S5
+
+    with life((guest,)) as one:
+        one.ended()
         assert one.machine.info().last_stop == "the guest powered off"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import struct
 import threading
@@ -11,7 +10,6 @@ import weakref
 
 import pytest
 from fake_transport import (
-    Fails,
     FakeTransport,
     Halt,
     In,
@@ -206,17 +204,6 @@ def test_a_reset_leaves_nothing_of_the_old_computer(monkeypatch: pytest.MonkeyPa
         assert [transport.closed for transport in one.transports] == [1] * 6 + [0]
         # Its memory is large: nobody may keep it for longer than a tick.
         one.wait_for(lambda: gc.collect() >= 0 and known() is None)
-
-
-def test_interruptions_cost_nothing() -> None:
-    def guest(kvm: FakeTransport) -> Script:
-        for number in (errno.EINTR, errno.EAGAIN) * 10:
-            yield Fails(number)
-        yield S5
-
-    with life((guest,)) as one:
-        one.ended()
-        assert one.machine.info().last_stop == "the guest powered off"
 
 
 def test_input_reaches_the_guest() -> None:
