@@ -48,3 +48,16 @@ def test_a_protocol_is_fuzzed(protocol: str) -> None:
         looked_at |= more
         used |= {each for module in more for each in modules_used(module)}
     assert protocol in used, f"no target in fuzz/ reaches {protocol}"
+
+
+def test_every_target_is_run_as_a_property_too() -> None:
+    """So that each is tried on every computer, and not only where atheris runs."""
+    texts = [path.read_text() for path in (ROOT / "tests/unit").rglob("test_*.py")]
+    properties = "\n".join(text for text in texts if "@given(" in text)
+    named = {
+        name
+        for path in (ROOT / "fuzz").glob("fuzz_*.py")
+        for name in re.findall(r'"(fuzz_\w+)"', path.read_text())
+    }
+    assert len(named) > 10
+    assert not {name for name in named if not re.search(rf"\b{name}\(", properties)}

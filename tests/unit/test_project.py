@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 import subprocess
@@ -155,6 +156,22 @@ def test_the_readme_names_the_rows_that_work() -> None:
     assert named == [row.id for row in ROWS if row.id in {proof.row_id for proof in PROOFS}]
     assert f"contract of {len(ROWS)} rows" in readme
     assert f"The other {len(ROWS) - len(PROOFS)} rows are `missing`" in readme
+
+
+def test_the_readmes_picture_is_of_a_real_run() -> None:
+    """Of all rows, in the contract's order, of which those work that the README says work."""
+    readme = (ROOT / "README.md").read_text()
+    (picture,) = re.findall(r"!\[The table that hvhost verify prints\]\((\S+)\)", readme)
+    svg = html.unescape(re.sub(r"<[^>]+>", "\n", (ROOT / picture).read_text()))
+    cells = [line.strip() for line in svg.splitlines()]
+    assert re.search(r"^\s*Linux\s\d+\.\d+\S*\s\(Debian\s", svg, re.MULTILINE)
+    rows = [row.id for row in ROWS]
+    assert [cell for cell in cells if cell in rows] == rows
+    statuses = [cell for cell in cells if cell[:1] in {*"✔✘○◌·"}]
+    assert len(statuses) == len(rows)
+    told = {word: sum(word in each for each in statuses) for word in ("works", "lacks", "missing")}
+    assert sum(told.values()) == len(rows), "none fails"
+    assert told["missing"] == len(ROWS) - len(PROOFS)
 
 
 def test_the_device_guide_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,11 @@ def _check_memory(computer: Computer) -> Check:
 
 
 def _check_disk(computer: Computer) -> Check:
-    cache = paths.cache_dir()
+    try:
+        cache = paths.cache_dir()
+    except HvHostError as error:
+        finding, _, remedy = str(error).rstrip(".").partition("; ")
+        return Check("disk", CheckStatus.MISSING, finding, remedy)
     free = computer.free_disk(cache)
     finding = f"{format_size(free)} free for the cache in {cache}"
     if free >= _MINIMUM_DISK:

@@ -206,6 +206,19 @@ def test_little_room(computer: Computer, kvm: Kvm) -> None:
     assert "HVHOST_CACHE_DIR" in str(of(diagnosis, "disk").fix)
 
 
+def test_no_place_for_the_cache(
+    computer: Computer, kvm: Kvm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One finding among the others."""
+    monkeypatch.setenv("HVHOST_CACHE_DIR", str(computer.cpuinfo / "cache"))
+    diagnosis = examine(computer)
+    assert not diagnosis.usable
+    check = of(diagnosis, "disk")
+    assert check.status == "missing"
+    assert check.finding == f"{computer.cpuinfo}/cache cannot be made (Not a directory)"
+    assert check.fix == "set HVHOST_CACHE_DIR to a directory of yours"
+
+
 def test_every_problem_comes_with_a_remedy(computer: Computer, kvm: Kvm, tmp_path: Path) -> None:
     bad = Computer(
         kvm_device=tmp_path / "none",
