@@ -40,6 +40,28 @@ class Witness:
             raise RowFailed(f"on the host, {' '.join(words)!r} failed: {done.stderr.strip()}")
         return done.stdout
 
+    def set_kernel(self, path: str, value: str) -> None:
+        """Write a setting of that kernel, below ``/proc/sys/net``; :class:`HostLacks` if none may.
+
+        A container's ``/proc/sys`` is read-only, whatever its root may do; one mounted anew is not.
+        """
+        write = f"echo {value} > {path}"
+        try:
+            self.command("sh", "-c", write)
+            return
+        except RowFailed as error:
+            reason = str(error)
+        anew = ("unshare", "--mount", "sh", "-c", f"mount -t proc proc /proc && {write}")
+        done = subprocess.run(
+            ["nsenter", f"--net=/proc/{self.pid}/ns/net", "--", *anew],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise HostLacks(
+                f"{reason}; give a container the option --security-opt systempaths=unconfined"
+            )
+
     def do(self, action: str, **how: object) -> dict[str, Any]:
         """An action of :mod:`hvhost.verify.witness`, to its end."""
         return Action(self, action, how).result()

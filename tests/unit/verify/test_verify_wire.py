@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -127,3 +129,39 @@ def test_a_host_that_cannot_have_a_cable_lacks_something(error: str, lacks: bool
     with pytest.raises(HvHostError, match=error) as raised, wire.cable(session):
         pass
     assert isinstance(raised.value, HostLacks) is lacks
+
+
+SETTING = "/proc/sys/net/ipv4/tcp_min_tso_segs"
+READ_ONLY = 'mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys && exec "$@"'
+SET = f"""
+from hvhost.network.namespace import open_namespace
+from hvhost.verify.wire import Witness
+namespace = open_namespace([])
+try:
+    witness = Witness(namespace.pid)
+    witness.set_kernel("{SETTING}", "44")
+    print(witness.command("cat", "{SETTING}").strip())
+finally:
+    namespace.close()
+"""
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_a_setting_of_the_kernel_is_made_in_a_container_too(container: bool) -> None:
+    unshare = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh"] if container else []
+    if (
+        container
+        and subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("only root can make /proc/sys read-only, as containers have it")
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", SET], capture_output=True, text=True, check=False
+    )
+    if "may make no" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.stdout.split() == ["44"], done.stderr
+
+
+def test_a_setting_that_cannot_be_made_is_what_the_host_lacks() -> None:
+    with pytest.raises(HostLacks, match=r"systempaths=unconfined$"):
+        Witness(os.getpid()).set_kernel("/proc/sys/net/ipv4/no_such_setting", "1")

@@ -63,7 +63,7 @@ def _bad_udp(to_mac: str, from_mac: str, source: str, target: str, *, good: bool
 @contextlib.contextmanager
 def _large_segments(wire: Cable) -> Iterator[None]:
     """Both ends' TCP makes them; the host's end is gone with its namespace."""
-    wire.witness.command("sh", "-c", f"echo {_LEAST_SEGMENTS} > {_SETTING}")
+    wire.witness.set_kernel(_SETTING, str(_LEAST_SEGMENTS))
     before = wire.probe.read(_SETTING).strip()
     wire.guest(f"echo {_LEAST_SEGMENTS} > {_SETTING}")
     try:
