@@ -73,10 +73,12 @@ def eisa_id(text: str) -> bytes:
 
 
 def buffer(data: bytes) -> bytes:
+    """``Buffer``: bytes of a known length."""
     return b"\x11" + _package_length(integer(len(data)) + data)
 
 
 def package(*elements: bytes) -> bytes:
+    """``Package (elements)``; :class:`LocalProtocolError` for more than 255 of them."""
     if len(elements) > 255:
         raise LocalProtocolError(f"{len(elements)} elements are too many for an AML package.")
     return b"\x12" + _package_length(bytes([len(elements)]) + b"".join(elements))
@@ -88,14 +90,17 @@ def name(path: str, value: bytes) -> bytes:
 
 
 def scope(path: str, *terms: bytes) -> bytes:
+    """``Scope (path) {terms}``."""
     return b"\x10" + _package_length(_name_string(path) + b"".join(terms))
 
 
 def device(path: str, *terms: bytes) -> bytes:
+    """``Device (path) {terms}``."""
     return b"\x5b\x82" + _package_length(_name_string(path) + b"".join(terms))
 
 
 def method(path: str, *terms: bytes, arguments: int = 0, serialized: bool = False) -> bytes:
+    """``Method (path, arguments) {terms}``; :class:`LocalProtocolError` beyond 7 arguments."""
     if not 0 <= arguments <= 7:
         raise LocalProtocolError(f"an AML method has up to 7 arguments, not {arguments}.")
     flags = bytes([arguments | serialized << 3])
@@ -103,6 +108,7 @@ def method(path: str, *terms: bytes, arguments: int = 0, serialized: bool = Fals
 
 
 def return_(value: bytes) -> bytes:
+    """``Return (value)``."""
     return b"\xa4" + value
 
 

@@ -186,6 +186,7 @@ _NODAD: dict[bool, tuple[str, ...]] = {False: (), True: ("nodad",)}
 
 
 def main() -> int:
+    """The process that holds a namespace: its arguments are of :func:`open_namespace`."""
     with socket.socket(fileno=int(sys.argv[1])) as control:
         try:
             services = sys.argv[2:3] == ["--services"]

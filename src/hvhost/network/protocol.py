@@ -110,6 +110,8 @@ class Init(Record):
 
 @dataclass(frozen=True, slots=True)
 class InitComplete(Record):
+    """``struct nvsp_message_init_complete``: the version agreed on, if *status* is a success."""
+
     negotiated_protocol_ver: U32
     max_mdl_chain_len: U32
     status: U32
@@ -137,17 +139,23 @@ class SendReceiveBufferComplete(Record):
 
 @dataclass(frozen=True, slots=True)
 class SendSendBufferComplete(Record):
+    """``struct nvsp_1_message_send_send_buffer_complete``: bytes of each section of it."""
+
     status: U32
     section_size: U32
 
 
 @dataclass(frozen=True, slots=True)
 class RevokeBuffer(Record):
+    """``struct nvsp_1_message_revoke_receive_buffer``, and that of the send buffer."""
+
     id: U16
 
 
 @dataclass(frozen=True, slots=True)
 class SendRndisPacket(Record):
+    """``struct nvsp_1_message_send_rndis_packet``: where an RNDIS message lies, sizes in bytes."""
+
     channel_type: U32
     send_buf_section_index: U32 = NETVSC_INVALID_INDEX
     send_buf_section_size: U32 = 0
@@ -155,6 +163,8 @@ class SendRndisPacket(Record):
 
 @dataclass(frozen=True, slots=True)
 class SendRndisPacketComplete(Record):
+    """``struct nvsp_1_message_send_rndis_packet_complete``."""
+
     status: U32
 
 
@@ -169,17 +179,23 @@ class SendNdisConfig(Record):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDataPath(Record):
+    """``struct nvsp_4_sw_datapath``: whether the guest sends here or by a virtual function."""
+
     active_datapath: U32
 
 
 @dataclass(frozen=True, slots=True)
 class SubchannelRequest(Record):
+    """``struct nvsp_5_subchannel_request``: so many channels besides the first one."""
+
     op: U32
     num_subchannels: U32
 
 
 @dataclass(frozen=True, slots=True)
 class SubchannelComplete(Record):
+    """``struct nvsp_5_subchannel_complete``: how many there are going to be."""
+
     status: U32
     num_subchannels: U32
 

@@ -136,12 +136,16 @@ FRAGMENT_LAST: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Header(Record):
+    """What each RNDIS message begins with; *msg_len* in bytes, with these."""
+
     ndis_msg_type: U32
     msg_len: U32
 
 
 @dataclass(frozen=True, slots=True)
 class Initialize(Record):
+    """``struct rndis_initialize_request``; *max_xfer_size* in bytes."""
+
     req_id: U32
     major_ver: U32
     minor_ver: U32
@@ -178,6 +182,8 @@ class Query(Record):
 
 @dataclass(frozen=True, slots=True)
 class QueryComplete(Record):
+    """``struct rndis_query_complete``; the buffer's place counts from *req_id* on, in bytes."""
+
     req_id: U32
     status: U32
     info_buflen: U32
@@ -186,12 +192,16 @@ class QueryComplete(Record):
 
 @dataclass(frozen=True, slots=True)
 class SetComplete(Record):
+    """``struct rndis_set_complete``."""
+
     req_id: U32
     status: U32
 
 
 @dataclass(frozen=True, slots=True)
 class ResetComplete(Record):
+    """``struct rndis_reset_complete``."""
+
     status: U32
     addressing_reset: U32
 
@@ -205,6 +215,8 @@ class Request(Record):
 
 @dataclass(frozen=True, slots=True)
 class IndicateStatus(Record):
+    """``struct rndis_indicate_status``: what the host tells without being asked."""
+
     status: U32
     status_buflen: U32
     status_buf_offset: U32

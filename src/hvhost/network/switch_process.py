@@ -364,6 +364,7 @@ def _is_open(port: PortSettings) -> bool:
 
 
 def main() -> int:
+    """A switch's process: the argument is its directory; its end is the switch's."""
     directory = Path(sys.argv[1])
     log_to_stderr()
     loop = Loop()

@@ -33,6 +33,8 @@ _HIBERNATE_VERSION = IcVersion(3, 2)
 
 @dataclass(slots=True)
 class ShutdownState:
+    """Everything needed to resume the device."""
+
     conversation: ConversationState = field(default_factory=ConversationState)
 
 

@@ -278,6 +278,7 @@ ACTIONS = {
 
 
 def main() -> int:
+    """One action: its name and its JSON are the arguments; prints what it saw."""
     action: Any = ACTIONS[sys.argv[1]]
     try:
         result = action(**json.loads(sys.argv[2]))

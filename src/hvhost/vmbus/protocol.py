@@ -106,6 +106,8 @@ Rest = Annotated[bytes, "0s"]
 
 @dataclass(frozen=True, slots=True)
 class OfferChannel(Record):  # struct vmbus_channel_offer_channel
+    """The host has a device; ``mmio_megabytes`` is what it needs of the MMIO windows."""
+
     message_type: ClassVar[MessageType] = MessageType.OFFERCHANNEL
     if_type: Guid
     if_instance: Guid
@@ -125,17 +127,23 @@ class OfferChannel(Record):  # struct vmbus_channel_offer_channel
 
 @dataclass(frozen=True, slots=True)
 class RescindChannelOffer(Record):  # struct vmbus_channel_rescind_offer
+    """The device is gone."""
+
     message_type: ClassVar[MessageType] = MessageType.RESCIND_CHANNELOFFER
     child_relid: U32
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOffers(Record):
+    """The guest wants all offers, now and from now on."""
+
     message_type: ClassVar[MessageType] = MessageType.REQUESTOFFERS
 
 
 @dataclass(frozen=True, slots=True)
 class AllOffersDelivered(Record):
+    """Those that there were have been sent."""
+
     message_type: ClassVar[MessageType] = MessageType.ALLOFFERS_DELIVERED
 
 
@@ -154,6 +162,8 @@ class OpenChannel(Record):  # struct vmbus_channel_open_channel
 
 @dataclass(frozen=True, slots=True)
 class OpenChannelResult(Record):  # struct vmbus_channel_open_result
+    """``status`` is zero, or an NTSTATUS."""
+
     message_type: ClassVar[MessageType] = MessageType.OPENCHANNEL_RESULT
     child_relid: U32
     openid: U32
@@ -162,6 +172,8 @@ class OpenChannelResult(Record):  # struct vmbus_channel_open_result
 
 @dataclass(frozen=True, slots=True)
 class CloseChannel(Record):  # struct vmbus_channel_close_channel
+    """The guest uses the channel no longer; there is no answer."""
+
     message_type: ClassVar[MessageType] = MessageType.CLOSECHANNEL
     child_relid: U32
 
@@ -190,6 +202,8 @@ class GpadlBody(Record):  # struct vmbus_channel_gpadl_body
 
 @dataclass(frozen=True, slots=True)
 class GpadlCreated(Record):  # struct vmbus_channel_gpadl_created
+    """``creation_status`` is zero, or an NTSTATUS."""
+
     message_type: ClassVar[MessageType] = MessageType.GPADL_CREATED
     child_relid: U32
     gpadl: U32
@@ -198,6 +212,8 @@ class GpadlCreated(Record):  # struct vmbus_channel_gpadl_created
 
 @dataclass(frozen=True, slots=True)
 class GpadlTeardown(Record):  # struct vmbus_channel_gpadl_teardown
+    """The guest wants the memory back."""
+
     message_type: ClassVar[MessageType] = MessageType.GPADL_TEARDOWN
     child_relid: U32
     gpadl: U32
@@ -205,12 +221,16 @@ class GpadlTeardown(Record):  # struct vmbus_channel_gpadl_teardown
 
 @dataclass(frozen=True, slots=True)
 class GpadlTorndown(Record):  # struct vmbus_channel_gpadl_torndown
+    """The host does not touch the memory any more."""
+
     message_type: ClassVar[MessageType] = MessageType.GPADL_TORNDOWN
     gpadl: U32
 
 
 @dataclass(frozen=True, slots=True)
 class RelidReleased(Record):  # struct vmbus_channel_relid_released
+    """The guest let go of a rescinded channel; its number is free."""
+
     message_type: ClassVar[MessageType] = MessageType.RELID_RELEASED
     child_relid: U32
 
@@ -237,6 +257,8 @@ class InitiateContact(Record):  # struct vmbus_channel_initiate_contact
 
 @dataclass(frozen=True, slots=True)
 class VersionResponse(Record):  # struct vmbus_channel_version_response
+    """Whether the version that was asked for is spoken, and where messages go then."""
+
     message_type: ClassVar[MessageType] = MessageType.VERSION_RESPONSE
     version_supported: U8
     connection_state: U8 = 0
@@ -246,16 +268,22 @@ class VersionResponse(Record):  # struct vmbus_channel_version_response
 
 @dataclass(frozen=True, slots=True)
 class Unload(Record):
+    """The guest ends the connection, as before a kernel starts another."""
+
     message_type: ClassVar[MessageType] = MessageType.UNLOAD
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadResponse(Record):
+    """All is undone; nothing of the guest's memory is used any more."""
+
     message_type: ClassVar[MessageType] = MessageType.UNLOAD_RESPONSE
 
 
 @dataclass(frozen=True, slots=True)
 class TlConnectRequest(Record):  # struct vmbus_channel_tl_connect_request
+    """A program in the guest connects to a service of the host by hv_sock."""
+
     message_type: ClassVar[MessageType] = MessageType.TL_CONNECT_REQUEST
     guest_endpoint_id: Guid
     host_service_id: Guid
@@ -263,6 +291,8 @@ class TlConnectRequest(Record):  # struct vmbus_channel_tl_connect_request
 
 @dataclass(frozen=True, slots=True)
 class TlConnectResult(Record):
+    """``status`` is zero, or an NTSTATUS; a connection comes as an offer."""
+
     message_type: ClassVar[MessageType] = MessageType.TL_CONNECT_RESULT
     guest_endpoint_id: Guid
     host_service_id: Guid
@@ -271,6 +301,8 @@ class TlConnectResult(Record):
 
 @dataclass(frozen=True, slots=True)
 class ModifyChannel(Record):  # struct vmbus_channel_modifychannel
+    """The channel shall interrupt virtual processor ``target_vp`` from now on."""
+
     message_type: ClassVar[MessageType] = MessageType.MODIFYCHANNEL
     child_relid: U32
     target_vp: U32
@@ -278,6 +310,8 @@ class ModifyChannel(Record):  # struct vmbus_channel_modifychannel
 
 @dataclass(frozen=True, slots=True)
 class ModifyChannelResponse(Record):  # struct vmbus_channel_modifychannel_response
+    """``status`` is zero, or an NTSTATUS; from version 5.3 on."""
+
     message_type: ClassVar[MessageType] = MessageType.MODIFYCHANNEL_RESPONSE
     child_relid: U32
     status: U32

@@ -19,6 +19,8 @@ MAX_USER_DEFINED_BYTES: Final = 120
 
 
 class ChannelState(StrEnum):
+    """Between a channel's offer and its end; :mod:`hvhost.vmbus.channel` has the rules."""
+
     OFFERED = "offered"
     OPEN = "open"
     CLOSED = "closed"
