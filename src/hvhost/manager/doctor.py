@@ -55,6 +55,16 @@ class Diagnosis:
     checks: list[Check]
 
 
+def _make_network() -> None:
+    """As a host-only network and the rows of the network do, and all of it gone again."""
+    from hvhost.network.namespace import open_namespace
+
+    namespace = open_namespace([("tap0", "")])
+    for descriptor in namespace.descriptors:
+        os.close(descriptor)
+    namespace.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Computer:
     """Where the examination looks; tests point it elsewhere."""
@@ -71,6 +81,7 @@ class Computer:
     which: Callable[[str], str | None] = shutil.which
     free_disk: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
     is_root: bool = os.geteuid() == 0
+    make_network: Callable[[], None] = _make_network
 
 
 def examine(computer: Computer | None = None) -> Diagnosis:
@@ -132,10 +143,25 @@ def examine(computer: Computer | None = None) -> Diagnosis:
         ("mke2fs", "mke2fs", "e2fsprogs", "makes their disks"),
     ):
         packages.append(_check_program(computer, identity, program, package, purpose, needed=False))
+    packages.append(_check_network(computer))
     checks = [*kvm, *programs, *packages, _check_memory(computer), _check_disk(computer)]
     usable = all(check.status is not CheckStatus.MISSING for check in checks)
     transport = "local" if local else "rig" if usable else None
     return Diagnosis(usable, transport, checks)
+
+
+def _check_network(computer: Computer) -> Check:
+    try:
+        computer.make_network()
+    except (HvHostError, OSError) as error:
+        return Check(
+            "network",
+            CheckStatus.WARNING,
+            f"host-only networks and the rows of the network lack one: {error}",
+            "in a container, the options of docs/ci.md; elsewhere, "
+            + _as_root(computer, "sysctl user.max_net_namespaces=1000"),
+        )
+    return Check("network", CheckStatus.OK, "a network namespace with a tap device can be made")
 
 
 def _with_status(check: Check, status: CheckStatus) -> Check:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hvhost.errors import HvHostError
 from hvhost.manager.doctor import KVM_CAPABILITIES, Check, Computer, Diagnosis, examine
 from hvhost.units import GIB
 
@@ -39,7 +40,12 @@ def computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Computer:
         which=lambda program: f"/usr/bin/{program}",
         free_disk=lambda _: 50 * GIB,
         is_root=False,
+        make_network=lambda: None,
     )
+
+
+def no_network() -> None:
+    raise HvHostError("no network namespace could be made (no answer).")
 
 
 @pytest.fixture
@@ -229,6 +235,7 @@ def test_every_problem_comes_with_a_remedy(computer: Computer, kvm: Kvm, tmp_pat
         which=lambda _: None,
         free_disk=lambda _: 0,
         is_root=False,
+        make_network=no_network,
     )
     computer.cpuinfo.write_text(PLAIN)
     computer.meminfo.write_text("MemAvailable: 1 kB\n")
@@ -238,4 +245,23 @@ def test_every_problem_comes_with_a_remedy(computer: Computer, kvm: Kvm, tmp_pat
 
 
 def test_this_computer_can_be_examined() -> None:
-    assert len(examine().checks) == 14
+    assert len(examine().checks) == 15
+
+
+def test_a_network_is_made_to_see_whether_it_can_be(computer: Computer) -> None:
+    (check,) = (each for each in examine(computer).checks if each.id == "network")
+    assert (check.status, check.fix) == ("ok", None)
+    lacking = examine(replace(computer, make_network=no_network))
+    (check,) = (each for each in lacking.checks if each.id == "network")
+    assert check.status == "warning" and "no network namespace could be made" in check.finding
+    assert lacking.usable, "most rows need none"
+
+
+def test_the_network_that_is_made_is_a_real_one(computer: Computer) -> None:
+    before = set(Path("/proc/self/fd").iterdir())
+    real = replace(computer, make_network=Computer().make_network)
+    (check,) = (each for each in examine(real).checks if each.id == "network")
+    if check.status != "ok":
+        assert "no network namespace could be made" in check.finding
+        pytest.skip(check.finding)
+    assert len(set(Path("/proc/self/fd").iterdir())) == len(before)
