@@ -1,4 +1,6 @@
-"""The one locked instruction that Python lacks: OR into a byte that a guest changes meanwhile.
+"""Order in memory that a guest shares: a barrier, and OR into a byte that the guest changes too.
+
+The latter is the one locked instruction that Python lacks.
 
 Python reads, computes and writes, and a guest that clears another bit in between finds it set
 again. Most drivers look once more and find nothing; a daemon of ``uio_hv_generic``, as for file
@@ -9,8 +11,18 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable
 from functools import cache
+
+_fence = threading.Lock()
+
+
+def barrier() -> None:
+    """A full memory barrier: a lock taken and given back is one, and the cheapest Python has."""
+    with _fence:
+        pass
+
 
 _CODE = bytes.fromhex("f0 40 08 37 c3")  # lock or %sil, (%rdi); ret
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError
-from hvhost.partition.atomic import set_bits
+from hvhost.partition.atomic import barrier, set_bits
 from hvhost.partition.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Synic:
             if memory.load32(slot):
                 # Ask for an end of message, then look again: the guest may just have freed it.
                 memory.view(slot + 5, 1)[0] |= HV_MESSAGE_FLAG_PENDING
+                barrier()
                 if memory.load32(slot):
                     return
             message_type, payload = queue.popleft()

@@ -21,12 +21,12 @@ parsed, never the other way round.
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError, RemoteProtocolError
+from hvhost.partition.atomic import barrier
 from hvhost.partition.memory import PAGE_SHIFT, PAGE_SIZE, GuestMemory
 from hvhost.vmbus.gpadl import GpaRange, pack_ranges, parse_ranges, range_views
 from hvhost.wire import Buffer
@@ -54,14 +54,6 @@ _GPA_DIRECT = struct.Struct("<II")  # reserved, range_cnt
 _TRANSFER_PAGES = struct.Struct("<HBBI")  # xfer_pageset_id, sender_owns_set, reserved, range_cnt
 _TRANSFER_RANGE = struct.Struct("<II")  # byte_count, byte_offset
 _PADDING = tuple(bytes(-length & 7) for length in range(8))
-
-_fence = threading.Lock()
-
-
-def barrier() -> None:
-    """A full memory barrier: a lock taken and given back is one, and the cheapest Python has."""
-    with _fence:
-        pass
 
 
 class PacketType(IntEnum):
