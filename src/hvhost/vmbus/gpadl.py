@@ -88,15 +88,13 @@ def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> lis
     many: those are looked at together.
     """
     if not 1 < count <= _MANY or len(data) - start != count * _PAGE_BUFFER_SIZE:
-        ranges = parse_ranges(data, count, start)
-        return [view for item in ranges for view in item.views(memory)]
+        return _views_one_by_one(data, count, start, memory)
     views: list[memoryview] = []
     address = end = 0
     items = iter(_page_buffers(count).unpack_from(data, start))
     for length, offset, pfn in zip(items, items, items, strict=True):
         if not 0 < length <= PAGE_SIZE - offset:  # not within one page
-            ranges = parse_ranges(data, count, start)
-            return [view for item in ranges for view in item.views(memory)]
+            return _views_one_by_one(data, count, start, memory)
         here = (pfn << PAGE_SHIFT) + offset
         if here == end:
             end += length
@@ -105,6 +103,11 @@ def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> lis
             views += _run(memory, address, end - address)
         address, end = here, here + length
     return views + _run(memory, address, end - address)
+
+
+def _views_one_by_one(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:
+    ranges = parse_ranges(data, count, start)
+    return [view for item in ranges for view in item.views(memory)]
 
 
 def parse_ranges(data: bytes, count: int, start: int = 0) -> tuple[GpaRange, ...]:
