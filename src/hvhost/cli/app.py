@@ -1,10 +1,10 @@
 """The ``hvhost`` command with all its commands.
 
 Nothing here or in the command modules imports more than typer and the choices of
-:mod:`hvhost.machine.kinds` until a command runs: ``hvhost --help`` and completion stay quick.
+:mod:`hvhost.machine.kinds` until a command runs: ``hvhost --help`` and completion stay quick. For
+the same reason the modules of commands do without ``from __future__ import annotations``: typer
+compiles and evaluates an annotation that is a string four times.
 """
-
-from __future__ import annotations
 
 from typing import Annotated
 

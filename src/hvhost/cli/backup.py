@@ -1,7 +1,5 @@
 """``hvhost backup``: the disks of a running machine, copied in a consistent state."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +82,7 @@ def backup(
         _show(done, incremental=incremental)
 
 
-def _show(done: BackupInfo, *, incremental: bool) -> None:
+def _show(done: "BackupInfo", *, incremental: bool) -> None:
     import sys
 
     from hvhost.machine.backup_model import Consistency

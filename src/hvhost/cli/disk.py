@@ -1,7 +1,5 @@
 """``hvhost disk``: image files of disks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -210,7 +208,7 @@ def compact(file: Image, image_format: Format = None, json: Json = False) -> Non
     _print(compacted, json=json)
 
 
-def _format(name: str | None) -> ImageFormat | None:
+def _format(name: str | None) -> "ImageFormat | None":
     from hvhost.errors import HvHostError
     from hvhost.storage.images import ImageFormat
 
@@ -228,7 +226,7 @@ def _bytes(size: str | None) -> int | None:
     return None if size is None else parse_size(size, what="block size")
 
 
-def _print(info: DiskInfo, *, json: bool) -> None:
+def _print(info: "DiskInfo", *, json: bool) -> None:
     from hvhost.cli import output
 
     if json:

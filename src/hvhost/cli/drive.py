@@ -1,7 +1,5 @@
 """``hvhost drive``: the disks and DVD drives of a running machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,14 +36,14 @@ def machine(context: typer.Context, name: Name) -> None:
     context.obj = name
 
 
-def _client(context: typer.Context) -> DriveClient:
+def _client(context: typer.Context) -> "DriveClient":
     from hvhost.manager.client import MachineClient
     from hvhost.manager.storage import DriveClient
 
     return DriveClient(MachineClient(context.obj))
 
 
-def _show(drives: list[DriveInfo], json: bool) -> None:
+def _show(drives: "list[DriveInfo]", json: bool) -> None:
     from hvhost.cli import output
     from hvhost.units import format_size
 

@@ -1,7 +1,5 @@
 """``hvhost guest``: the guests that are made from distribution packages."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``hvhost kvp``: key-value pairs between host and guest."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

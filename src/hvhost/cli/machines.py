@@ -1,7 +1,5 @@
 """Commands about machines that run, from ``ps`` to ``nmi``."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """``hvhost memory``: how much a machine has, and what it may have."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """``hvhost net``: switches, and the network adapters of machines."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

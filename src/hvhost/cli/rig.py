@@ -1,7 +1,5 @@
 """``hvhost rig``: the KVM host in software."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """Commands that use a guest's integration services: ``exec``, ``copy``, ``services``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

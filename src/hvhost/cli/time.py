@@ -1,7 +1,5 @@
 """``hvhost time``: the guest's clock."""
 
-from __future__ import annotations
-
 import typer
 
 from hvhost.cli.machines import Json, MachineGroup, Name

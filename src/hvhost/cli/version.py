@@ -1,7 +1,5 @@
 """``hvhost version``."""
 
-from __future__ import annotations
-
 from hvhost.cli.machines import Json
 
 
