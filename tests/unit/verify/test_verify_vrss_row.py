@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from hvhost.network.ndis import HASH_IPV4, HASH_IPV6, HASH_TCP_IPV4, HASH_TCP_IPV6, ReceiveScaling
 from hvhost.network.toeplitz import FlowTable
+from hvhost.verify.contract import HV_KVP_GUID, HV_NIC_GUID
 from hvhost.verify.guest import RowFailed
+from hvhost.verify.rows import vrss
 from hvhost.verify.rows.vrss import FLOWS, STRAYS, check
+from hvhost.verify.session import Session
 from hvhost.verify.wire import GUEST4, GUEST6, HOST4, HOST6, Cable
 
 KEY = bytes(number * 37 % 256 for number in range(1, 41))
@@ -122,3 +127,47 @@ def test_a_guest_that_shows_no_table() -> None:
     cable = SpreadingCable(table=())
     with pytest.raises(RowFailed, match="shows no table"):
         checked(cable)
+
+
+class OneChannelCable:
+    """A guest that was promised two channels, and opened the first."""
+
+    interface = "eth1"
+
+    def __init__(self) -> None:
+        base = "/sys/class/net/eth1/device/channels/10"
+        files = {f"{base}/cpu": "0\n", f"{base}/subchannel_id": "0\n"}
+        self.probe = SimpleNamespace(read_all=lambda *patterns: files)
+
+    def ethtool(self, option: str) -> str:
+        assert option == "-l"
+        return "Pre-set maximums:\nCombined:\t2\nCurrent hardware settings:\nCombined:\t2\n"
+
+    def guest(self, script: str) -> str:
+        return "10\nwaits: kworker/0:1 rndis_set_subchannel\n"
+
+
+def test_a_channel_that_does_not_come_is_told_of_by_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextlib.contextmanager
+    def cable(session: Session) -> Iterator[OneChannelCable]:
+        yield OneChannelCable()
+
+    channels = [
+        SimpleNamespace(channel_id=10, name="nic", state="open", interface_type=HV_NIC_GUID),
+        SimpleNamespace(channel_id=11, name="nic, 1", state="offered", interface_type=HV_NIC_GUID),
+        SimpleNamespace(channel_id=3, name="kvp", state="open", interface_type=HV_KVP_GUID),
+    ]
+    machine = SimpleNamespace(info=lambda: SimpleNamespace(channels=channels))
+    timing = SimpleNamespace(patiently=lambda seconds: 0.0, poll=0.0)
+    session = SimpleNamespace(cpus=2, machine=machine, timing=timing)
+    monkeypatch.setattr(vrss, "cable", cable)
+    with pytest.raises(RowFailed, match="2 channels on processors 0") as failed:
+        list(vrss.prove(cast(Session, session)))
+    assert list(failed.value.evidence) == [
+        "host: channel 10 nic: open",
+        "host: channel 11 nic, 1: offered",
+        "10",
+        "waits: kworker/0:1 rndis_set_subchannel",
+    ]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from hvhost.network.toeplitz import toeplitz
+from hvhost.verify.contract import HV_NIC_GUID
 from hvhost.verify.guest import RowFailed
 from hvhost.verify.session import Session, Timing
 from hvhost.verify.wire import GUEST4, GUEST6, HOST4, HOST6, Cable, cable
@@ -100,6 +101,22 @@ def _processors(wire: Cable) -> list[str]:
     return [each["cpu"] for each in ordered]
 
 
+def _seen_of_channels(session: Session, wire: Cable) -> list[str]:
+    """Both sides' view of an adapter whose channels do not come, and where the guest waits."""
+    guest = wire.guest(
+        "ethtool -l $I; ls /sys/class/net/$I/device/channels; dmesg | tail -20; "
+        "for each in /proc/[0-9]*; do "
+        "grep -qE 'netvsc|rndis|vmbus|rtnl' $each/stack 2> /dev/null || continue; "
+        "echo waits: $(cat $each/comm $each/stack); done"
+    )
+    host = [
+        f"host: channel {channel.channel_id} {channel.name}: {channel.state}"
+        for channel in session.machine.info().channels
+        if channel.interface_type == HV_NIC_GUID
+    ]
+    return host + guest.splitlines()
+
+
 def prove(session: Session) -> Iterator[str]:
     """A channel for each processor; flows land where table and key say, as ``ethtool -X`` sets."""
     if session.cpus < 2:
@@ -107,10 +124,9 @@ def prove(session: Session) -> Iterator[str]:
     with cable(session) as wire:
         channels, processors = _await_channels(wire, session.timing)
         if channels != len(processors) or len(set(processors)) < 2:
-            told = "ethtool -l $I; ls /sys/class/net/$I/device/channels; dmesg | tail -20"
             raise RowFailed(
                 f"{channels} channels on processors {', '.join(processors)}",
-                wire.guest(told).splitlines(),
+                _seen_of_channels(session, wire),
             )
         yield f"channels: {channels}, on processors {', '.join(processors)}"
         session.step("sending flows that hash to every queue")
