@@ -279,7 +279,7 @@ class NetvscDriver:
         )
         return self._transaction
 
-    def send_pages_of(self, message: bytes, *, kind: int = 0) -> int:
+    def send_pages_of(self, message: bytes, *, kind: int = 0, signal: bool = True) -> int:
         """A message in pages of its own, far from each other; the transaction.
 
         *kind* is its ``channel_type``: 0 for frames, 1 for control messages.
@@ -298,6 +298,7 @@ class NetvscDriver:
             flags=1,
             transaction_id=self._transaction,
             header=struct.pack("<II", 0, count) + ranges,
+            signal=signal,
         )
         return self._transaction
 

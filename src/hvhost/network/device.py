@@ -48,8 +48,10 @@ from hvhost.wire import Record
 
 #: Control messages that may wait for a free section of the receive buffer.
 CONTROL_LIMIT: Final = 64
-#: Packets that may have been handled before the guest hears of it.
+#: Packets that may have been handled before the guest hears of it, and bytes of one of which it
+#: hears at once.
 COMPLETIONS: Final = 32
+LARGE_PACKET: Final = 16 * 1024
 #: Largest MTU a guest may ask for; smallest frame buffers are made for.
 MAXIMUM_MTU: Final = 65535 - 14
 MINIMUM_MTU: Final = 68
@@ -262,10 +264,11 @@ class NetworkAdapter:
                 other.paused = True
         else:
             done = self._done.get(channel)
-            if done is None:
-                # The guest's TCP keeps back what is too much for the device: it goes on with the
-                # first answer, while the rest is handled.
-                self._done[channel] = []
+            if done is None or size >= LARGE_PACKET:
+                # The guest's TCP keeps back what is too much for the device, two large packets it
+                # may be: it makes the next while the rest is handled.
+                if done is None:
+                    self._done[channel] = []
                 channel.send_completion(packet.transaction_id, _DONE)
                 channel.interrupt_now()
                 return

@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from hvhost.network import frame
+from hvhost.network.device import LARGE_PACKET
 from hvhost.network.toeplitz import toeplitz
 from hvhost.vmbus.channel import Channel, ChannelState
 from hvhost.vmbus.protocol import RelidReleased, RescindChannelOffer
@@ -345,7 +346,8 @@ def test_what_comes_while_nobody_listens_is_lost(link: bool) -> None:
     assert [each.data for each in driver.pull()] == [late]
 
 
-def test_the_first_of_many_is_answered_before_the_others_are_handled() -> None:
+@pytest.mark.parametrize("size", [60, LARGE_PACKET - 100, LARGE_PACKET])
+def test_the_first_and_each_large_one_is_answered_before_others_are_handled(size: int) -> None:
     driver, guest = started(), []
     take = driver.wire.send
 
@@ -359,15 +361,15 @@ def test_the_first_of_many_is_answered_before_the_others_are_handled() -> None:
     driver.read()
     driver.completed.clear()
     before = channel.interrupts
-    message = rndis_packet(ethernet(0x1234, bytes(60)))
-    for transaction in (1, 2, 3):
-        driver.put(driver.send_pages, 0, message)
-        packet = nvsp(107, 0, 0, len(message))
-        driver.channel.write(packet, flags=1, transaction_id=transaction, signal=False)
+    message = rndis_packet(ethernet(0x1234, bytes(size)))
+    first, second, third = (driver.send_pages_of(message, signal=False) for _ in range(3))
     channel.process()
-    assert guest == [([], 0), ([1], 1), ([1], 1)]
+    at_once = size >= LARGE_PACKET
+    assert guest[:2] == [([], 0), ([first], 1)]
+    assert guest[2] == (([first, second], 2) if at_once else ([first], 1))
     driver.read()
-    assert driver.completed == [1, 2, 3] and channel.interrupts == before + 2
+    assert driver.completed == [first, second, third]
+    assert channel.interrupts == before + (3 if at_once else 2)
 
 
 def test_a_wire_that_is_full_holds_the_guest_back() -> None:
