@@ -12,8 +12,9 @@ from hvhost.network import frame
 from hvhost.partition.memory import GuestMemory
 from hvhost.vmbus.gpadl import Gpadl
 
-#: Bytes at the start of a section for everything that comes before the frame.
-HEADROOM: Final = 112
+#: Bytes at the start of a section for everything that comes before the frame: a header of 44 and
+#: up to five pieces of information of 16.
+HEADROOM: Final = 128
 #: A section holds the largest frame, in whole pages: one that another kernel left in one piece
 #: lies in one place, with one header.
 SECTION_SIZE: Final = -(-(HEADROOM + frame.FRAME_LIMIT) // 4096) * 4096

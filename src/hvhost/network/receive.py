@@ -230,10 +230,8 @@ class Receiver:
         if flags or merged:
             assert where is not None
             infos += _GOOD_TCP if where.protocol == frame.TCP else _GOOD_UDP
-        channel, value = self.flows.look_up(head)
-        if value:
-            infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
-        self._commit(channel, size, skip, infos)
+        channel, of_flow = self.flows.look_up(head)
+        self._commit(channel, size, skip, infos + of_flow)
 
     # Segments that belong together.
 
@@ -264,11 +262,9 @@ class Receiver:
         assert train is not None
         self._train, self._wagons = None, []
         buffer, counters = self._buffer, self._state.counters
-        channel, value = self.flows.look_up(train.head)
+        channel, of_flow = self.flows.look_up(train.head)
         skip = frame.TAG_SIZE if infos else 0
-        infos += _GOOD_TCP
-        if value:
-            infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
+        infos += _GOOD_TCP + of_flow
         where, payload = train.where, train.payload
         if train.count == 1:
             buffer.free.append(wagons[0])
@@ -365,10 +361,8 @@ class Receiver:
             piece = view[position : position + len(body)]
             body[: len(piece)] = piece
             position += len(piece)
-        channel, value = self.flows.look_up(bytes(view[: frame.HEAD_SIZE]))
-        if value:
-            infos += rndis.information_item(InfoType.NBL_HASH_VALUE, value)
-        self._commit(channel, len(data), 0, infos)
+        channel, of_flow = self.flows.look_up(bytes(view[: frame.HEAD_SIZE]))
+        self._commit(channel, len(data), 0, infos + of_flow)
 
 
 def _is_dhcp(head: bytes, where: frame.Headers) -> bool:

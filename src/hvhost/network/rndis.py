@@ -108,12 +108,16 @@ class PacketFilter(IntFlag):
 
 
 class InfoType(IntEnum):
-    """``enum ndis_per_pkt_info_type``, as far as used; internal ones have bit 31 set."""
+    """``enum ndis_per_pkt_info_type``, as far as used; internal ones have bit 31 set.
+
+    ``NBL_HASH_INFO`` is FreeBSD's ``HN_NDIS_PKTINFO_TYPE_HASHINF``; Linux does not look at it.
+    """
 
     TCPIP_CHKSUM = 0
     TCP_LARGESEND = 2
     IEEE_8021Q = 6
     NBL_HASH_VALUE = 8
+    NBL_HASH_INFO = 9
     INTERNAL_PACKET_ID = 0x80000001
 
 

@@ -13,11 +13,14 @@ from hvhost.network.ndis import (
     HASH_IPV6,
     HASH_TCP_IPV4,
     HASH_TCP_IPV6,
+    RSS_HASH_TOEPLITZ,
     ReceiveScaling,
 )
+from hvhost.network.rndis import InfoType, information_item
 
 #: Flows whose hash is remembered.
 CACHE_LIMIT: Final = 4096
+_KINDS: Final = {8: HASH_IPV4, 12: HASH_TCP_IPV4, 32: HASH_IPV6, 36: HASH_TCP_IPV6}  # by size
 _FRAGMENT = 0x3FFF
 _TCP = 6
 
@@ -60,21 +63,25 @@ class FlowTable:
 
     def __init__(self, scaling: ReceiveScaling) -> None:
         self.scaling = scaling
-        self._known: dict[bytes, tuple[int, int]] = {}
+        self._known: dict[bytes, tuple[int, bytes]] = {}
 
-    def look_up(self, head: bytes) -> tuple[int, int]:
-        """Channel number and hash of a frame; (0, 0) for one that is not hashed."""
+    def look_up(self, head: bytes) -> tuple[int, bytes]:
+        """Channel number of a frame, and per-packet information of its hash: none, and channel 0,
+        for one that is not hashed.
+        """
         scaling = self.scaling
         if not scaling.table:
-            return 0, 0
+            return 0, b""
         data = hash_input(head, scaling.hash_types)
         if not data:
-            return 0, 0
+            return 0, b""
         found = self._known.get(data)
         if found is None:
             if len(self._known) >= CACHE_LIMIT:  # a flood of flows only costs their hashes
                 self._known.clear()
-            value = toeplitz(scaling.key, data)
-            found = scaling.table[value & len(scaling.table) - 1], value
+            value, kind = toeplitz(scaling.key, data), _KINDS[len(data)]
+            infos = information_item(InfoType.NBL_HASH_VALUE, value)
+            infos += information_item(InfoType.NBL_HASH_INFO, kind | RSS_HASH_TOEPLITZ)
+            found = scaling.table[value & len(scaling.table) - 1], infos
             self._known[data] = found
         return found

@@ -284,7 +284,7 @@ def test_flows_land_on_the_channel_that_the_hash_says() -> None:
     assert {each.channel for each in received} == {0, 1, 2, 3}
     for each in received:
         value = toeplitz(KEY, each.data[26:38])
-        assert each.channel == table[value & 127] and each.infos == {8: value}
+        assert each.channel == table[value & 127] and each.infos == {8: value, 9: 0x201}
 
 
 def test_a_table_of_channels_that_do_not_exist_is_refused() -> None:

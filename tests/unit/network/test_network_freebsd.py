@@ -221,8 +221,16 @@ def test_flows_come_on_the_ring_that_its_key_and_table_say(ipv6: bool) -> None:
         (got,) = received(driver, data)
         value = toeplitz(KEY, data[22:58] if ipv6 else data[26:38])
         assert (got.data, got.infos[8], got.channel) == (data, value, value & 127 & 3)
+        # NDIS_HASH_FUNCTION_TOEPLITZ of NDIS_HASH_TCP_IPV6 or …IPV4: without, it has no use for it.
+        assert got.infos[9] == (0x1001 if ipv6 else 0x201)
         rings.add(got.channel)
     assert rings == {0, 1, 2, 3}
+    data = tcp(b"x", ipv6=ipv6, protocol=17, to=MAC, sender=PEER)
+    (got,) = received(driver, data)
+    assert got.infos[8] == toeplitz(KEY, data[22:54] if ipv6 else data[26:34])
+    assert got.infos[9] == (0x401 if ipv6 else 0x101), "by addresses alone"
+    (got,) = received(driver, ethernet(0x1234, bytes(50), to=MAC, sender=PEER))
+    assert (got.infos, got.channel) == ({}, 0)
 
 
 def test_merged_segments_are_for_who_switched_them_on() -> None:
