@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import ipaddress
 import struct
 from collections.abc import Callable, Iterator
@@ -129,45 +130,95 @@ def test_a_guest_that_shows_no_table() -> None:
         checked(cable)
 
 
-class OneChannelCable:
-    """A guest that was promised two channels, and opened the first."""
+NIC, OTHER = "11111111-0000-0000-0000-000000000000", "22222222-0000-0000-0000-000000000000"
+PLACE = "/sys/class/net/eth1/device/channels"
+
+
+class OpeningCable:
+    """A guest that was promised two channels, with a sysfs of *directories*: processor, index."""
 
     interface = "eth1"
+    info = SimpleNamespace(instance=NIC)
 
-    def __init__(self) -> None:
-        base = "/sys/class/net/eth1/device/channels/10"
-        files = {f"{base}/cpu": "0\n", f"{base}/subchannel_id": "0\n"}
-        self.probe = SimpleNamespace(read_all=lambda *patterns: files)
+    def __init__(self, directories: dict[str, tuple[int, int]]) -> None:
+        self._files = {
+            f"{path}/{name}": f"{value}\n"
+            for path, values in directories.items()
+            for name, value in zip(("cpu", "subchannel_id"), values, strict=True)
+        }
+        self.probe = self
+
+    def read_all(self, *patterns: str) -> dict[str, str]:
+        return {
+            path: text
+            for path, text in self._files.items()
+            if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+        }
 
     def ethtool(self, option: str) -> str:
         assert option == "-l"
-        return "Pre-set maximums:\nCombined:\t2\nCurrent hardware settings:\nCombined:\t2\n"
+        return "Pre-set maximums:\nCombined:\t8\nCurrent hardware settings:\nCombined:\t2\n"
 
     def guest(self, script: str) -> str:
         return "10\nwaits: kworker/0:1 rndis_set_subchannel\n"
 
 
-def test_a_channel_that_does_not_come_is_told_of_by_both_sides(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def begun(
+    monkeypatch: pytest.MonkeyPatch, directories: dict[str, tuple[int, int]]
+) -> Iterator[str]:
     @contextlib.contextmanager
-    def cable(session: Session) -> Iterator[OneChannelCable]:
-        yield OneChannelCable()
+    def cable(session: Session) -> Iterator[OpeningCable]:
+        yield OpeningCable(directories)
+
+    def channel(number: int, name: str, state: str, kind: str, instance: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            channel_id=number,
+            name=name,
+            state=state,
+            interface_type=kind,
+            interface_instance=instance,
+        )
 
     channels = [
-        SimpleNamespace(channel_id=10, name="nic", state="open", interface_type=HV_NIC_GUID),
-        SimpleNamespace(channel_id=11, name="nic, 1", state="offered", interface_type=HV_NIC_GUID),
-        SimpleNamespace(channel_id=3, name="kvp", state="open", interface_type=HV_KVP_GUID),
+        channel(10, "nic", "open", HV_NIC_GUID, NIC),
+        channel(11, "nic, 1", "offered", HV_NIC_GUID, NIC),
+        channel(3, "kvp", "open", HV_KVP_GUID, OTHER),
     ]
-    machine = SimpleNamespace(info=lambda: SimpleNamespace(channels=channels))
-    timing = SimpleNamespace(patiently=lambda seconds: 0.0, poll=0.0)
-    session = SimpleNamespace(cpus=2, machine=machine, timing=timing)
+    session = SimpleNamespace(
+        cpus=2,
+        machine=SimpleNamespace(info=lambda: SimpleNamespace(channels=channels)),
+        timing=SimpleNamespace(patiently=lambda seconds: 0.0, poll=0.0),
+    )
     monkeypatch.setattr(vrss, "cable", cable)
-    with pytest.raises(RowFailed, match="2 channels on processors 0") as failed:
-        list(vrss.prove(cast(Session, session)))
+    return vrss.prove(cast(Session, session))
+
+
+@pytest.mark.parametrize(
+    ("directories", "shown"),
+    [
+        ({}, ""),
+        ({f"{PLACE}/10": (0, 0)}, "0"),
+        ({f"{PLACE}/10": (0, 0), f"{PLACE}/11": (0, 1)}, "0, 0"),
+        ({f"{PLACE}/10": (0, 0), "/sys/3": (1, 1), "/sys/12": (1, 1)}, "0"),  # not its own
+        ({f"{PLACE}/1{each}": (each, each) for each in range(3)}, "0, 1, 2"),
+    ],
+)
+def test_channels_that_do_not_come_are_told_of_by_both_sides(
+    monkeypatch: pytest.MonkeyPatch, directories: dict[str, tuple[int, int]], shown: str
+) -> None:
+    with pytest.raises(RowFailed, match=f"2 channels on processors {shown}$") as failed:
+        next(begun(monkeypatch, directories))
     assert list(failed.value.evidence) == [
         "host: channel 10 nic: open",
         "host: channel 11 nic, 1: offered",
         "10",
         "waits: kworker/0:1 rndis_set_subchannel",
     ]
+
+
+def test_a_channel_that_the_guests_kernel_puts_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = {f"{PLACE}/11": (0, 1), f"{PLACE}/10": (1, 0)}
+    assert next(begun(monkeypatch, usual)) == "channels: 2, on processors 1, 0"
+    lines = begun(monkeypatch, {f"{PLACE}/10": (1, 0), "/sys/11": (0, 1)})
+    assert next(lines) == "channels: 2, on processors 1, 0"
+    assert next(lines).startswith("a channel's directory is /sys/11:")

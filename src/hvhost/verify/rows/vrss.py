@@ -12,11 +12,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from hvhost.network.toeplitz import toeplitz
 from hvhost.verify.contract import HV_NIC_GUID
 from hvhost.verify.guest import RowFailed
-from hvhost.verify.session import Session, Timing
+from hvhost.verify.session import Session
 from hvhost.verify.wire import GUEST4, GUEST6, HOST4, HOST6, Cable, cable
 
 #: Ports that flows may come from, of each family.
@@ -26,6 +27,7 @@ FLOWS = 60
 STRAYS = 4
 _FAMILIES = (("IPv4", HOST4, GUEST4), ("IPv6", HOST6, GUEST6))
 _OPEN_SECONDS = 10.0
+_CHANNEL_FILES = ("cpu", "subchannel_id")
 _FIRST_PORT, _CLOSED_PORT = 20_000, 9
 
 
@@ -78,33 +80,67 @@ def check(wire: Cable, first: int, what: str) -> Iterator[str]:
     yield f"{what}: {'; '.join(counted)}"
 
 
-def _await_channels(wire: Cable, timing: Timing) -> tuple[int, list[str]]:
-    """How many channels the driver has, and the processor of each: it opens them one by one."""
-    deadline = time.monotonic() + timing.patiently(_OPEN_SECONDS)
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """How many channels the driver says to have, and what the guest's sysfs shows of them.
+
+    ``processors`` by the channels' order in the device; ``astray`` are directories elsewhere.
+    """
+
+    count: int
+    processors: list[str]
+    astray: list[str]
+
+    @property
+    def complete(self) -> bool:
+        return self.count == len(self.processors) and len(set(self.processors)) > 1
+
+
+def _await_channels(session: Session, wire: Cable) -> _Channels:
+    """The channels, once there are all of them: the driver opens them one by one."""
+    deadline = time.monotonic() + session.timing.patiently(_OPEN_SECONDS)
     while True:
-        channels = int(wire.ethtool("-l").split("Combined:")[-1].split()[0])
-        processors = _processors(wire)
-        if channels == len(processors) > 1 or time.monotonic() >= deadline:
-            return channels, processors
-        time.sleep(timing.poll)
+        found = _channels(session, wire)
+        if found.complete or time.monotonic() >= deadline:
+            return found
+        time.sleep(session.timing.poll)
 
 
-def _processors(wire: Cable) -> list[str]:
-    """The processor of each channel, by the guest's sysfs."""
-    base = f"/sys/class/net/{wire.interface}/device/channels"
-    found = wire.probe.read_all(f"{base}/*/cpu", f"{base}/*/subchannel_id")
+def _channels(session: Session, wire: Cable) -> _Channels:
+    """What the guest says now.
+
+    Linux puts a channel that is offered early right below ``/sys``: the offer races with
+    ``vmbus_device_register()``, which makes the device's directory of channels after the driver
+    was bound. Which of those are this adapter's, the numbers of the host's channels tell.
+    """
+    count = int(wire.ethtool("-l").split("Combined:")[-1].split()[0])
+    usual = f"/sys/class/net/{wire.interface}/device/channels"
+    astray = [
+        f"/sys/{channel.channel_id}"
+        for channel in session.machine.info().channels
+        if channel.interface_instance == wire.info.instance
+    ]
+    files = wire.probe.read_all(
+        *(f"{path}/{name}" for path in (f"{usual}/*", *astray) for name in _CHANNEL_FILES)
+    )
     channels: dict[str, dict[str, str]] = {}
-    for path, text in found.items():
-        number, name = path.split("/")[-2:]
-        channels.setdefault(number, {})[name] = text.strip()
-    ordered = sorted(channels.values(), key=lambda each: int(each["subchannel_id"]))
-    return [each["cpu"] for each in ordered]
+    for path, text in files.items():
+        directory, _, name = path.rpartition("/")
+        channels.setdefault(directory, {})[name] = text.strip()
+    whole = [(path, each) for path, each in channels.items() if len(each) == len(_CHANNEL_FILES)]
+    ordered = sorted(whole, key=lambda item: int(item[1]["subchannel_id"]))
+    return _Channels(
+        count,
+        [each["cpu"] for _, each in ordered],
+        [path for path, _ in ordered if not path.startswith(usual)],
+    )
 
 
 def _seen_of_channels(session: Session, wire: Cable) -> list[str]:
     """Both sides' view of an adapter whose channels do not come, and where the guest waits."""
     guest = wire.guest(
-        "ethtool -l $I; ls /sys/class/net/$I/device/channels; dmesg | tail -20; "
+        "ethtool -l $I; ls -d /sys/class/net/$I/device/channels/* /sys/[0-9]* 2> /dev/null; "
+        "dmesg | tail -20; "
         "for each in /proc/[0-9]*; do "
         "grep -qE 'netvsc|rndis|vmbus|rtnl' $each/stack 2> /dev/null || continue; "
         "echo waits: $(cat $each/comm $each/stack); done"
@@ -122,13 +158,15 @@ def prove(session: Session) -> Iterator[str]:
     if session.cpus < 2:
         raise RowFailed("the guest has one processor; run it with --cpus 2 or more")
     with cable(session) as wire:
-        channels, processors = _await_channels(wire, session.timing)
-        if channels != len(processors) or len(set(processors)) < 2:
+        found = _await_channels(session, wire)
+        channels, processors = found.count, ", ".join(found.processors)
+        if not found.complete:
             raise RowFailed(
-                f"{channels} channels on processors {', '.join(processors)}",
-                _seen_of_channels(session, wire),
+                f"{channels} channels on processors {processors}", _seen_of_channels(session, wire)
             )
-        yield f"channels: {channels}, on processors {', '.join(processors)}"
+        yield f"channels: {channels}, on processors {processors}"
+        for path in found.astray:
+            yield f"a channel's directory is {path}: the guest's kernel had not made its place yet"
         session.step("sending flows that hash to every queue")
         yield from check(wire, _FIRST_PORT, "the driver's own table and key")
         session.step("changing the key")
