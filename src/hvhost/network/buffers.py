@@ -45,6 +45,9 @@ class Span:
         if start + length <= ends[0]:
             return [views[0][start : start + length]]
         index = bisect_right(ends, start)
+        if length and start + length == ends[-1]:  # up to the end, as most frames go
+            first = views[index]
+            return [first[start - ends[index] + len(first) :], *views[index + 1 :]]
         pieces = []
         while length:
             view = views[index]

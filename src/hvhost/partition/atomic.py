@@ -42,14 +42,25 @@ def _locked_or() -> Callable[[object, int], None] | None:
     return function
 
 
-def set_bits(byte: memoryview, bits: int) -> None:
-    """Set *bits* of a *byte*, a writable view of one, whatever others do to its other bits.
+class SharedBytes:
+    """Bytes in which others set and clear bits meanwhile; *view* is writable and stays."""
 
-    Where the system lets no program make code of its own, a bit that is cleared at the same moment
-    may come back.
-    """
-    function = _locked_or()
-    if function is None:
-        byte[0] |= bits
-    else:
-        function(ctypes.byref(ctypes.c_char.from_buffer(byte)), bits)
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._locked_or = _locked_or()
+        # ctypes keeps no reference of its own to what an address is of.
+        self._first = ctypes.c_char.from_buffer(view)
+        self._address = ctypes.addressof(self._first)
+
+    def set_bits(self, index: int, bits: int) -> None:
+        """Set *bits* of a byte, whatever others do to its other bits.
+
+        Where the system lets no program make code of its own, a bit that is cleared at the same
+        moment may come back.
+        """
+        if not 0 <= index < len(self._view):
+            raise IndexError(f"there is no byte {index} of {len(self._view)}.")
+        if self._locked_or is None:
+            self._view[index] |= bits
+        else:
+            self._locked_or(self._address + index, bits)

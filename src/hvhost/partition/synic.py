@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hvhost.errors import GuestMemoryError, LocalProtocolError
-from hvhost.partition.atomic import barrier, set_bits
+from hvhost.partition.atomic import SharedBytes, barrier
 from hvhost.partition.memory import GuestMemory
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ VMBUS_MESSAGE_SINT = 2
 MAXIMUM_WARNINGS = 100  # of one VP and boot: a guest must not fill the log
 _ENABLED = 1
 _PAGE = ~0xFFF
+_EVENT_FLAGS_PAGE_SIZE = HV_SYNIC_SINT_COUNT * HV_EVENT_FLAGS_BYTE_COUNT
 _MAXIMUM_QUEUED = 4096
 _HEADER = struct.Struct("<BB2xQ")  # payload size, flags, sender: all but the type
 _TYPE_SIZE = 4
@@ -61,6 +62,8 @@ class Synic:
         self.vp = vp
         self._warnings = 0
         self._memory = memory
+        self._event_flags: SharedBytes | None = None  # the page at _event_flags_at
+        self._event_flags_at = 0
         self._message_line = message_line
         self._event_line = event_line
         #: Told where the event flags are, with each change, for who signals from another process.
@@ -121,12 +124,18 @@ class Synic:
         page = self.state.event_flags_page
         if not page & _ENABLED:
             return
-        address = (page & _PAGE) + HV_EVENT_FLAGS_BYTE_COUNT * sint + (flag >> 3)
-        try:
-            set_bits(self._memory.view(address, 1), 1 << (flag & 7))
-        except GuestMemoryError as error:
-            self._warn(f"event flags page: {error}")
-            return
+        flags = self._event_flags
+        if flags is None or page != self._event_flags_at:
+            try:
+                view = self._memory.view(
+                    page & _PAGE, HV_SYNIC_SINT_COUNT * HV_EVENT_FLAGS_BYTE_COUNT
+                )
+            except GuestMemoryError as error:
+                self._warn(f"event flags page: {error}")
+                return
+            flags = self._event_flags = SharedBytes(view)
+            self._event_flags_at = page
+        flags.set_bits(HV_EVENT_FLAGS_BYTE_COUNT * sint + (flag >> 3), 1 << (flag & 7))
         self._event_line.trigger()
 
     def _warn(self, what: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -25,8 +26,11 @@ MAX_PAGES: Final = 1 << 20
 _RANGE = struct.Struct("<II")
 #: A range of one page.
 _PAGE_BUFFER_SIZE: Final = 16
-#: So many of them are looked at together; drivers name up to 32 (``MAX_PAGE_BUFFER_COUNT``).
+#: So many of them, and so many pages of one, are looked at together; drivers name up to 32
+#: (``MAX_PAGE_BUFFER_COUNT``).
 _MANY: Final = 64
+#: Lists of pages in a row that are remembered: a guest sends from the same pages again and again.
+_ROWS: Final = 1024
 
 
 class GpaRange(NamedTuple):
@@ -76,33 +80,85 @@ def _run(memory: GuestMemory, address: int, length: int) -> list[memoryview]:
         return views
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=_MANY + 1)
 def _page_buffers(count: int) -> struct.Struct:
     return struct.Struct("<" + count * "IIQ")
+
+
+@functools.lru_cache(maxsize=_ROWS)
+def _row(numbers: bytes) -> int:
+    """The first of page *numbers* that follow each other; -1 if they do not."""
+    pfns = array("Q", numbers)
+    first, count = pfns[0], len(pfns)
+    if pfns[-1] - first != count - 1:
+        return -1
+    return first if pfns == array("Q", range(first, first + count)) else -1
 
 
 def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:
     """The views of :func:`parse_ranges`, all in a row, neighbours joined; its errors, and theirs.
 
-    Network drivers name each page in a range of its own (``struct hv_page_buffer``), and there are
-    many: those are looked at together.
+    Network drivers name either each page in a range of its own (``struct hv_page_buffer``) or each
+    piece of a packet (``struct hv_mpb_array``); both come often, and few Python steps suffice.
     """
-    if not 1 < count <= _MANY or len(data) - start != count * _PAGE_BUFFER_SIZE:
+    if not 1 < count <= _MANY:
+        return _views_one_by_one(data, count, start, memory)
+    if len(data) - start == count * _PAGE_BUFFER_SIZE:
+        items = iter(_page_buffers(count).unpack_from(data, start))
+        runs = _runs_of_pages(zip(items, items, items, strict=True))
+    else:
+        runs = _runs(data, count, start)
+    if not runs:
         return _views_one_by_one(data, count, start, memory)
     views: list[memoryview] = []
+    for address, length in runs:
+        views += _run(memory, address, length)
+    return views
+
+
+def _runs_of_pages(items: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Address and length of each run of neighbours; empty if an item is not within one page."""
+    runs: list[tuple[int, int]] = []
     address = end = 0
-    items = iter(_page_buffers(count).unpack_from(data, start))
-    for length, offset, pfn in zip(items, items, items, strict=True):
-        if not 0 < length <= PAGE_SIZE - offset:  # not within one page
-            return _views_one_by_one(data, count, start, memory)
+    for length, offset, pfn in items:
+        if not 0 < length <= PAGE_SIZE - offset:
+            return []
         here = (pfn << PAGE_SHIFT) + offset
         if here == end:
             end += length
             continue
         if end:
-            views += _run(memory, address, end - address)
+            runs.append((address, end - address))
         address, end = here, here + length
-    return views + _run(memory, address, end - address)
+    runs.append((address, end - address))
+    return runs
+
+
+def _runs(data: bytes, count: int, start: int) -> list[tuple[int, int]]:
+    """As :func:`_runs_of_pages`, of ranges of several pages; empty if they are not all simple."""
+    runs: list[tuple[int, int]] = []
+    address = end = 0
+    position, size = start, len(data)
+    for _ in range(count):
+        begin = position + _RANGE.size
+        if begin > size:
+            return []
+        length, offset = _RANGE.unpack_from(data, position)
+        position = begin + (offset + length + PAGE_SIZE - 1 >> PAGE_SHIFT) * 8
+        if position > size or position > begin + 8 * _MANY or offset >= PAGE_SIZE or not length:
+            return []
+        first = _row(data[begin:position])
+        if first < 0:
+            return []
+        here = (first << PAGE_SHIFT) + offset
+        if here == end:
+            end += length
+            continue
+        if end:
+            runs.append((address, end - address))
+        address, end = here, here + length
+    runs.append((address, end - address))
+    return runs
 
 
 def _views_one_by_one(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:

@@ -11,21 +11,26 @@ import time
 import pytest
 
 from hvhost.partition import atomic
-from hvhost.partition.atomic import set_bits
+from hvhost.partition.atomic import SharedBytes
 
 
 def test_bits_are_added() -> None:
     memory = bytearray(b"\x01\x02\x04")
-    set_bits(memoryview(memory)[1:2], 0x81)
+    shared = SharedBytes(memoryview(memory)[1:])
+    shared.set_bits(0, 0x81)
     assert memory == b"\x01\x83\x04"
-    set_bits(memoryview(memory)[1:2], 0x83)
+    shared.set_bits(0, 0x83)
     assert memory == b"\x01\x83\x04"
+    shared.set_bits(1, 0x10)
+    assert memory == b"\x01\x83\x14"
+    with pytest.raises(IndexError):
+        shared.set_bits(2, 1)
 
 
 def test_where_no_code_may_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic, "_locked_or", lambda: None)
     memory = bytearray(b"\x10")
-    set_bits(memoryview(memory), 1)
+    SharedBytes(memoryview(memory)).set_bits(0, 1)
     assert memory == b"\x11"
 
 
@@ -50,6 +55,7 @@ def test_a_guest_on_another_processor_sees_each_bit_once() -> None:
     os.ftruncate(descriptor, 4096)
     memory = mmap.mmap(descriptor, 4096)
     view = memoryview(memory)[:1]
+    shared = SharedBytes(view)
     guest = subprocess.Popen(
         [sys.executable, "-c", _GUEST, str(descriptor), str(count)],
         pass_fds=[descriptor],
@@ -62,10 +68,10 @@ def test_a_guest_on_another_processor_sees_each_bit_once() -> None:
         given, deadline = 0, time.monotonic() + 30
         while given < count:
             assert time.monotonic() < deadline, "the guest took more than it was given"
-            set_bits(view, 2)
+            shared.set_bits(0, 2)
             if not view[0] & 1:
                 given += 1
-                set_bits(view, 1)
+                shared.set_bits(0, 1)
         assert guest.stdout.readline() == "took\n"
         assert guest.wait(60) == 0 and view[0] == 2, "a bit came back"
     finally:

@@ -146,6 +146,72 @@ def test_pages_in_ranges_of_their_own_are_joined(items: list[tuple[int, int, int
         assert len(views) == runs
 
 
+@st.composite
+def pieces(draw: st.DrawFn) -> list[tuple[int, int, list[int]]]:
+    """As drivers of today name them: (length, offset, pages), mostly pages in a row."""
+    items = []
+    for _ in range(draw(st.integers(1, 8))):
+        count = draw(st.integers(1, 8))
+        start = draw(st.integers(0, 16 - count) | st.just(HIGH))
+        pfns = list(range(start, start + count))
+        if draw(st.integers(0, 3)) == 0:
+            pfns = draw(st.permutations(pfns))
+        offset = draw(st.just(0) | st.integers(0, PAGE_SIZE - 1))
+        room = count * PAGE_SIZE - offset
+        items.append(
+            (draw(st.just(room) | st.integers(max(room - PAGE_SIZE, 0) + 1, room)), offset, pfns)
+        )
+    return items
+
+
+def packed(items: list[tuple[int, int, list[int]]]) -> bytes:
+    return b"".join(
+        struct.pack(f"<II{len(pfns)}Q", length, offset, *pfns) for length, offset, pfns in items
+    )
+
+
+@given(pieces())
+def test_pieces_of_a_packet_are_joined(items: list[tuple[int, int, list[int]]]) -> None:
+    views = range_views(b"before.." + packed(items), len(items), 8, touching())
+    expected = b""
+    for length, offset, pfns in items:
+        expected += b"".join(content(pfn, 0, PAGE_SIZE) for pfn in pfns)[offset : offset + length]
+    assert b"".join(views) == expected
+    in_rows = all(pfns == list(range(pfns[0], pfns[0] + len(pfns))) for _, _, pfns in items)
+    if in_rows and not {7, 8} <= {pfn for _, _, pfns in items for pfn in pfns}:
+        starts = [(pfns[0] << 12) + offset for _, offset, pfns in items]
+        ends = [start + length for start, (length, _, _) in zip(starts, items, strict=True)]
+        assert len(views) == 1 + sum(map(int.__ne__, ends, starts[1:]))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (2 * PAGE_SIZE, 0, [2**64 - 1, 0]),
+        (2 * PAGE_SIZE, 0, [2**64 - 2, 2**64 - 1]),
+        (3 * PAGE_SIZE, 0, [3, 9, 5]),  # as if in a row, by the first and the last
+        (2 * PAGE_SIZE, 0, [15, 16]),
+        (100 * PAGE_SIZE, 0, list(range(100))),
+        (2 * PAGE_SIZE, PAGE_SIZE, [1, 2, 3]),
+    ],
+)
+def test_pieces_that_are_not_what_they_seem(bad: tuple[int, int, list[int]]) -> None:
+    items = [(2 * PAGE_SIZE, 0, [13, 14]), bad]
+    if bad[2] == [3, 9, 5]:
+        views = range_views(packed(items), 2, 0, touching())
+        assert b"".join(views[1:]) == b"".join(content(pfn, 0, PAGE_SIZE) for pfn in bad[2])
+        return
+    with pytest.raises(RemoteProtocolError):
+        range_views(packed(items), 2, 0, touching())
+
+
+@pytest.mark.parametrize("cut", [1, 8, 9, 16, 24, 25, 32])
+def test_a_list_of_pieces_that_ends_too_early(cut: int) -> None:
+    data = packed([(100, 0, [3]), (2 * PAGE_SIZE, 0, [13, 14])])
+    with pytest.raises(RemoteProtocolError):
+        range_views(data[:-cut], 2, 0, touching())
+
+
 @pytest.mark.parametrize("bad", [(1, 0, 16), (16, PAGE_SIZE - 8, 15), (1, 0, 2**64 - 1)])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_one_page_that_is_not_ram_spoils_the_list(bad: tuple[int, int, int], place: int) -> None:
