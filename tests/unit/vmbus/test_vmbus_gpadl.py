@@ -16,6 +16,7 @@ from hvhost.vmbus import gpadl
 from hvhost.vmbus.gpadl import (
     GpadlTable,
     GpaRange,
+    _row,
     pack_ranges,
     parse_ranges,
     range_views,
@@ -203,6 +204,31 @@ def test_pieces_that_are_not_what_they_seem(bad: tuple[int, int, list[int]]) -> 
         return
     with pytest.raises(RemoteProtocolError):
         range_views(packed(items), 2, 0, touching())
+
+
+@pytest.mark.parametrize("offset", [0, 8])
+def test_a_piece_without_bytes(offset: int) -> None:
+    items = [(2 * PAGE_SIZE, 0, [13, 14]), (0, offset, [3] if offset else []), (5, 1, [4])]
+    views = range_views(packed(items), 3, 0, touching())
+    assert b"".join(views) == content(13, 0, PAGE_SIZE) + content(14, 0, PAGE_SIZE) + content(
+        4, 1, 5
+    )
+    assert all(views)
+
+
+def test_no_long_list_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(numbers: bytes) -> int:
+        assert len(numbers) <= 8 * 64, "a guest could make the host keep as much as it likes"
+        return _row(numbers)
+
+    memory = GuestMemory([MemoryRegion(0, memoryview(bytearray(128 * PAGE_SIZE)))])
+    monkeypatch.setattr(gpadl, "_row", row)
+    for count in (64, 65):
+        items = [(count * PAGE_SIZE, 0, list(range(count))), (5, 0, [100])]
+        assert [len(view) for view in range_views(packed(items), 2, 0, memory)] == [
+            count * PAGE_SIZE,
+            5,
+        ]
 
 
 @pytest.mark.parametrize("cut", [1, 8, 9, 16, 24, 25, 32])
