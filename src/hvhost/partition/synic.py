@@ -127,9 +127,7 @@ class Synic:
         flags = self._event_flags
         if flags is None or page != self._event_flags_at:
             try:
-                view = self._memory.view(
-                    page & _PAGE, HV_SYNIC_SINT_COUNT * HV_EVENT_FLAGS_BYTE_COUNT
-                )
+                view = self._memory.view(page & _PAGE, _EVENT_FLAGS_PAGE_SIZE)
             except GuestMemoryError as error:
                 self._warn(f"event flags page: {error}")
                 return
