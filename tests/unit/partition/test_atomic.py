@@ -23,8 +23,10 @@ def test_bits_are_added() -> None:
     assert memory == b"\x01\x83\x04"
     shared.set_bits(1, 0x10)
     assert memory == b"\x01\x83\x14"
-    with pytest.raises(IndexError):
-        shared.set_bits(2, 1)
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            shared.set_bits(index, 1)
+    assert memory == b"\x01\x83\x14"
 
 
 def test_where_no_code_may_be_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,13 @@ def test_pieces_that_are_not_what_they_seem(bad: tuple[int, int, list[int]]) -> 
         range_views(packed(items), 2, 0, touching())
 
 
+def test_pieces_that_are_neighbours_are_one_view() -> None:
+    items = [(100, 8, [9]), (2 * PAGE_SIZE, 0, [2, 3]), (PAGE_SIZE + 9, 0, [4, 5]), (5, 9, [5])]
+    views = range_views(packed(items), 4, 0, touching())
+    assert [len(view) for view in views] == [100, 3 * PAGE_SIZE + 14]
+    assert views[1] == b"".join(content(pfn, 0, PAGE_SIZE) for pfn in (2, 3, 4, 5))[: len(views[1])]
+
+
 @pytest.mark.parametrize("offset", [0, 8])
 def test_a_piece_without_bytes(offset: int) -> None:
     items = [(2 * PAGE_SIZE, 0, [13, 14]), (0, offset, [3] if offset else []), (5, 1, [4])]
