@@ -267,8 +267,7 @@ class NetworkAdapter:
             if done is None or size >= LARGE_PACKET:
                 # The guest's TCP keeps back what is too much for the device, two large packets it
                 # may be: it makes the next while the rest is handled.
-                if done is None:
-                    self._done[channel] = []
+                self._done.setdefault(channel, [])
                 channel.send_completion(packet.transaction_id, _DONE)
                 channel.interrupt_now()
                 return

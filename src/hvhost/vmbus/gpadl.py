@@ -50,11 +50,9 @@ class GpaRange(NamedTuple):
         """
         views, left, offset = [], self.byte_count, self.byte_offset
         pfns, index, count = self.pfns, 0, len(self.pfns)
-        if count > 1 and pfns[-1] - pfns[0] == count - 1:
-            first = pfns[0]
-            if pfns == array("Q", range(first, first + count)):  # all in a row, seen at C's speed
-                length = min(left, count * PAGE_SIZE - offset)
-                return _run(memory, (first << PAGE_SHIFT) + offset, length) if left else []
+        if count > 1 and _in_a_row(pfns):
+            length = min(left, count * PAGE_SIZE - offset)
+            return _run(memory, (pfns[0] << PAGE_SHIFT) + offset, length) if left else []
         while index < count and left:
             start = index
             index += 1
@@ -65,6 +63,12 @@ class GpaRange(NamedTuple):
             left -= length
             offset = 0
         return views
+
+
+def _in_a_row(pfns: array[int]) -> bool:
+    """Whether each page follows the one before, seen at C's speed; there is at least one."""
+    first, count = pfns[0], len(pfns)
+    return pfns[-1] - first == count - 1 and pfns == array("Q", range(first, first + count))
 
 
 def _run(memory: GuestMemory, address: int, length: int) -> list[memoryview]:
@@ -89,10 +93,7 @@ def _page_buffers(count: int) -> struct.Struct:
 def _row(numbers: bytes) -> int:
     """The first of page *numbers* that follow each other; -1 if they do not."""
     pfns = array("Q", numbers)
-    first, count = pfns[0], len(pfns)
-    if pfns[-1] - first != count - 1:
-        return -1
-    return first if pfns == array("Q", range(first, first + count)) else -1
+    return pfns[0] if _in_a_row(pfns) else -1
 
 
 def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:
@@ -105,39 +106,36 @@ def range_views(data: bytes, count: int, start: int, memory: GuestMemory) -> lis
         return _views_one_by_one(data, count, start, memory)
     if len(data) - start == count * _PAGE_BUFFER_SIZE:
         items = iter(_page_buffers(count).unpack_from(data, start))
-        runs = _runs_of_pages(zip(items, items, items, strict=True))
+        pieces = _pages(zip(items, items, items, strict=True))
     else:
-        runs = _runs(data, count, start)
-    if not runs:
+        pieces = _pieces(data, count, start)
+    if not pieces:
         return _views_one_by_one(data, count, start, memory)
     views: list[memoryview] = []
-    for address, length in runs:
-        views += _run(memory, address, length)
-    return views
-
-
-def _runs_of_pages(items: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Address and length of each run of neighbours; empty if an item is not within one page."""
-    runs: list[tuple[int, int]] = []
     address = end = 0
-    for length, offset, pfn in items:
-        if not 0 < length <= PAGE_SIZE - offset:
-            return []
-        here = (pfn << PAGE_SHIFT) + offset
+    for here, length in pieces:
         if here == end:
             end += length
             continue
         if end:
-            runs.append((address, end - address))
+            views += _run(memory, address, end - address)
         address, end = here, here + length
-    runs.append((address, end - address))
-    return runs
+    return views + _run(memory, address, end - address)
 
 
-def _runs(data: bytes, count: int, start: int) -> list[tuple[int, int]]:
-    """As :func:`_runs_of_pages`, of ranges of several pages; empty if they are not all simple."""
-    runs: list[tuple[int, int]] = []
-    address = end = 0
+def _pages(items: Iterable[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Address and length of each (length, offset, page); empty if one is not within one page."""
+    pieces: list[tuple[int, int]] = []
+    for length, offset, pfn in items:
+        if not 0 < length <= PAGE_SIZE - offset:
+            return []
+        pieces.append(((pfn << PAGE_SHIFT) + offset, length))
+    return pieces
+
+
+def _pieces(data: bytes, count: int, start: int) -> list[tuple[int, int]]:
+    """Address and length of each range; empty if they are not all of pages in a row."""
+    pieces: list[tuple[int, int]] = []
     position, size = start, len(data)
     for _ in range(count):
         begin = position + _RANGE.size
@@ -150,15 +148,8 @@ def _runs(data: bytes, count: int, start: int) -> list[tuple[int, int]]:
         first = _row(data[begin:position])
         if first < 0:
             return []
-        here = (first << PAGE_SHIFT) + offset
-        if here == end:
-            end += length
-            continue
-        if end:
-            runs.append((address, end - address))
-        address, end = here, here + length
-    runs.append((address, end - address))
-    return runs
+        pieces.append(((first << PAGE_SHIFT) + offset, length))
+    return pieces
 
 
 def _views_one_by_one(data: bytes, count: int, start: int, memory: GuestMemory) -> list[memoryview]:
